@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace lora_rite {
+
+/// How one factor X (partner Y) stands, read without disturbing training.
+struct FactorDiagnostics {
+  double condition_number = 0;           ///< σ_max / σ_min of the factor now; infinite where it is rank-deficient
+  double unmagnified_gradient_norm = 0;  ///< ‖Ḡ‖_F in the last step, before the clip
+  double escaped_mass = 0;               ///< ρ
+  double effective_rank = 0;             ///< (tr V)² / tr V², between 1 and r; 0 before the first gradient
+  double update_rms = 0;  ///< RMS of the momentum M in the orthonormal basis: what a step of rate 1 moves
+};
+
+/// How one pair stands.
+struct PairDiagnostics {
+  std::string name;
+  FactorDiagnostics a;
+  FactorDiagnostics b;
+  double clip_factor = 1;     ///< c of the last step, one for all pairs of a group
+  int64_t skipped_steps = 0;  ///< steps skipped so far because a gradient (or a factor) was not finite
+};
+
+}  // namespace lora_rite

@@ -1,0 +1,146 @@
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/optim/adamw.h>
+#include <torch/serialize/archive.h>
+
+#include <cmath>
+#include <limits>
+#include <map>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace lora_rite::engine {
+
+/// AdamW for the parameters that are no LoRA factors (heads, norms, biases), by torch's fused kernel. It exists because
+/// torch::optim::AdamW steps tensor by tensor and cannot leave a step out on the device.
+class AdamWParameters {
+ public:
+  explicit AdamWParameters(std::vector<at::Tensor> parameters) : parameters_(std::move(parameters)) {
+    state_.resize(parameters_.size());
+  }
+
+  /// Throws c10::Error naming the parameter (by its place in `label`) if its gradient cannot be used.
+  void check_inputs(const std::string& label) const {
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      const at::Tensor& gradient = parameters_[i].grad();
+      TORCH_CHECK(!gradient.defined() || gradient.layout() == at::kStrided, label, ": the gradient of parameter ", i,
+                  " has layout ", gradient.layout(), ", expected a dense one");
+    }
+  }
+
+  /// Are all gradients finite? One scalar a device; empty if no parameter has a gradient.
+  std::vector<at::Tensor> finite() const {
+    std::vector<at::Tensor> result;
+    for (const auto& [device_and_dtype, indices] : with_gradient()) {
+      std::vector<at::Tensor> gradients;
+      for (const size_t i : indices) gradients.push_back(parameters_[i].grad());
+      // The largest absolute value: a sum of squares could overflow on finite gradients.
+      const auto norms = at::_foreach_norm(gradients, std::numeric_limits<double>::infinity());
+      result.push_back(at::stack(norms).isfinite().all());
+    }
+    return result;
+  }
+
+  /// One AdamW step of the parameters that have a gradient; none where `proceed` (a scalar on any device) is false.
+  void step(const torch::optim::AdamWOptions& options, const at::Tensor& proceed) {
+    for (const auto& [device_and_dtype, indices] : with_gradient()) {
+      std::vector<at::Tensor> parameters, gradients, means, squares, largest_squares, steps;
+      for (const size_t i : indices) {
+        State& state = state_[i];
+        if (!state.mean.defined()) {
+          state.step = at::zeros({}, parameters_[i].options().dtype(at::kFloat).requires_grad(false));
+          state.mean = at::zeros_like(parameters_[i]);
+          state.square = at::zeros_like(parameters_[i]);
+        }
+        if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();
+        parameters.push_back(parameters_[i]);
+        gradients.push_back(parameters_[i].grad());
+        means.push_back(state.mean);
+        squares.push_back(state.square);
+        if (options.amsgrad()) largest_squares.push_back(state.largest_square);
+        steps.push_back(state.step);
+      }
+      // The fused kernels have no meta version, and a tensor without data has nothing to update.
+      if (parameters[0].is_meta()) continue;
+      const at::Tensor skip = proceed.logical_not().to(parameters[0].device(), at::kFloat, /*non_blocking=*/true);
+      at::_foreach_add_(steps, 1.0);
+      at::_fused_adamw_(parameters, gradients, means, squares, largest_squares, steps, options.lr(),
+                        std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
+                        options.eps(), options.amsgrad(), /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/skip);
+      at::_foreach_sub_(steps, std::vector<at::Tensor>(steps.size(), skip));
+    }
+  }
+
+  void save(torch::serialize::OutputArchive& archive) const {
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      torch::serialize::OutputArchive entry(archive.compilation_unit());
+      for_each_entry(state_[i], [&](const std::string& key, const at::Tensor& tensor) {
+        if (tensor.defined()) entry.write(key, tensor, /*is_buffer=*/true);
+      });
+      archive.write(std::to_string(i), entry);
+    }
+  }
+
+  struct State {
+    at::Tensor step;            ///< scalar float on the parameter's device, so that a step can be left out there
+    at::Tensor mean;            ///< running mean of the gradient
+    at::Tensor square;          ///< running mean of its square
+    at::Tensor largest_square;  ///< AMSGrad only
+  };
+
+  /// Reads what `save` wrote; throws c10::Error naming the first misfit. Nothing is changed before `restore`.
+  std::vector<State> read(torch::serialize::InputArchive& archive, const std::string& label) const {
+    std::vector<State> states;
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      const std::string place = label + ", parameter " + std::to_string(i);
+      torch::serialize::InputArchive entry;
+      TORCH_CHECK(archive.try_read(std::to_string(i), entry), "load: ", place, " is missing in the archive");
+      State state;
+      for_each_entry(state, [&](const std::string& key, at::Tensor& tensor) {
+        at::Tensor found;
+        if (!entry.try_read(key, found, /*is_buffer=*/true)) return;
+        const auto expected = key == "step" ? at::IntArrayRef() : parameters_[i].sizes();
+        TORCH_CHECK(found.sizes() == expected, "load: ", place, ": entry '", key, "' has shape ", found.sizes(),
+                    ", expected ", expected);
+        const auto dtype = key == "step" ? at::kFloat : parameters_[i].scalar_type();
+        tensor = found.to(parameters_[i].device(), dtype);
+      });
+      TORCH_CHECK(state.step.defined() == state.mean.defined() && state.mean.defined() == state.square.defined(),
+                  "load: ", place, " is incomplete, expected 'step', 'mean' and 'square', or none of them");
+      states.push_back(std::move(state));
+    }
+    return states;
+  }
+
+  void restore(std::vector<State> states) { state_ = std::move(states); }
+
+ private:
+  /// The entries of a State and their keys in an archive.
+  template <class AnyState, class Function>
+  static void for_each_entry(AnyState& state, Function function) {
+    function("step", state.step);
+    function("mean", state.mean);
+    function("square", state.square);
+    function("largest_square", state.largest_square);
+  }
+
+  using DeviceAndDtype = std::pair<std::string, at::ScalarType>;
+
+  /// Indices of the parameters with a gradient; the fused kernel wants one device and dtype a call.
+  std::map<DeviceAndDtype, std::vector<size_t>> with_gradient() const {
+    std::map<DeviceAndDtype, std::vector<size_t>> result;
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      if (!parameters_[i].grad().defined()) continue;
+      result[{parameters_[i].device().str(), parameters_[i].scalar_type()}].push_back(i);
+    }
+    return result;
+  }
+
+  std::vector<at::Tensor> parameters_;
+  std::vector<State> state_;
+};
+
+}  // namespace lora_rite::engine

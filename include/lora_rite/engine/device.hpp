@@ -1,0 +1,445 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lora_rite/diagnostics.hpp"
+#include "lora_rite/factor_pair.hpp"
+#include "lora_rite/options.hpp"
+#include "lora_rite/rule.hpp"
+#include "lora_rite/state.hpp"
+
+/// Acts 1 and 3 with ATen operators. Pairs that agree in shape, dtype and device are one batch, so the number of
+/// operator calls grows with the number of distinct shapes; no value is ever read back to the host, so a step also runs
+/// on `meta` tensors.
+///
+/// Shapes: k pairs, factor X of n rows. "Stacked" is [k, factor shape] as the user has it, "tall" [k, n, r] with the
+/// rank last. Sides: 0 is A, 1 is B; the partner of side s is 1 − s. All arithmetic is double, whatever the factors
+/// are: products of floats are exact there, which keeps Gram matrices as good as an fp32 QR would.
+namespace lora_rite::engine {
+
+namespace detail {
+
+/// Stacked [k, r, in...] or [k, out, r, ...] as tall [k, n, r]; a view where the memory allows.
+inline at::Tensor tall(const at::Tensor& stacked, size_t side) {
+  if (side == 0) return stacked.flatten(2).mT();
+  return stacked.dim() == 3 ? stacked : stacked.movedim(2, -1).flatten(1, -2);
+}
+
+/// The way back from tall [k, n, r] to stacked [k, shape].
+inline at::Tensor stacked(const at::Tensor& tall, size_t side, at::IntArrayRef shape) {
+  std::vector<int64_t> sizes(shape.begin(), shape.end());
+  sizes.insert(sizes.begin(), tall.size(0));
+  if (side == 0) return tall.mT().reshape(sizes);
+  if (sizes.size() == 3) return tall;
+  const int64_t rank = sizes[2];
+  sizes.erase(sizes.begin() + 2);
+  sizes.push_back(rank);
+  return tall.reshape(sizes).movedim(-1, 2);
+}
+
+inline at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::kDouble); }
+
+/// XᵀY [k, r, r] of tall X and Y.
+inline at::Tensor inner(const at::Tensor& x, const at::Tensor& y) { return at::matmul(x.mT(), y); }
+
+/// Copies slice i of `batch` [k, shape] to destinations[i]. One operator call for an accelerator; on a CPU, where such
+/// a call would dispatch for each tensor, the bytes are moved here. Tensors on `meta` have none.
+inline void scatter(const at::Tensor& batch, const std::vector<at::Tensor>& destinations) {
+  const at::Tensor source = batch.contiguous();
+  bool plain = batch.is_cpu() || batch.is_meta();
+  for (const auto& destination : destinations) plain = plain && destination.is_contiguous();
+  if (!plain) {
+    at::_foreach_copy_(destinations, source.unbind(0));
+    return;
+  }
+  const size_t bytes = batch.numel() / destinations.size() * batch.element_size();
+  for (size_t i = 0; i < destinations.size(); ++i) {
+    if (batch.is_cpu()) {
+      std::memcpy(destinations[i].data_ptr(), static_cast<const char*>(source.const_data_ptr()) + i * bytes, bytes);
+    }
+    destinations[i].unsafeGetTensorImpl()->bump_version();  // autograd must notice, as it would an in-place operator
+  }
+}
+
+}  // namespace detail
+
+/// k pairs of one param group whose factors agree in shape, dtype and device, and what is remembered of them.
+class DeviceBatch {
+ public:
+  DeviceBatch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
+      : pairs_(std::move(pairs)),
+        labels_(std::move(labels)),
+        shapes_{pairs_[0].a.sizes().vec(), pairs_[0].b.sizes().vec()},
+        device_(pairs_[0].a.device()),
+        dtype_(pairs_[0].a.scalar_type()),
+        rank_(shapes_[0][0]),
+        state_(PairState::zeros(count(), rank_, double_options())) {
+    const double rows_a = static_cast<double>(pairs_[0].a.numel() / rank_);
+    const double rows_b = static_cast<double>(pairs_[0].b.numel() / rank_);
+    rows_ = at::tensor({rows_a, rows_b}, at::kDouble).view({2, 1, 1, 1}).to(device_);
+    unmagnified_norm_ = at::zeros({2, count()}, double_options());
+    clip_factor_ = at::ones({}, double_options());
+  }
+
+  int64_t count() const { return static_cast<int64_t>(pairs_.size()); }
+  at::Device device() const { return device_; }
+  const std::string& label(int64_t index) const { return labels_[index]; }
+
+  /// Throws c10::Error naming the pair if a factor is no longer what this batch was built for, or has a gradient that
+  /// cannot be used. Changes nothing.
+  void check_inputs() const {
+    for (size_t i = 0; i < pairs_.size(); ++i) {
+      for (const size_t side : {0, 1}) {
+        const at::Tensor& factor = factor_of(i, side);
+        const char* which = side == 0 ? "a" : "b";
+        TORCH_CHECK(factor.sizes() == at::IntArrayRef(shapes_[side]) && factor.scalar_type() == dtype_ &&
+                        factor.device() == device_,
+                    labels_[i], ": factor ", which, " is now ", factor.scalar_type(), factor.sizes(), " on ",
+                    factor.device(), ", expected ", dtype_, at::IntArrayRef(shapes_[side]), " on ", device_,
+                    " as in the first step; build the optimizer after moving or converting the module");
+        const at::Tensor& gradient = factor.grad();
+        if (!gradient.defined()) continue;
+        TORCH_CHECK(gradient.layout() == at::kStrided, labels_[i], ": the gradient of factor ", which, " has layout ",
+                    gradient.layout(), ", expected a dense one (for an embedding: sparse(false))");
+        TORCH_CHECK(gradient.sizes() == factor.sizes(), labels_[i], ": the gradient of factor ", which, " has shape ",
+                    gradient.sizes(), ", expected ", factor.sizes());
+      }
+    }
+  }
+
+  /// Act 1: gathers factors and gradients and reduces them to r×r statistics. Returns false if no pair has a gradient:
+  /// then there is nothing to do, and acts 2 and 3 must not be called.
+  bool observe(const LoraRiteOptions& options) {
+    std::array<std::vector<bool>, 2> has_gradient;
+    bool any = false;
+    for (const size_t side : {0, 1}) {
+      for (const auto& pair : pairs_) {
+        has_gradient[side].push_back((side == 0 ? pair.a : pair.b).grad().defined());
+        any = any || has_gradient[side].back();
+      }
+    }
+    if (!any) return false;
+    set_has_gradient(has_gradient);
+
+    std::array<at::Tensor, 2> changed;
+    for (const size_t side : {0, 1}) {
+      gradients_[side] = gather_gradients(side);
+      const at::Tensor as_stored = gather(side);
+      factors_[side] = as_stored;
+      const bool wants_master = options.master_weights() && dtype_ != at::kFloat && dtype_ != at::kDouble;
+      if (!wants_master) state_.master[side] = at::Tensor();
+      if (wants_master && state_.master[side].defined()) {
+        // The copy is compared with the factor it was rounded to: if that changed, it is the user's value that counts.
+        const at::Tensor differs = state_.master[side].to(dtype_).ne(as_stored).flatten(1).any(-1);
+        std::vector<int64_t> broadcast(as_stored.dim(), 1);
+        broadcast[0] = count();
+        factors_[side] = at::where(differs.view(broadcast), as_stored.to(at::kFloat), state_.master[side]);
+      } else if (wants_master) {
+        factors_[side] = as_stored.to(at::kFloat);
+      }
+      changed[side] = norms_changed(side, column_norms(as_stored, side));
+    }
+    edited_ = at::stack({changed[0], changed[1]});
+
+    std::array<at::Tensor, 2> coordinates, gram, cross, gradient_gram;
+    for (const size_t side : {0, 1}) {
+      const at::Tensor x = detail::wide(detail::tall(factors_[side], side));
+      if (dtype_ == at::kDouble)
+        coordinates[side] = rule::well_conditioned_coordinates(finite_or_zero(detail::inner(x, x)));
+      const at::Tensor in_coordinates = coordinates[side].defined() ? at::matmul(x, coordinates[side]) : x;
+      gram[side] = detail::inner(in_coordinates, in_coordinates);
+      // X_old = α X + γ N; an edited factor has no past.
+      at::Tensor old = x;
+      if (state_.momentum[side].defined()) {
+        const at::Tensor scale = at::where(changed[side], 1.0, state_.previous_scale[side]);
+        const at::Tensor rate = at::where(changed[side], 0.0, state_.previous_rate[side]);
+        old = scale * x + rate * detail::wide(detail::tall(state_.momentum[side], side));
+      }
+      cross[side] = detail::inner(in_coordinates, old);
+    }
+    for (const size_t side : {0, 1}) {
+      const size_t partner = 1 - side;
+      if (!gradients_[side].defined()) {
+        gradient_gram[side] = at::zeros_like(gram[side]);
+        continue;
+      }
+      at::Tensor gradient = detail::wide(detail::tall(gradients_[side], side));
+      if (coordinates[partner].defined()) gradient = at::matmul(gradient, coordinates[partner]);
+      gradient_gram[side] = detail::inner(gradient, gradient);
+    }
+    // Statistics of side s are those of its partner's geometry.
+    if (coordinates[0].defined()) statistics_.coordinates = at::stack({coordinates[1], coordinates[0]});
+    statistics_.gram = at::stack({gram[1], gram[0]});
+    statistics_.cross = at::stack({cross[1], cross[0]});
+    statistics_.gradient_gram = at::stack({gradient_gram[0], gradient_gram[1]});
+    return true;
+  }
+
+  /// Are all gradients and factors finite? A scalar on the device: a sum is finite only if every summand is.
+  at::Tensor finite() const {
+    return (statistics_.gram.sum() + statistics_.cross.sum() + statistics_.gradient_gram.sum()).isfinite();
+  }
+
+  /// Act 2, first half: the partner's basis and ḠᵀḠ. Returns Σ ‖Ḡ‖² over the batch. Where the step will be skipped
+  /// (`proceed` false) zeros stand in, for an eigensolver must not see a NaN.
+  template <class Basis>
+  at::Tensor unmagnify(const at::Tensor& proceed) {
+    for (at::Tensor* matrix : {&statistics_.gram, &statistics_.cross, &statistics_.gradient_gram}) {
+      *matrix = at::where(proceed, *matrix, 0.0);
+    }
+    const double cutoff = rule::relative_cutoff(dtype_epsilon(), rank_);
+    unmagnified_ = rule::unmagnify<Basis>(statistics_, cutoff);
+    statistics_ = {};
+    fresh_norm_squared_ = unmagnified_.gradient_gram.diagonal(0, -2, -1).sum(-1).clamp_min(0);
+    return fresh_norm_squared_.sum();
+  }
+
+  /// Act 2, second half, and act 3: decides with the clip factor c (scalar), moves factors and momenta, and remembers.
+  /// Where `proceed` is false everything stays bit for bit.
+  void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) {
+    // The transport of a side's moments depends on its partner.
+    const at::Tensor partner_edited = edited_.flip(0);
+    const rule::Decision decision =
+        rule::decide(state_.moments, unmagnified_, rows_, clip_factor, has_gradient_, partner_edited, options);
+
+    const double rate_a = options.lr(), rate_b = options.lr() * options.lr_ratio_b();
+    const at::Tensor rate = detail::wide(at::stack({has_gradient_[0] * rate_a, has_gradient_[1] * rate_b}));
+    const at::Tensor keep = 1 - rate * options.weight_decay();
+    std::array<at::Tensor, 2> moved, momentum;
+    for (const size_t side : {0, 1}) {
+      moved[side] = detail::wide(detail::tall(factors_[side], side));
+      if (!gradients_[side].defined() && !state_.momentum[side].defined()) continue;
+      // M = N·momentum_map + G·gradient_map, then N = M R⁺ᵀ: through M the error grows with κ(R), not its square.
+      at::Tensor in_basis;
+      if (state_.momentum[side].defined()) {
+        in_basis = at::matmul(detail::wide(detail::tall(state_.momentum[side], side)), decision.momentum_map[side]);
+      }
+      if (gradients_[side].defined()) {
+        const at::Tensor fresh =
+            at::matmul(detail::wide(detail::tall(gradients_[side], side)), decision.gradient_map[side]);
+        in_basis = in_basis.defined() ? in_basis + fresh : fresh;
+      }
+      if (options.max_update_rms() > 0) {
+        const at::Tensor rms = in_basis.square().mean({-2, -1}, /*keepdim=*/true).sqrt();
+        in_basis = in_basis / (rms / options.max_update_rms()).clamp_min(1);
+      }
+      momentum[side] = at::matmul(in_basis, decision.moments.inverse_root[side].mT());
+      moved[side] = keep[side] * moved[side] - rate[side] * momentum[side];
+    }
+    at::Tensor inverse_root = decision.moments.inverse_root;
+    if (options.balance()) balance(moved, momentum, inverse_root);
+
+    const auto remember = [&](at::Tensor& old, const at::Tensor& fresh) { old.copy_(at::where(proceed, fresh, old)); };
+    std::array<at::Tensor, 2> norms;
+    for (const size_t side : {0, 1}) {
+      if (momentum[side].defined()) {
+        at::Tensor& stored = state_.momentum[side];
+        const at::Tensor fresh = detail::stacked(momentum[side], side, shapes_[side]).to(wide_dtype());
+        if (!stored.defined()) stored = at::zeros(fresh.sizes(), fresh.options());
+        remember(stored, fresh);
+      }
+      norms[side] =
+          gradients_[side].defined() ? write_back(moved[side], side, proceed) : column_norms(gather(side), side);
+    }
+    rule::Moments& moments = state_.moments;
+    remember(moments.second_moment, decision.moments.second_moment);
+    remember(moments.escaped_mass, decision.moments.escaped_mass);
+    remember(moments.inverse_root, inverse_root);
+    remember(moments.step, decision.moments.step);
+    remember(state_.column_norms, at::stack({norms[0], norms[1]}));
+    remember(state_.previous_scale, keep.reciprocal());
+    remember(state_.previous_rate, rate / keep);
+    remember(unmagnified_norm_, fresh_norm_squared_.sqrt());
+    remember(clip_factor_, clip_factor);
+    unmagnified_ = {};
+    factors_ = gradients_ = {};
+  }
+
+  /// The remembered state of pair `index` (k = 1), for a checkpoint.
+  PairState pick(int64_t index) const { return state_.pick(index); }
+
+  /// Reads a pair's state that must fit this batch; see PairState::load.
+  PairState read(torch::serialize::InputArchive& archive, int64_t index) const {
+    return PairState::load(archive, labels_[index], shapes_, rank_, wide_dtype(), device_);
+  }
+
+  /// Takes over the states of all pairs, as `pick` gave them.
+  void restore(const std::vector<PairState>& states) {
+    std::array<at::Tensor, 2> absent;
+    for (const size_t side : {0, 1}) {
+      std::vector<int64_t> shape = shapes_[side];
+      shape.insert(shape.begin(), 1);
+      absent[side] = at::zeros(shape, double_options().dtype(wide_dtype()));
+    }
+    state_ = PairState::join(states, absent);
+  }
+
+  /// Reads to the host; for people, not for the step.
+  PairDiagnostics diagnose(int64_t index) const {
+    PairDiagnostics result;
+    result.name = pairs_[index].name;
+    result.clip_factor = clip_factor_.item<double>();
+    for (const size_t side : {0, 1}) {
+      FactorDiagnostics& factor = side == 0 ? result.a : result.b;
+      const int64_t s = static_cast<int64_t>(side);
+      const at::Tensor x =
+          detail::wide(detail::tall(factor_of(index, side).detach().unsqueeze(0), side)).squeeze(0).cpu();
+      const at::Tensor singular = at::linalg_svdvals(x);
+      const double largest = singular[0].item<double>();
+      // A factor with fewer rows than r has a null space by its shape.
+      const double smallest = x.size(0) < rank_ ? 0.0 : singular[-1].item<double>();
+      factor.condition_number = largest / smallest;
+      factor.unmagnified_gradient_norm = unmagnified_norm_[s][index].item<double>();
+      factor.escaped_mass = state_.moments.escaped_mass[s][index].item<double>();
+      const at::Tensor v = state_.moments.second_moment[s][index];
+      const double total = v.trace().item<double>();
+      factor.effective_rank = total > 0 ? total * total / v.square().sum().item<double>() : 0.0;
+      if (state_.momentum[side].defined()) {
+        // M = N Rᵀ, R being the pseudo-inverse of what is stored.
+        const at::Tensor n = detail::wide(detail::tall(state_.momentum[side].narrow(0, index, 1), side)).squeeze(0);
+        const at::Tensor root = at::linalg_pinv(state_.moments.inverse_root[s][index]);
+        factor.update_rms = at::matmul(n, root.mT()).square().mean().sqrt().item<double>();
+      }
+    }
+    return result;
+  }
+
+ private:
+  at::TensorOptions double_options() const { return at::TensorOptions().dtype(at::kDouble).device(device_); }
+
+  /// Momenta and master copies of the half types are float.
+  at::ScalarType wide_dtype() const { return dtype_ == at::kDouble ? at::kDouble : at::kFloat; }
+
+  double dtype_epsilon() const {
+    switch (factors_[0].scalar_type()) {  // with a master copy a half factor is known to float precision
+      case at::kDouble:
+        return std::numeric_limits<double>::epsilon();
+      case at::kFloat:
+        return std::numeric_limits<float>::epsilon();
+      case at::kHalf:
+        return 0x1p-10;
+      default:
+        return 0x1p-7;  // bfloat16
+    }
+  }
+
+  const at::Tensor& factor_of(int64_t index, size_t side) const {
+    return side == 0 ? pairs_[index].a : pairs_[index].b;
+  }
+
+  at::Tensor gather(size_t side) const {
+    std::vector<at::Tensor> tensors;
+    for (int64_t i = 0; i < count(); ++i) tensors.push_back(factor_of(i, side));
+    return at::stack(tensors);
+  }
+
+  /// Gradients [k, shape], zeros standing in for missing ones; undefined if all are missing.
+  at::Tensor gather_gradients(size_t side) const {
+    std::vector<at::Tensor> tensors;
+    at::Tensor zero;
+    bool any = false;
+    for (int64_t i = 0; i < count(); ++i) {
+      const at::Tensor& gradient = factor_of(i, side).grad();
+      any = any || gradient.defined();
+      if (!gradient.defined() && !zero.defined()) zero = at::zeros(shapes_[side], double_options().dtype(dtype_));
+      tensors.push_back(gradient.defined() ? gradient : zero);
+    }
+    return any ? at::stack(tensors) : at::Tensor();
+  }
+
+  /// Uploads who has a gradient, if that changed: [2, k, 1, 1] bool.
+  void set_has_gradient(const std::array<std::vector<bool>, 2>& has_gradient) {
+    if (has_gradient == known_has_gradient_ && has_gradient_.defined()) return;
+    at::Tensor flags = at::zeros({2, count(), 1, 1}, at::kBool);
+    bool* data = flags.data_ptr<bool>();
+    for (const size_t side : {0, 1}) {
+      for (const bool flag : has_gradient[side]) *data++ = flag;
+    }
+    has_gradient_ = flags.to(device_);
+    known_has_gradient_ = has_gradient;
+  }
+
+  /// Squared column norms [k, r] of stacked factors as they are stored.
+  static at::Tensor column_norms(const at::Tensor& stored, size_t side) {
+    return detail::wide(detail::tall(stored, side)).square().sum(-2);
+  }
+
+  /// Did someone write to these factors since the last step? [k, 1, 1]. The column norms tell: they are summed in the
+  /// same way each time, so they agree to round-off unless the values changed. (Version counters and pointers would
+  /// miss writes through `.data()`, and cannot be seen by the device.) An edit that leaves YᵀY alone needs no notice:
+  /// the statistics are fresh in every step, and the old factor is found from the new one.
+  at::Tensor norms_changed(size_t side, const at::Tensor& norms) const {
+    const at::Tensor& known = state_.column_norms[static_cast<int64_t>(side)];
+    return ((norms - known).abs() > 1e-12 * known).any(-1).view({count(), 1, 1});
+  }
+
+  static at::Tensor finite_or_zero(const at::Tensor& gram) {
+    return at::where(gram.sum({-2, -1}, /*keepdim=*/true).isfinite(), gram, 0.0);
+  }
+
+  /// A ← s A, B ← B / s with s = (‖B‖/‖A‖)^{1/2}: equal norms, the same product. Momenta are vectors in the factors'
+  /// own coordinates and go along; R⁺ of a factor scales inversely. Pairs of which one factor is zero, or did not move,
+  /// are left alone.
+  void balance(std::array<at::Tensor, 2>& moved, std::array<at::Tensor, 2>& momentum, at::Tensor& inverse_root) const {
+    const auto norm = [&](size_t side) { return moved[side].square().sum({-2, -1}, /*keepdim=*/true).sqrt(); };
+    const at::Tensor norm_a = norm(0), norm_b = norm(1);
+    const at::Tensor allowed = (norm_a > 0) & (norm_b > 0) & has_gradient_[0] & has_gradient_[1];
+    const at::Tensor scale = at::where(allowed, (norm_b / norm_a).sqrt(), 1.0);
+    const std::array<at::Tensor, 2> scales = {scale, scale.reciprocal()};
+    for (const size_t side : {0, 1}) {
+      moved[side] = moved[side] * scales[side];
+      if (momentum[side].defined()) momentum[side] = momentum[side] * scales[side];
+    }
+    inverse_root = inverse_root * at::stack({scales[0], scales[1]});  // side s holds the root of its partner
+  }
+
+  /// Stores the moved factors, those with a gradient only, and returns the column norms of what is stored then.
+  at::Tensor write_back(const at::Tensor& moved, size_t side, const at::Tensor& proceed) {
+    const at::Tensor fresh = detail::stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
+    const at::Tensor kept = at::where(proceed, fresh, factors_[side]);
+    if (factors_[side].scalar_type() != dtype_) state_.master[side] = kept;
+    at::Tensor stored = kept.to(dtype_);
+    const std::vector<bool>& has_gradient = known_has_gradient_[side];
+    std::vector<at::Tensor> destinations;
+    std::vector<int64_t> written;
+    for (int64_t i = 0; i < count(); ++i) {
+      if (!has_gradient[i]) continue;
+      destinations.push_back(factor_of(i, side));
+      written.push_back(i);
+    }
+    const bool all = static_cast<int64_t>(written.size()) == count();
+    detail::scatter(all ? stored : stored.index_select(0, at::tensor(written).to(device_)), destinations);
+    return column_norms(all ? stored : gather(side), side);
+  }
+
+  std::vector<FactorPair> pairs_;
+  std::vector<std::string> labels_;
+  std::array<std::vector<int64_t>, 2> shapes_;
+  at::Device device_;
+  at::ScalarType dtype_;
+  int64_t rank_;
+  PairState state_;
+  at::Tensor rows_;              ///< n of both sides [2, 1, 1, 1]
+  at::Tensor unmagnified_norm_;  ///< ‖Ḡ‖ of the last step [2, k]
+  at::Tensor clip_factor_;       ///< c of the last step, scalar
+
+  std::array<std::vector<bool>, 2> known_has_gradient_;
+  at::Tensor has_gradient_;  ///< [2, k, 1, 1]
+
+  // From act to act within one step.
+  std::array<at::Tensor, 2> factors_;    ///< stacked, in the dtype that is stepped (float for a master copy)
+  std::array<at::Tensor, 2> gradients_;  ///< stacked, undefined where no pair has one
+  at::Tensor edited_;                    ///< [2, k, 1, 1]
+  rule::Statistics statistics_;          ///< [2, k, r, r]
+  rule::Unmagnified unmagnified_;        ///< [2, k, r, r]
+  at::Tensor fresh_norm_squared_;        ///< [2, k]
+};
+
+}  // namespace lora_rite::engine

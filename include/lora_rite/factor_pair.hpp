@@ -1,0 +1,132 @@
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/ordered_dict.h>
+#include <torch/types.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lora_rite {
+
+/// The two factors of one LoRA layer, ΔW = scale · B A, in PEFT's layout.
+struct FactorPair {
+  std::string name;  ///< used in messages and checkpoints; may be empty
+  torch::Tensor a;   ///< [r, in...]: the rank in dimension 0, all others flattened to n = in
+  torch::Tensor b;   ///< [out, r, ...]: the rank in dimension 1, all others flattened to n = out
+};
+
+namespace detail {
+
+/// Names that libraries give to the two factors: PEFT (linear and convolution, embedding), kohya and diffusers.
+inline constexpr std::array<std::pair<const char*, const char*>, 4> kFactorNames = {{
+    {"lora_A", "lora_B"},
+    {"lora_embedding_A", "lora_embedding_B"},
+    {"lora_down", "lora_up"},
+    {"lora.down", "lora.up"},
+}};
+
+/// Where `token` stands in `name` as a whole: behind the start, a '.' or a '_', and before the end or a '.'.
+/// npos if it does not.
+inline size_t find_token(const std::string& name, const std::string& token) {
+  for (size_t at = name.find(token); at != std::string::npos; at = name.find(token, at + 1)) {
+    const size_t end = at + token.size();
+    const bool starts = at == 0 || name[at - 1] == '.' || name[at - 1] == '_';
+    const bool ends = end == name.size() || name[end] == '.';
+    if (starts && ends) return at;
+  }
+  return std::string::npos;
+}
+
+/// `name` with the token at `position` replaced.
+inline std::string with_token(std::string name, size_t position, const std::string& from, const std::string& to) {
+  return name.replace(position, from.size(), to);
+}
+
+inline bool ends_with(const std::string& text, const std::string& ending) {
+  return text.size() >= ending.size() && text.compare(text.size() - ending.size(), ending.size(), ending) == 0;
+}
+
+}  // namespace detail
+
+/// Finds the LoRA factors among named parameters by the names of PEFT (`lora_A`/`lora_B`, `lora_embedding_A`/`_B`, with
+/// or without an adapter's name behind), kohya (`lora_down`/`lora_up`) and diffusers (`lora.down`/`lora.up`).
+/// Biases of LoRA layers (`….bias`) are no factors. The order is that of the A factors in the dictionary, a pair's name
+/// the A factor's without its token (`layer.lora_A.weight` → `layer.weight`).
+/// Throws c10::Error naming the factor whose partner is missing. Whether a found pair fits together is checked by
+/// LoraRite.
+inline std::vector<FactorPair> find_factor_pairs(
+    const torch::OrderedDict<std::string, torch::Tensor>& named_parameters) {
+  std::vector<FactorPair> pairs;
+  for (const auto& item : named_parameters) {
+    const std::string& name = item.key();
+    if (detail::ends_with(name, ".bias")) continue;
+    for (const auto& [token_a, token_b] : detail::kFactorNames) {
+      if (const size_t at = detail::find_token(name, token_a); at != std::string::npos) {
+        const std::string partner = detail::with_token(name, at, token_a, token_b);
+        const auto* b = named_parameters.find(partner);
+        TORCH_CHECK(b != nullptr, "find_factor_pairs: '", name, "' has no partner, expected a parameter '", partner,
+                    "'");
+        std::string pair_name = name;
+        // The token goes, and the dot (or underscore) that joined it.
+        const size_t begin = at == 0 ? 0 : at - 1;
+        pair_name.erase(begin, std::string(token_a).size() + 1);
+        pairs.push_back({pair_name.empty() ? name : pair_name, item.value(), *b});
+        break;
+      }
+      if (const size_t at = detail::find_token(name, token_b); at != std::string::npos) {
+        const std::string partner = detail::with_token(name, at, token_b, token_a);
+        TORCH_CHECK(named_parameters.contains(partner), "find_factor_pairs: '", name,
+                    "' has no partner, expected a parameter '", partner, "'");
+        break;
+      }
+    }
+  }
+  return pairs;
+}
+
+/// The same for all parameters of a module and its submodules.
+inline std::vector<FactorPair> find_factor_pairs(const torch::nn::Module& module) {
+  return find_factor_pairs(module.named_parameters(/*recurse=*/true));
+}
+
+namespace detail {
+
+/// Throws c10::Error naming `label` (and what was found, what was expected) unless the two tensors are a factor pair:
+/// defined, dense, leaf, one floating dtype and device, at least two dimensions, none empty, equal ranks.
+inline void check_factor_pair(const FactorPair& pair, const std::string& label) {
+  const auto check_factor = [&](const char* which, const torch::Tensor& factor) {
+    TORCH_CHECK(factor.defined(), label, ": factor ", which, " is undefined, expected a tensor");
+    TORCH_CHECK(factor.layout() == torch::kStrided, label, ": factor ", which, " has layout ", factor.layout(),
+                ", expected a dense (strided) tensor");
+    const auto dtype = factor.scalar_type();
+    TORCH_CHECK(dtype == torch::kFloat || dtype == torch::kDouble || dtype == torch::kBFloat16 || dtype == torch::kHalf,
+                label, ": factor ", which, " has dtype ", dtype, ", expected float, double, bfloat16 or half");
+    TORCH_CHECK(factor.dim() >= 2, label, ": factor ", which, " has shape ", factor.sizes(),
+                ", expected at least two dimensions (", which[0] == 'a' ? "[r, in...]" : "[out, r, ...]", ")");
+    TORCH_CHECK(factor.numel() > 0, label, ": factor ", which, " has shape ", factor.sizes(),
+                ", expected no empty dimension");
+    TORCH_CHECK(factor.is_leaf(), label, ": factor ", which,
+                " is the result of an operation, expected a leaf tensor (its gradient would never arrive)");
+  };
+  check_factor("a", pair.a);
+  check_factor("b", pair.b);
+  TORCH_CHECK(pair.a.size(0) == pair.b.size(1), label, ": the ranks differ: a has shape ", pair.a.sizes(),
+              " (rank in dimension 0), b has shape ", pair.b.sizes(), " (rank in dimension 1)");
+  TORCH_CHECK(pair.a.scalar_type() == pair.b.scalar_type(), label, ": the dtypes differ: a is ", pair.a.scalar_type(),
+              ", b is ", pair.b.scalar_type());
+  TORCH_CHECK(pair.a.device() == pair.b.device(), label, ": the devices differ: a is on ", pair.a.device(),
+              ", b is on ", pair.b.device());
+}
+
+/// `pair.name`, or its place if it has none.
+inline std::string pair_label(const FactorPair& pair, size_t group, size_t index) {
+  if (!pair.name.empty()) return "pair '" + pair.name + "'";
+  return "pair " + std::to_string(index) + " of group " + std::to_string(group);
+}
+
+}  // namespace detail
+}  // namespace lora_rite

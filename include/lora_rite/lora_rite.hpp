@@ -1,0 +1,11 @@
+#pragma once
+
+/// The one include: LoRA-RITE for LibTorch.
+
+#include "lora_rite/basis.hpp"
+#include "lora_rite/diagnostics.hpp"
+#include "lora_rite/factor_pair.hpp"
+#include "lora_rite/optimizer.hpp"
+#include "lora_rite/options.hpp"
+#include "lora_rite/schedulers.hpp"
+#include "lora_rite/version.hpp"

@@ -1,0 +1,127 @@
+#pragma once
+
+#include <torch/arg.h>
+#include <torch/optim/optimizer.h>
+#include <torch/optim/serialize.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <tuple>
+
+namespace lora_rite {
+
+/// Who moves the tall data (factors, gradients, momenta). The rule itself is the same for all.
+enum class Engine : int64_t {
+  Automatic,  ///< the best engine for the factors' device
+  Device,     ///< ATen operators, same-shape pairs batched: any device, no host read
+};
+
+/// Options of one param group of `LoraRite`. Every one is honoured per group.
+///
+/// Symbols follow the paper (Yen et al., "LoRA Done RITE", ICLR 2025): a factor X (n×r) with gradient G has the
+/// partner Y; R is a root of YᵀY and Ḡ = G R⁺ is the unmagnified gradient.
+struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRiteOptions> {
+  using betas_t = std::tuple<double, double>;
+
+  LoraRiteOptions() = default;
+  explicit LoraRiteOptions(double lr) : lr_(lr) {}
+
+  /// The arithmetic of the authors' published code: no escaped mass, clip at 1, ε = 1e-6 outside and ε² under the root.
+  static LoraRiteOptions reference(double lr) {
+    return LoraRiteOptions(lr).escape(false).clip_unmagnified_norm(1.0).eps(1e-6).eps_root(1e-12);
+  }
+
+  /// Learning rate η ≥ 0. RITE's good rates lie below Adam's: start at a third of Adam's.
+  TORCH_ARG(double, lr) = 1e-3;
+  /// Decay rates (β₁, β₂) of the first and second moment, each in [0, 1).
+  TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
+  /// ε ≥ 0 in ((V + ρI)^{1/2} + εI)^{-1}.
+  TORCH_ARG(double, eps) = 1e-8;
+  /// Added under the root, to the eigenvalues of V + ρI. 0 in the paper, ε² in the authors' code.
+  TORCH_ARG(double, eps_root) = 0.0;
+  /// Decoupled weight decay λ ≥ 0: each factor shrinks by 1 − ηλ a step. It is equivariant too.
+  TORCH_ARG(double, weight_decay) = 0.0;
+  /// Keep the second moment that leaves the partner's column space as isotropic mass ρ (the paper's Algorithm 1).
+  TORCH_ARG(bool, escape) = true;
+  /// Bound on the Frobenius norm of the Ḡ of *all* pairs of the optimizer together; 0 switches the clip off.
+  TORCH_ARG(double, clip_unmagnified_norm) = 1.0;
+  /// Bound on the RMS of the momentum M in the partner's orthonormal basis: a larger one is scaled down; 0 = off.
+  TORCH_ARG(double, max_update_rms) = 0.0;
+  /// Rate of B divided by the rate of A (LoRA+, Hayou et al. 2024); > 0.
+  TORCH_ARG(double, lr_ratio_b) = 1.0;
+  /// After each step scale A and B such that their norms agree, BA unchanged. Only pairs whose factors both moved.
+  TORCH_ARG(bool, balance) = false;
+  /// Ascend instead of descend.
+  TORCH_ARG(bool, maximize) = false;
+  /// Keep a float copy of bfloat16 and half factors, so that steps below their resolution add up (4 bytes an element).
+  TORCH_ARG(bool, master_weights) = false;
+  /// Engine for this group's tall data. Not part of a saved optimizer: it belongs to the machine.
+  TORCH_ARG(Engine, engine) = Engine::Automatic;
+
+ public:
+  double get_lr() const override { return lr(); }
+  void set_lr(const double value) override { lr(value); }
+
+  void serialize(torch::serialize::OutputArchive& archive) const override {
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(betas);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps_root);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(escape);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(clip_unmagnified_norm);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_update_rms);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr_ratio_b);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(balance);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(maximize);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(master_weights);
+  }
+
+  void serialize(torch::serialize::InputArchive& archive) override {
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(betas_t, betas);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps_root);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, escape);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, clip_unmagnified_norm);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, max_update_rms);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr_ratio_b);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, balance);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, maximize);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, master_weights);
+  }
+};
+
+namespace detail {
+
+/// Throws c10::Error that names the first option out of its range, the value found and the range; `where` says whose
+/// options they are.
+inline void check_options(const LoraRiteOptions& options, const std::string& where) {
+  // Written so that NaN fails every comparison.
+  const auto at_least_zero = [&](const char* name, double value) {
+    TORCH_CHECK(value >= 0 && std::isfinite(value), where, ": ", name, " is ", value, ", expected a finite number ≥ 0");
+  };
+  const auto decay_rate = [&](const char* name, double value) {
+    TORCH_CHECK(value >= 0 && value < 1, where, ": ", name, " is ", value, ", expected a number in [0, 1)");
+  };
+  at_least_zero("lr", options.lr());
+  decay_rate("betas[0]", std::get<0>(options.betas()));
+  decay_rate("betas[1]", std::get<1>(options.betas()));
+  at_least_zero("eps", options.eps());
+  at_least_zero("eps_root", options.eps_root());
+  at_least_zero("weight_decay", options.weight_decay());
+  at_least_zero("clip_unmagnified_norm", options.clip_unmagnified_norm());
+  at_least_zero("max_update_rms", options.max_update_rms());
+  at_least_zero("lr_ratio_b", options.lr_ratio_b());
+  TORCH_CHECK(options.lr_ratio_b() > 0, where, ": lr_ratio_b is 0, expected a finite number > 0");
+  const double largest_rate = options.lr() * std::max(1.0, options.lr_ratio_b());
+  TORCH_CHECK(largest_rate * options.weight_decay() < 1, where, ": lr · weight_decay is ",
+              largest_rate * options.weight_decay(), ", expected < 1 (a step would turn the factors around)");
+  TORCH_CHECK(options.engine() == Engine::Automatic || options.engine() == Engine::Device, where, ": engine is ",
+              static_cast<int64_t>(options.engine()), ", expected Engine::Automatic or Engine::Device");
+}
+
+}  // namespace detail
+}  // namespace lora_rite

@@ -1,0 +1,140 @@
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/serialize/archive.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "lora_rite/rule.hpp"
+
+namespace lora_rite {
+
+/// What is remembered of k pairs whose factors agree in shape. Dimension 0 of size 2 is the side: A, then B; moments of
+/// a side are those of that factor, in the basis of the other. One momentum as large as the factors and O(r²) beside
+/// it.
+struct PairState {
+  rule::Moments moments;               ///< V, R⁺ of the partner [2, k, r, r], ρ and t [2, k, 1, 1], double
+  std::array<at::Tensor, 2> momentum;  ///< N [k, factor shape], float or double; undefined before the first gradient
+  std::array<at::Tensor, 2> master;    ///< float copy of half-type factors [k, factor shape], undefined if not wanted
+  at::Tensor column_norms;             ///< squared column norms of the factors as the last step left them [2, k, r]
+  at::Tensor previous_scale;           ///< α and γ [2, k, 1, 1] of the last step's way back: X_old = α X + γ N,
+  at::Tensor previous_rate;            ///< α = 1 / (1−ηλ), γ = η / (1−ηλ)
+
+  /// Nothing remembered yet. ρ, t, V and R⁺ are zero, so the first step transports nothing.
+  static PairState zeros(int64_t pairs, int64_t rank, const at::TensorOptions& double_on_device) {
+    const auto matrices = at::zeros({2, pairs, rank, rank}, double_on_device);
+    const auto scalars = at::zeros({2, pairs, 1, 1}, double_on_device);
+    PairState state;
+    state.moments = {matrices, scalars, matrices.clone(), scalars.clone()};
+    state.column_norms = at::zeros({2, pairs, rank}, double_on_device);
+    state.previous_scale = at::ones_like(scalars);
+    state.previous_rate = scalars.clone();
+    return state;
+  }
+
+  /// The state of pair `index` alone: copies with k = 1.
+  PairState pick(int64_t index) const {
+    const auto small = [&](const at::Tensor& tensor) { return tensor.narrow(1, index, 1).clone(); };
+    const auto large = [&](const at::Tensor& tensor) {
+      return tensor.defined() ? tensor.narrow(0, index, 1).clone() : at::Tensor();
+    };
+    PairState state;
+    state.moments = {small(moments.second_moment), small(moments.escaped_mass), small(moments.inverse_root),
+                     small(moments.step)};
+    for (const size_t side : {0, 1}) {
+      state.momentum[side] = large(momentum[side]);
+      state.master[side] = large(master[side]);
+    }
+    state.column_norms = small(column_norms);
+    state.previous_scale = small(previous_scale);
+    state.previous_rate = small(previous_rate);
+    return state;
+  }
+
+  /// One state of all the given ones, in their order. Where only some have a momentum (or a master copy), the others'
+  /// is `absent[side]`, one pair's worth.
+  static PairState join(const std::vector<PairState>& states, const std::array<at::Tensor, 2>& absent_momentum) {
+    const auto cat = [&](auto member, int64_t dimension) {
+      std::vector<at::Tensor> tensors;
+      for (const auto& state : states) tensors.push_back(member(state));
+      return at::cat(tensors, dimension);
+    };
+    const auto cat_where_any = [&](auto member, const at::Tensor& absent) {
+      bool any = false;
+      for (const auto& state : states) any = any || member(state).defined();
+      if (!any) return at::Tensor();
+      return cat([&](const PairState& state) { return member(state).defined() ? member(state) : absent; }, 0);
+    };
+    PairState joined;
+    joined.moments.second_moment = cat([](const PairState& s) { return s.moments.second_moment; }, 1);
+    joined.moments.escaped_mass = cat([](const PairState& s) { return s.moments.escaped_mass; }, 1);
+    joined.moments.inverse_root = cat([](const PairState& s) { return s.moments.inverse_root; }, 1);
+    joined.moments.step = cat([](const PairState& s) { return s.moments.step; }, 1);
+    joined.column_norms = cat([](const PairState& s) { return s.column_norms; }, 1);
+    joined.previous_scale = cat([](const PairState& s) { return s.previous_scale; }, 1);
+    joined.previous_rate = cat([](const PairState& s) { return s.previous_rate; }, 1);
+    for (const size_t side : {0, 1}) {
+      joined.momentum[side] =
+          cat_where_any([side](const PairState& s) { return s.momentum[side]; }, absent_momentum[side]);
+      // A master copy is made for all pairs of a batch or for none.
+      joined.master[side] = cat_where_any([side](const PairState& s) { return s.master[side]; }, at::Tensor());
+    }
+    return joined;
+  }
+
+  /// Writes the state of a single pair (k = 1).
+  void save(torch::serialize::OutputArchive& archive) const {
+    archive.write("second_moment", moments.second_moment, /*is_buffer=*/true);
+    archive.write("inverse_root", moments.inverse_root, /*is_buffer=*/true);
+    archive.write("column_norms", column_norms, /*is_buffer=*/true);
+    archive.write("scalars", at::stack({moments.step, moments.escaped_mass, previous_scale, previous_rate}),
+                  /*is_buffer=*/true);
+    for (const size_t side : {0, 1}) {
+      if (momentum[side].defined()) archive.write(momentum_key(side), momentum[side], /*is_buffer=*/true);
+      if (master[side].defined()) archive.write(master_key(side), master[side], /*is_buffer=*/true);
+    }
+  }
+
+  /// Reads a single pair's state (k = 1) that must fit factors of these shapes; throws c10::Error that names `label`,
+  /// the entry, what was found and what was expected. Tensors come to `device`.
+  static PairState load(torch::serialize::InputArchive& archive, const std::string& label,
+                        const std::array<std::vector<int64_t>, 2>& sizes, int64_t rank, at::ScalarType wide_dtype,
+                        at::Device device) {
+    const auto read = [&](const std::string& key, const std::vector<int64_t>& expected, at::ScalarType dtype,
+                          bool required) {
+      at::Tensor tensor;
+      const bool found = archive.try_read(key, tensor, /*is_buffer=*/true);
+      TORCH_CHECK(found || !required, "load: ", label, " has no entry '", key, "'");
+      if (!found) return at::Tensor();
+      TORCH_CHECK(tensor.defined() && tensor.sizes() == at::IntArrayRef(expected) && tensor.scalar_type() == dtype,
+                  "load: ", label, ": entry '", key, "' has shape ", tensor.sizes(), " and dtype ",
+                  tensor.scalar_type(), ", expected shape ", at::IntArrayRef(expected), " and dtype ", dtype);
+      return tensor.to(device);
+    };
+    PairState state;
+    const at::Tensor scalars = read("scalars", {4, 2, 1, 1, 1}, at::kDouble, true);
+    state.moments.step = scalars[0].clone();
+    state.moments.escaped_mass = scalars[1].clone();
+    state.previous_scale = scalars[2].clone();
+    state.previous_rate = scalars[3].clone();
+    state.moments.second_moment = read("second_moment", {2, 1, rank, rank}, at::kDouble, true);
+    state.moments.inverse_root = read("inverse_root", {2, 1, rank, rank}, at::kDouble, true);
+    state.column_norms = read("column_norms", {2, 1, rank}, at::kDouble, true);
+    for (const size_t side : {0, 1}) {
+      std::vector<int64_t> shape = sizes[side];
+      shape.insert(shape.begin(), 1);
+      state.momentum[side] = read(momentum_key(side), shape, wide_dtype, false);
+      state.master[side] = read(master_key(side), shape, wide_dtype, false);
+    }
+    return state;
+  }
+
+ private:
+  static std::string momentum_key(size_t side) { return side == 0 ? "momentum_a" : "momentum_b"; }
+  static std::string master_key(size_t side) { return side == 0 ? "master_a" : "master_b"; }
+};
+
+}  // namespace lora_rite
