@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "lora_rite/choose.hpp"
+
 /// Roots of a Gram matrix. Any R with RᵀR = S = YᵀY makes U = Y R⁺ an orthonormal basis of Y's columns; which one is a
 /// matter of taste, for two roots differ by a rotation from the left, and the rule is equivariant under it.
 ///
@@ -21,7 +23,7 @@ inline GramSpectrum gram_spectrum(const at::Tensor& gram, double cutoff) {
   const at::Tensor positive = values.clamp_min(0);
   // eigh's values ascend, the last one is the largest; for S = 0 nothing is kept.
   const at::Tensor keep = positive > positive.narrow(-1, -1, 1) * cutoff;
-  return {vectors, positive.sqrt(), at::where(keep, positive.rsqrt(), 0.0)};
+  return {vectors, positive.sqrt(), choose(keep, positive.rsqrt(), 0.0)};
 }
 
 /// Q diag(d) [..., r, r]

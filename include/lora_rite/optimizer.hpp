@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "lora_rite/basis.hpp"
+#include "lora_rite/choose.hpp"
 #include "lora_rite/diagnostics.hpp"
 #include "lora_rite/engine/adamw.hpp"
 #include "lora_rite/engine/device.hpp"
@@ -175,7 +176,7 @@ class LoraRite : public torch::optim::Optimizer {
     for (size_t i = 0; i < groups_.size(); ++i) {
       if (groups_[i].others) groups_[i].others->step(adamw_options(i), proceed);
     }
-    const at::Tensor skipped = proceed.logical_not().to(at::kLong);
+    const at::Tensor skipped = negated(proceed).to(at::kLong);
     skipped_ = skipped_.defined() ? skipped_.to(home) + skipped : skipped;
     return loss;
   }
@@ -222,6 +223,7 @@ class LoraRite : public torch::optim::Optimizer {
       for (size_t p = 0; p < group.pairs.size(); ++p) {
         torch::serialize::OutputArchive entry(archive.compilation_unit());
         entry.write("name", c10::IValue(group.pairs[p].name));
+        entry.write("stepped", c10::IValue(!group.places.empty()));
         if (!group.places.empty()) group.batches[group.places[p].batch].pick(group.places[p].index).save(entry);
         group_archive.write(std::to_string(p), entry);
       }
@@ -399,12 +401,14 @@ class LoraRite : public torch::optim::Optimizer {
     const engine::DeviceBatch& batch = group.batches[group.places[p].batch];
     const std::string label = detail::pair_label(group.pairs[p], g, p);
     torch::serialize::InputArchive entry;
-    c10::IValue name;
+    c10::IValue name, stepped;
     TORCH_CHECK(group_archive.try_read(std::to_string(p), entry), "load: ", label, " is missing in the archive");
-    TORCH_CHECK(entry.try_read("name", name) && name.isString() && name.toStringRef() == group.pairs[p].name,
-                "load: ", label, " is '", name.isString() ? name.toStringRef() : "", "' in the archive, expected '",
-                group.pairs[p].name, "'");
-    return batch.read(entry, group.places[p].index);
+    TORCH_CHECK(
+        entry.try_read("name", name) && name.isString() && entry.try_read("stepped", stepped) && stepped.isBool(),
+        "load: ", label, " has no entries 'name' and 'stepped'");
+    TORCH_CHECK(name.toStringRef() == group.pairs[p].name, "load: ", label, " is '", name.toStringRef(),
+                "' in the archive, expected '", group.pairs[p].name, "'");
+    return batch.read(stepped.toBool() ? &entry : nullptr, group.places[p].index);
   }
 
   std::vector<Group> groups_;

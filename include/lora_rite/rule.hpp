@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "lora_rite/basis.hpp"
+#include "lora_rite/choose.hpp"
 #include "lora_rite/options.hpp"
 
 /// Act 2: LoRA-RITE itself (Yen et al., "LoRA Done RITE", ICLR 2025, Algorithm 1), r×r matrices only.
@@ -65,7 +66,7 @@ inline at::Tensor well_conditioned_coordinates(const at::Tensor& gram) {
   const double shift = 16.0 * static_cast<double>(gram.size(-1)) * std::numeric_limits<double>::epsilon();
   const at::Tensor largest = values.narrow(-1, -1, 1).clamp_min(0);
   const at::Tensor held = at::maximum(values, largest * shift);
-  const at::Tensor inverse_root = at::where(largest > 0, held.rsqrt(), 0.0);
+  const at::Tensor inverse_root = choose(largest > 0, held.rsqrt(), 0.0);
   return at::matmul(detail::scale_columns(vectors, inverse_root), vectors.mT());
 }
 
@@ -81,7 +82,7 @@ Unmagnified unmagnify(const Statistics& statistics, double cutoff) {
 inline at::Tensor bias_corrected_decay(double beta, const at::Tensor& step, const at::Tensor& has_gradient) {
   const at::Tensor t = step.clamp_min(1);
   const at::Tensor decay = (1.0 - at::pow(beta, t - 1)) * beta / (1.0 - at::pow(beta, t));
-  return at::where(has_gradient, decay, 1.0);
+  return choose(has_gradient, decay, 1.0);
 }
 
 /// Trace of every matrix in the batch, as a scalar.
@@ -104,7 +105,7 @@ inline at::Tensor preconditioner(const at::Tensor& second_moment, const at::Tens
   const double floor = static_cast<double>(second_moment.size(-1)) * std::numeric_limits<double>::epsilon();
   const at::Tensor floored = at::maximum(values, values.narrow(-1, -1, 1).clamp_min(0) * floor);
   const at::Tensor root = (floored + escaped_mass.squeeze(-1) + root_shift).sqrt() + eps;
-  const at::Tensor inverse = at::where(root > 0, root.reciprocal(), 0.0);  // V = 0 and ε = 0: nothing to scale
+  const at::Tensor inverse = choose(root > 0, root.reciprocal(), 0.0);  // V = 0 and ε = 0: nothing to scale
   return at::matmul(detail::scale_columns(vectors, inverse), vectors.mT());
 }
 
@@ -120,7 +121,7 @@ inline Decision decide(const Moments& old, const Unmagnified& now, const at::Ten
 
   // P = U_newᵀ U_old = Q R_old⁺ carries V into the new basis.
   const at::Tensor identity = at::eye(now.change.size(-1), now.change.options());
-  const at::Tensor transport = at::where(partner_edited, identity, at::matmul(now.change, old.inverse_root));
+  const at::Tensor transport = choose(partner_edited, identity, at::matmul(now.change, old.inverse_root));
   const at::Tensor carried = at::matmul(transport, at::matmul(old.second_moment, transport.mT()));
   const at::Tensor transported = 0.5 * (carried + carried.mT());
 

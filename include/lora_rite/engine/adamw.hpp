@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/choose.hpp"
+
 namespace lora_rite::engine {
 
 /// AdamW for the parameters that are no LoRA factors (heads, norms, biases), by torch's fused kernel. It exists because
@@ -39,7 +41,7 @@ class AdamWParameters {
       for (const size_t i : indices) gradients.push_back(parameters_[i].grad());
       // The largest absolute value: a sum of squares could overflow on finite gradients.
       const auto norms = at::_foreach_norm(gradients, std::numeric_limits<double>::infinity());
-      result.push_back(at::stack(norms).isfinite().all());
+      result.push_back(is_finite(at::stack(norms)).all());
     }
     return result;
   }
@@ -65,7 +67,7 @@ class AdamWParameters {
       }
       // The fused kernels have no meta version, and a tensor without data has nothing to update.
       if (parameters[0].is_meta()) continue;
-      const at::Tensor skip = proceed.logical_not().to(parameters[0].device(), at::kFloat, /*non_blocking=*/true);
+      const at::Tensor skip = negated(proceed).to(parameters[0].device(), at::kFloat, /*non_blocking=*/true);
       at::_foreach_add_(steps, 1.0);
       at::_fused_adamw_(parameters, gradients, means, squares, largest_squares, steps, options.lr(),
                         std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/choose.hpp"
 #include "lora_rite/diagnostics.hpp"
 #include "lora_rite/factor_pair.hpp"
 #include "lora_rite/options.hpp"
@@ -140,7 +141,7 @@ class DeviceBatch {
         const at::Tensor differs = state_.master[side].to(dtype_).ne(as_stored).flatten(1).any(-1);
         std::vector<int64_t> broadcast(as_stored.dim(), 1);
         broadcast[0] = count();
-        factors_[side] = at::where(differs.view(broadcast), as_stored.to(at::kFloat), state_.master[side]);
+        factors_[side] = choose(differs.view(broadcast), as_stored.to(at::kFloat), state_.master[side]);
       } else if (wants_master) {
         factors_[side] = as_stored.to(at::kFloat);
       }
@@ -158,8 +159,9 @@ class DeviceBatch {
       // X_old = α X + γ N; an edited factor has no past.
       at::Tensor old = x;
       if (state_.momentum[side].defined()) {
-        const at::Tensor scale = at::where(changed[side], 1.0, state_.previous_scale[side]);
-        const at::Tensor rate = at::where(changed[side], 0.0, state_.previous_rate[side]);
+        const at::Tensor scale =
+            choose(changed[side], at::ones_like(state_.previous_scale[side]), state_.previous_scale[side]);
+        const at::Tensor rate = choose(negated(changed[side]), state_.previous_rate[side], 0.0);
         old = scale * x + rate * detail::wide(detail::tall(state_.momentum[side], side));
       }
       cross[side] = detail::inner(in_coordinates, old);
@@ -184,7 +186,7 @@ class DeviceBatch {
 
   /// Are all gradients and factors finite? A scalar on the device: a sum is finite only if every summand is.
   at::Tensor finite() const {
-    return (statistics_.gram.sum() + statistics_.cross.sum() + statistics_.gradient_gram.sum()).isfinite();
+    return is_finite(statistics_.gram.sum() + statistics_.cross.sum() + statistics_.gradient_gram.sum());
   }
 
   /// Act 2, first half: the partner's basis and ḠᵀḠ. Returns Σ ‖Ḡ‖² over the batch. Where the step will be skipped
@@ -192,7 +194,7 @@ class DeviceBatch {
   template <class Basis>
   at::Tensor unmagnify(const at::Tensor& proceed) {
     for (at::Tensor* matrix : {&statistics_.gram, &statistics_.cross, &statistics_.gradient_gram}) {
-      *matrix = at::where(proceed, *matrix, 0.0);
+      *matrix = choose(proceed, *matrix, 0.0);
     }
     const double cutoff = rule::relative_cutoff(dtype_epsilon(), rank_);
     unmagnified_ = rule::unmagnify<Basis>(statistics_, cutoff);
@@ -205,12 +207,13 @@ class DeviceBatch {
   /// Where `proceed` is false everything stays bit for bit.
   void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) {
     // The transport of a side's moments depends on its partner.
-    const at::Tensor partner_edited = edited_.flip(0);
+    const at::Tensor partner_edited = at::stack({edited_[1], edited_[0]});
     const rule::Decision decision =
         rule::decide(state_.moments, unmagnified_, rows_, clip_factor, has_gradient_, partner_edited, options);
 
     const double rate_a = options.lr(), rate_b = options.lr() * options.lr_ratio_b();
-    const at::Tensor rate = detail::wide(at::stack({has_gradient_[0] * rate_a, has_gradient_[1] * rate_b}));
+    const at::Tensor moves = detail::wide(has_gradient_);  // in double before a rate comes near it
+    const at::Tensor rate = at::stack({moves[0] * rate_a, moves[1] * rate_b});
     const at::Tensor keep = 1 - rate * options.weight_decay();
     std::array<at::Tensor, 2> moved, momentum;
     for (const size_t side : {0, 1}) {
@@ -236,7 +239,7 @@ class DeviceBatch {
     at::Tensor inverse_root = decision.moments.inverse_root;
     if (options.balance()) balance(moved, momentum, inverse_root);
 
-    const auto remember = [&](at::Tensor& old, const at::Tensor& fresh) { old.copy_(at::where(proceed, fresh, old)); };
+    const auto remember = [&](at::Tensor& old, const at::Tensor& fresh) { old.copy_(choose(proceed, fresh, old)); };
     std::array<at::Tensor, 2> norms;
     for (const size_t side : {0, 1}) {
       if (momentum[side].defined()) {
@@ -265,9 +268,10 @@ class DeviceBatch {
   /// The remembered state of pair `index` (k = 1), for a checkpoint.
   PairState pick(int64_t index) const { return state_.pick(index); }
 
-  /// Reads a pair's state that must fit this batch; see PairState::load.
-  PairState read(torch::serialize::InputArchive& archive, int64_t index) const {
-    return PairState::load(archive, labels_[index], shapes_, rank_, wide_dtype(), device_);
+  /// Reads a pair's state that must fit this batch; see PairState::load. Without an archive: nothing remembered.
+  PairState read(torch::serialize::InputArchive* archive, int64_t index) const {
+    if (archive == nullptr) return PairState::zeros(1, rank_, double_options());
+    return PairState::load(*archive, labels_[index], shapes_, rank_, wide_dtype(), device_);
   }
 
   /// Takes over the states of all pairs, as `pick` gave them.
@@ -377,11 +381,11 @@ class DeviceBatch {
   /// the statistics are fresh in every step, and the old factor is found from the new one.
   at::Tensor norms_changed(size_t side, const at::Tensor& norms) const {
     const at::Tensor& known = state_.column_norms[static_cast<int64_t>(side)];
-    return ((norms - known).abs() > 1e-12 * known).any(-1).view({count(), 1, 1});
+    return (at::maximum(norms - known, known - norms) > 1e-12 * known).any(-1).view({count(), 1, 1});
   }
 
   static at::Tensor finite_or_zero(const at::Tensor& gram) {
-    return at::where(gram.sum({-2, -1}, /*keepdim=*/true).isfinite(), gram, 0.0);
+    return choose(is_finite(gram.sum({-2, -1}, /*keepdim=*/true)), gram, 0.0);
   }
 
   /// A ← s A, B ← B / s with s = (‖B‖/‖A‖)^{1/2}: equal norms, the same product. Momenta are vectors in the factors'
@@ -391,7 +395,7 @@ class DeviceBatch {
     const auto norm = [&](size_t side) { return moved[side].square().sum({-2, -1}, /*keepdim=*/true).sqrt(); };
     const at::Tensor norm_a = norm(0), norm_b = norm(1);
     const at::Tensor allowed = (norm_a > 0) & (norm_b > 0) & has_gradient_[0] & has_gradient_[1];
-    const at::Tensor scale = at::where(allowed, (norm_b / norm_a).sqrt(), 1.0);
+    const at::Tensor scale = choose(allowed, (norm_b / norm_a).sqrt(), 1.0);
     const std::array<at::Tensor, 2> scales = {scale, scale.reciprocal()};
     for (const size_t side : {0, 1}) {
       moved[side] = moved[side] * scales[side];
@@ -403,7 +407,7 @@ class DeviceBatch {
   /// Stores the moved factors, those with a gradient only, and returns the column norms of what is stored then.
   at::Tensor write_back(const at::Tensor& moved, size_t side, const at::Tensor& proceed) {
     const at::Tensor fresh = detail::stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
-    const at::Tensor kept = at::where(proceed, fresh, factors_[side]);
+    const at::Tensor kept = choose(proceed, fresh, factors_[side]);
     if (factors_[side].scalar_type() != dtype_) state_.master[side] = kept;
     at::Tensor stored = kept.to(dtype_);
     const std::vector<bool>& has_gradient = known_has_gradient_[side];
@@ -415,7 +419,7 @@ class DeviceBatch {
       written.push_back(i);
     }
     const bool all = static_cast<int64_t>(written.size()) == count();
-    detail::scatter(all ? stored : stored.index_select(0, at::tensor(written).to(device_)), destinations);
+    detail::scatter(all ? stored : stored.index({at::tensor(written).to(device_)}), destinations);
     return column_norms(all ? stored : gather(side), side);
   }
 

@@ -1,0 +1,85 @@
+#include <ATen/record_function.h>
+#include <gtest/gtest.h>
+
+#include "support/pairs.hpp"
+
+namespace lora_rite {
+namespace {
+
+using testing::random_pair;
+using testing::run_steps;
+
+int64_t calls = 0;
+
+/// Number of ATen operator calls, nested ones included, while `function` runs.
+template <class Function>
+int64_t operator_calls(Function function) {
+  calls = 0;
+  const auto handle = at::addThreadLocalCallback(
+      at::RecordFunctionCallback([](const at::RecordFunction&) -> std::unique_ptr<at::ObserverContext> {
+        ++calls;
+        return nullptr;
+      }).scopes({at::RecordScope::FUNCTION}));
+  function();
+  at::removeCallback(handle);
+  return calls;
+}
+
+int64_t calls_of_a_step(int64_t pair_count, int64_t shape_count, torch::Device device = torch::kCPU) {
+  std::vector<FactorPair> pairs;
+  for (int64_t i = 0; i < pair_count; ++i) {
+    const int64_t shape = i % shape_count;
+    const auto options = torch::TensorOptions().device(device);
+    FactorPair pair = {"", torch::ones({4, 16 + shape}, options).requires_grad_(),
+                       torch::ones({8, 4}, options).requires_grad_()};
+    pair.a.mutable_grad() = torch::ones_like(pair.a);
+    pair.b.mutable_grad() = torch::ones_like(pair.b);
+    pairs.push_back(pair);
+  }
+  LoraRite<> optimizer(pairs);
+  optimizer.step();  // allocates the momenta
+  return operator_calls([&] { optimizer.step(); });
+}
+
+TEST(DeviceEngine, CallsGrowWithTheShapesAndNotWithThePairs) {
+  const int64_t few = calls_of_a_step(2, 1);
+  EXPECT_GT(few, 20) << "the counter counts nothing";
+  EXPECT_EQ(calls_of_a_step(64, 1), few);
+  EXPECT_EQ(calls_of_a_step(64, 1, torch::kMeta), calls_of_a_step(2, 1, torch::kMeta));
+  EXPECT_LE(calls_of_a_step(64, 4), 4 * few);
+}
+
+TEST(DeviceEngine, StepsMetaTensorsSoNothingIsReadBack) {
+  for (const auto dtype : {torch::kFloat, torch::kDouble, torch::kBFloat16}) {
+    const auto options = torch::TensorOptions().device(torch::kMeta).dtype(dtype);
+    torch::nn::Module module("m");
+    module.register_parameter("lora_A", torch::empty({4, 3, 3, 5}, options));
+    module.register_parameter("lora_B", torch::empty({8, 4, 1, 1}, options));
+    module.register_parameter("head", torch::empty({8}, options));
+    LoraRite<> optimizer(module, LoraRiteOptions(1e-2)
+                                     .balance(true)
+                                     .max_update_rms(1)
+                                     .weight_decay(0.1)
+                                     .master_weights(dtype == torch::kBFloat16)
+                                     .engine(Engine::Device));
+    for (int i = 0; i < 3; ++i) {
+      for (auto& parameter : module.parameters()) parameter.mutable_grad() = torch::empty_like(parameter);
+      optimizer.step();
+    }
+    LoraRite<QrBasis> qr(module);
+    qr.step();
+  }
+}
+
+TEST(DeviceEngine, ForcedOrChosenItIsTheSame) {
+  torch::manual_seed(31);
+  const std::vector<FactorPair> forced = {random_pair("q", 3, 9, 7, torch::kFloat)};
+  const auto chosen = testing::clone_pairs(forced);
+  LoraRite<> first(forced, LoraRiteOptions(1e-2).engine(Engine::Device)), second(chosen, LoraRiteOptions(1e-2));
+  run_steps(first, forced, 0, 3);
+  run_steps(second, chosen, 0, 3);
+  EXPECT_TRUE(testing::equal_factors(forced, chosen));
+}
+
+}  // namespace
+}  // namespace lora_rite

@@ -1,0 +1,166 @@
+#include <gtest/gtest.h>
+
+#include "support/pairs.hpp"
+
+namespace lora_rite {
+namespace {
+
+using testing::error_of;
+using testing::mentions;
+
+torch::OrderedDict<std::string, torch::Tensor> named(std::initializer_list<const char*> names) {
+  torch::OrderedDict<std::string, torch::Tensor> parameters;
+  for (const char* name : names) parameters.insert(name, torch::zeros({2, 2}));
+  return parameters;
+}
+
+TEST(FindFactorPairs, KnowsPeftEmbeddingKohyaAndDiffusersNames) {
+  const auto parameters =
+      named({"q.lora_A.weight", "q.lora_B.weight", "k.lora_A.default.weight", "k.lora_B.default.weight",
+             "e.lora_embedding_A.default", "e.lora_embedding_B.default", "lora_unet_x.lora_down.weight",
+             "lora_unet_x.lora_up.weight", "to_q_lora.down.weight", "to_q_lora.up.weight", "lora_A", "lora_B"});
+  const auto pairs = find_factor_pairs(parameters);
+  ASSERT_EQ(pairs.size(), 6u);
+  const std::vector<std::pair<std::string, std::string>> expected = {
+      {"q.lora_A.weight", "q.lora_B.weight"},
+      {"k.lora_A.default.weight", "k.lora_B.default.weight"},
+      {"e.lora_embedding_A.default", "e.lora_embedding_B.default"},
+      {"lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"},
+      {"to_q_lora.down.weight", "to_q_lora.up.weight"},
+      {"lora_A", "lora_B"}};
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    EXPECT_TRUE(pairs[i].a.is_same(parameters[expected[i].first])) << expected[i].first;
+    EXPECT_TRUE(pairs[i].b.is_same(parameters[expected[i].second])) << expected[i].second;
+  }
+  EXPECT_EQ(pairs[0].name, "q.weight");
+  EXPECT_EQ(pairs[1].name, "k.default.weight");
+}
+
+TEST(FindFactorPairs, LeavesOtherParametersAndBiasesAlone) {
+  EXPECT_EQ(find_factor_pairs(named({"a.weight", "q.lora_A.weight", "q.lora_B.weight", "q.lora_B.bias",
+                                     "alora_Abc.weight", "lora_Ax.weight"}))
+                .size(),
+            1u);
+  EXPECT_TRUE(find_factor_pairs(named({"a.weight"})).empty());
+}
+
+TEST(FindFactorPairs, FindsTheFactorsOfAModule) {
+  torch::nn::Module outer("outer");
+  const auto layer = std::make_shared<torch::nn::Module>("layer");
+  outer.register_module("layer", layer);
+  layer->register_module("lora_A", torch::nn::Linear(torch::nn::LinearOptions(8, 2).bias(false)));
+  layer->register_module("lora_B", torch::nn::Linear(torch::nn::LinearOptions(2, 6).bias(false)));
+  const auto pairs = find_factor_pairs(outer);
+  ASSERT_EQ(pairs.size(), 1u);
+  EXPECT_EQ(pairs[0].a.sizes(), (std::vector<int64_t>{2, 8}));
+  EXPECT_EQ(pairs[0].b.sizes(), (std::vector<int64_t>{6, 2}));
+}
+
+TEST(FindFactorPairs, NamesTheFactorWhosePartnerIsMissing) {
+  EXPECT_TRUE(mentions(error_of([] {
+                         find_factor_pairs(named({"q.lora_A.weight", "k.lora_B.weight"}));
+                       }),
+                       "'q.lora_A.weight' has no partner, expected a parameter 'q.lora_B.weight'"));
+  EXPECT_TRUE(mentions(error_of([] { find_factor_pairs(named({"q.lora_up.weight"})); }), "'q.lora_up.weight'"));
+}
+
+/// One row: what is wrong, the pairs, and what the message must say.
+struct BadPairs {
+  const char* name;
+  std::function<std::vector<FactorPair>()> make;
+  std::vector<std::string> words;
+};
+
+class RefusedPairs : public ::testing::TestWithParam<BadPairs> {};
+
+TEST_P(RefusedPairs, AreNamedInTheError) {
+  const std::string message = error_of([] { LoraRite<> optimizer(GetParam().make()); });
+  for (const auto& word : GetParam().words) EXPECT_TRUE(mentions(message, word));
+}
+
+torch::Tensor leaf(std::vector<int64_t> sizes, torch::Dtype dtype = torch::kFloat) {
+  return torch::zeros(sizes, dtype);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Constructor, RefusedPairs,
+    ::testing::Values(
+        BadPairs{"RankMismatch",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 8}), leaf({8, 3})}};
+                 },
+                 {"pair 'q'", "ranks differ", "[2, 8]", "[8, 3]"}},
+        BadPairs{"Undefined",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 8}), {}}};
+                 },
+                 {"pair 'q'", "factor b is undefined"}},
+        BadPairs{"IntegerDtype",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 8}, torch::kInt), leaf({8, 2})}};
+                 },
+                 {"pair 'q'", "factor a has dtype Int"}},
+        BadPairs{"OneDimensional",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2}), leaf({8, 2})}};
+                 },
+                 {"factor a has shape [2]", "at least two dimensions"}},
+        BadPairs{"EmptyDimension",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 0}), leaf({8, 2})}};
+                 },
+                 {"factor a", "empty"}},
+        BadPairs{"TwoDtypes",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 8}), leaf({8, 2}, torch::kDouble)}};
+                 },
+                 {"dtypes differ", "Float", "Double"}},
+        BadPairs{"TwoDevices",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 8}), torch::zeros({8, 2}, torch::kMeta)}};
+                 },
+                 {"devices differ", "cpu", "meta"}},
+        BadPairs{"Sparse",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 8}).to_sparse(), leaf({8, 2})}};
+                 },
+                 {"factor a has layout Sparse"}},
+        BadPairs{"NotALeaf",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 8}).requires_grad_() * 2, leaf({8, 2})}};
+                 },
+                 {"factor a", "leaf"}},
+        BadPairs{"SharedTensor",
+                 [] {
+                   const auto shared = leaf({2, 8});
+                   return std::vector<FactorPair>{{"q", shared, leaf({8, 2})}, {"k", shared, leaf({8, 2})}};
+                 },
+                 {"pair 'k'", "used twice", "pair 'q'"}},
+        BadPairs{"SquareTensorAsBothFactors",
+                 [] {
+                   const auto shared = leaf({2, 2});
+                   return std::vector<FactorPair>{{"q", shared, shared}};
+                 },
+                 {"pair 'q'", "used twice"}},
+        BadPairs{"NamelessPair",
+                 [] {
+                   return std::vector<FactorPair>{{"", leaf({2}), leaf({8, 2})}};
+                 },
+                 {"pair 0 of group 0"}},
+        BadPairs{"EmptyList", [] { return std::vector<FactorPair>{}; }, {"empty", "at least one pair"}}),
+    [](const auto& info) { return info.param.name; });
+
+TEST(AlternatingFactors, RefuseAnOddNumber) {
+  EXPECT_TRUE(mentions(error_of([] {
+                         LoraRite<> optimizer(std::vector<torch::Tensor>{leaf({2, 8})});
+                       }),
+                       "has 1 tensors, expected an even number"));
+}
+
+TEST(ModuleConstructor, RefusesAModuleWithoutFactors) {
+  torch::nn::Linear linear(2, 2);
+  EXPECT_TRUE(mentions(error_of([&] { LoraRite<> optimizer(*linear); }), "no parameters named like LoRA factors"));
+}
+
+}  // namespace
+}  // namespace lora_rite

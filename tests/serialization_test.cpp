@@ -1,0 +1,255 @@
+#include <gtest/gtest.h>
+
+#include "support/pairs.hpp"
+
+namespace lora_rite {
+namespace {
+
+using testing::clone_pairs;
+using testing::equal_factors;
+using testing::error_of;
+using testing::mentions;
+using testing::random_pair;
+using testing::run_steps;
+using testing::saved_bytes;
+
+template <class Optimizer>
+void load_bytes(Optimizer& optimizer, const std::string& bytes) {
+  std::stringstream stream(bytes);
+  torch::load(optimizer, stream);
+}
+
+/// Two groups, three shapes, one of them twice.
+std::vector<FactorPair> first_group(torch::Dtype dtype) {
+  torch::manual_seed(11);
+  return {random_pair("q", 3, 8, 6, dtype), random_pair("k", 3, 8, 6, dtype), random_pair("v", 2, 5, 7, dtype)};
+}
+std::vector<FactorPair> second_group(torch::Dtype dtype) {
+  torch::manual_seed(12);
+  return {random_pair("o", 4, 6, 6, dtype)};
+}
+
+class Resume : public ::testing::TestWithParam<std::tuple<torch::Dtype, bool>> {};
+
+TEST_P(Resume, IsBitExactOnAFreshlyBuiltOptimizer) {
+  const auto [dtype, master] = GetParam();
+  const auto options = LoraRiteOptions(1e-2).weight_decay(0.01).balance(true).master_weights(master);
+  const auto build = [&](const std::vector<FactorPair>& g0, const std::vector<FactorPair>& g1) {
+    LoraRite<> optimizer(g0, options);
+    optimizer.add_pairs(g1, LoraRiteOptions(3e-3).escape(false));
+    return optimizer;
+  };
+  const auto g0 = first_group(dtype), g1 = second_group(dtype);
+  std::vector<FactorPair> all = g0;
+  all.insert(all.end(), g1.begin(), g1.end());
+  auto optimizer = build(g0, g1);
+  run_steps(optimizer, all, 0, 3);
+  optimizer.param_groups()[1].options().set_lr(7e-3);  // as a scheduler would
+  const std::string saved = saved_bytes(optimizer);
+
+  const auto resumed_g0 = clone_pairs(g0), resumed_g1 = clone_pairs(g1);
+  std::vector<FactorPair> resumed_all = resumed_g0;
+  resumed_all.insert(resumed_all.end(), resumed_g1.begin(), resumed_g1.end());
+  auto resumed = build(resumed_g0, resumed_g1);
+  load_bytes(resumed, saved);
+  EXPECT_EQ(resumed.param_groups()[1].options().get_lr(), 7e-3);
+  run_steps(optimizer, all, 3, 8);
+  run_steps(resumed, resumed_all, 3, 8);
+  EXPECT_TRUE(equal_factors(all, resumed_all));
+  EXPECT_EQ(saved_bytes(optimizer), saved_bytes(resumed));
+}
+
+INSTANTIATE_TEST_SUITE_P(Dtypes, Resume,
+                         ::testing::Values(std::make_tuple(torch::kDouble, false),
+                                           std::make_tuple(torch::kFloat, false),
+                                           std::make_tuple(torch::kBFloat16, false),
+                                           std::make_tuple(torch::kBFloat16, true),
+                                           std::make_tuple(torch::kHalf, true)));
+
+TEST(Serialization, KeepsEveryOption) {
+  const auto options = LoraRiteOptions(1.5e-2)
+                           .betas({0.8, 0.95})
+                           .eps(1e-5)
+                           .eps_root(1e-9)
+                           .weight_decay(0.02)
+                           .escape(false)
+                           .clip_unmagnified_norm(0.7)
+                           .max_update_rms(3)
+                           .lr_ratio_b(4)
+                           .balance(true)
+                           .maximize(true)
+                           .master_weights(true);
+  LoraRite<> saved({random_pair("q", 2, 4, 4)}, options), loaded({random_pair("q", 2, 4, 4)});
+  load_bytes(loaded, saved_bytes(saved));
+  const auto& found = static_cast<const LoraRiteOptions&>(loaded.param_groups()[0].options());
+  EXPECT_EQ(found.lr(), 1.5e-2);
+  EXPECT_EQ(found.betas(), std::make_tuple(0.8, 0.95));
+  EXPECT_EQ(found.eps(), 1e-5);
+  EXPECT_EQ(found.eps_root(), 1e-9);
+  EXPECT_EQ(found.weight_decay(), 0.02);
+  EXPECT_FALSE(found.escape());
+  EXPECT_EQ(found.clip_unmagnified_norm(), 0.7);
+  EXPECT_EQ(found.max_update_rms(), 3);
+  EXPECT_EQ(found.lr_ratio_b(), 4);
+  EXPECT_TRUE(found.balance());
+  EXPECT_TRUE(found.maximize());
+  EXPECT_TRUE(found.master_weights());
+}
+
+TEST(Serialization, OfAModulesOtherParametersIsBitExactToo) {
+  const auto build_module = [] {
+    torch::manual_seed(13);
+    auto module = std::make_shared<torch::nn::Module>("m");
+    module->register_parameter("lora_A", torch::randn({2, 5}));
+    module->register_parameter("lora_B", torch::randn({4, 2}));
+    module->register_parameter("head", torch::randn({3, 4}));
+    return module;
+  };
+  const auto give_gradients = [](torch::nn::Module& module, int seed) {
+    torch::manual_seed(seed);
+    for (auto& parameter : module.parameters()) parameter.mutable_grad() = torch::randn_like(parameter);
+  };
+  const auto module = build_module(), other = build_module();
+  LoraRite<> optimizer(*module, LoraRiteOptions(1e-2)), resumed(*other, LoraRiteOptions(1e-2));
+  for (int i = 0; i < 3; ++i) {
+    give_gradients(*module, i);
+    optimizer.step();
+  }
+  for (size_t i = 0; i < module->parameters().size(); ++i) {
+    torch::NoGradGuard no_grad;
+    other->parameters()[i].copy_(module->parameters()[i]);
+  }
+  load_bytes(resumed, saved_bytes(optimizer));
+  for (int i = 3; i < 6; ++i) {
+    give_gradients(*module, i);
+    give_gradients(*other, i);
+    optimizer.step();
+    resumed.step();
+  }
+  for (size_t i = 0; i < module->parameters().size(); ++i) {
+    EXPECT_TRUE(torch::equal(module->parameters()[i], other->parameters()[i])) << i;
+  }
+}
+
+TEST(Serialization, CountsSkippedStepsAcrossAResume) {
+  const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4)};
+  LoraRite<> optimizer(pairs);
+  testing::set_gradients(pairs, 1, std::numeric_limits<double>::quiet_NaN());
+  optimizer.step();
+  LoraRite<> resumed(clone_pairs(pairs));
+  load_bytes(resumed, saved_bytes(optimizer));
+  EXPECT_EQ(resumed.skipped_steps(), 1);
+}
+
+/// One row: an archive that does not fit the optimizer over `first_group`, and what the message must say.
+struct Misfit {
+  const char* name;
+  std::function<std::string()> bytes;
+  std::string words;
+};
+
+std::string bytes_of(std::vector<FactorPair> pairs) {
+  LoraRite<> optimizer(pairs);
+  run_steps(optimizer, pairs, 0, 2);
+  return saved_bytes(optimizer);
+}
+
+class RefusedArchive : public ::testing::TestWithParam<Misfit> {};
+
+TEST_P(RefusedArchive, IsNamedAndChangesNothing) {
+  const auto pairs = first_group(torch::kFloat);
+  LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2));
+  run_steps(optimizer, pairs, 0, 3);
+  const std::string before = saved_bytes(optimizer);
+  const std::string bytes = GetParam().bytes();
+  EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, bytes); }), GetParam().words));
+  EXPECT_EQ(saved_bytes(optimizer), before);
+}
+
+INSTANTIATE_TEST_SUITE_P(Table, RefusedArchive,
+                         ::testing::Values(Misfit{"AnotherOptimizer",
+                                                  [] {
+                                                    torch::optim::Adam adam({torch::zeros({2})});
+                                                    return saved_bytes(adam);
+                                                  },
+                                                  "holds no LoraRite optimizer"},
+                                           Misfit{"AnotherBasis",
+                                                  [] {
+                                                    LoraRite<QrBasis> optimizer(first_group(torch::kFloat));
+                                                    return saved_bytes(optimizer);
+                                                  },
+                                                  "basis is 'qr', expected 'polar'"},
+                                           Misfit{"FewerPairs",
+                                                  [] {
+                                                    auto pairs = first_group(torch::kFloat);
+                                                    pairs.pop_back();
+                                                    return bytes_of(pairs);
+                                                  },
+                                                  "group 0 has 4 parameters in the archive, expected 6"},
+                                           Misfit{"AnotherName",
+                                                  [] {
+                                                    auto pairs = first_group(torch::kFloat);
+                                                    pairs[1].name = "x";
+                                                    return bytes_of(pairs);
+                                                  },
+                                                  "pair 'k' is 'x' in the archive"},
+                                           Misfit{"AnotherShape",
+                                                  [] {
+                                                    auto pairs = first_group(torch::kFloat);
+                                                    pairs[2] = random_pair("v", 2, 5, 8, torch::kFloat);
+                                                    return bytes_of(pairs);
+                                                  },
+                                                  "pair 'v': entry 'momentum_b' has shape [1, 8, 2]"},
+                                           Misfit{"AnotherRank",
+                                                  [] {
+                                                    auto pairs = first_group(torch::kFloat);
+                                                    pairs[2] = random_pair("v", 3, 5, 7, torch::kFloat);
+                                                    return bytes_of(pairs);
+                                                  },
+                                                  "pair 'v': entry 'second_moment' has shape [2, 1, 3, 3]"},
+                                           Misfit{"AnotherDtype", [] { return bytes_of(first_group(torch::kDouble)); },
+                                                  "pair 'q': entry 'momentum_a' has shape [1, 3, 8] and dtype Double"},
+                                           Misfit{"AnotherNumberOfGroups",
+                                                  [] {
+                                                    LoraRite<> optimizer(first_group(torch::kFloat));
+                                                    optimizer.add_pairs(second_group(torch::kFloat), LoraRiteOptions());
+                                                    return saved_bytes(optimizer);
+                                                  },
+                                                  "has 2 param groups, expected 1"},
+                                           Misfit{"AnotherKindOfGroup",
+                                                  [] {
+                                                    auto optimizer = LoraRite<>(first_group(torch::kFloat));
+                                                    LoraRite<> others(second_group(torch::kFloat));
+                                                    torch::serialize::OutputArchive archive, group;
+                                                    archive.write("format", c10::IValue("lora_rite.LoraRite 1"));
+                                                    archive.write("basis", c10::IValue("polar"));
+                                                    archive.write("skipped_steps", c10::IValue(0));
+                                                    archive.write("group_count", c10::IValue(1));
+                                                    group.write("kind", c10::IValue("other parameters"));
+                                                    archive.write("0", group);
+                                                    std::stringstream stream;
+                                                    archive.save_to(stream);
+                                                    return stream.str();
+                                                  },
+                                                  "group 0 holds 'other parameters', expected 'factor pairs'"},
+                                           Misfit{"OptionOutOfRange",
+                                                  [] {
+                                                    LoraRite<> optimizer(first_group(torch::kFloat));
+                                                    optimizer.param_groups()[0].options().set_lr(-1);
+                                                    return saved_bytes(optimizer);
+                                                  },
+                                                  "load: group 0: lr is -1"}),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(Serialization, RefusesGarbageAndTruncation) {
+  const auto pairs = first_group(torch::kFloat);
+  LoraRite<> optimizer(pairs);
+  run_steps(optimizer, pairs, 0, 2);
+  const std::string before = saved_bytes(optimizer);
+  EXPECT_THROW(load_bytes(optimizer, "this is no archive"), c10::Error);
+  EXPECT_THROW(load_bytes(optimizer, before.substr(0, before.size() / 2)), c10::Error);
+  EXPECT_EQ(saved_bytes(optimizer), before);
+}
+
+}  // namespace
+}  // namespace lora_rite
