@@ -212,6 +212,15 @@ TEST(LoraRite, RefusesASparseGradientAndChangesNothing) {
   EXPECT_TRUE(equal_factors(pairs, before));
 }
 
+TEST(LoraRite, NamesAGroupThatWasTamperedWith) {
+  LoraRite<> optimizer({random_pair("q", 2, 4, 4)});
+  optimizer.param_groups()[0].params().push_back(torch::zeros({2}));
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "group 0: the list of parameters has 3 tensors"));
+  optimizer.param_groups()[0].params().pop_back();
+  optimizer.param_groups()[0].set_options(std::make_unique<torch::optim::AdamOptions>(1e-3));
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "expected LoraRiteOptions"));
+}
+
 TEST(LoraRite, NamesAFactorThatChangedItsDtypeAfterTheFirstStep) {
   const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4)};
   LoraRite<> optimizer(pairs);

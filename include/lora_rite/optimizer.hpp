@@ -88,7 +88,7 @@ class LoraRite : public torch::optim::Optimizer {
     }
     add_group(std::move(factors), std::make_unique<LoraRiteOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({std::move(pairs), {}, {}, std::nullopt});
+    groups_.push_back({std::move(pairs), {}, std::nullopt});
   }
 
   /// Another group of parameters that are no LoRA factors, stepped by AdamW.
@@ -105,7 +105,7 @@ class LoraRite : public torch::optim::Optimizer {
     }
     add_group(parameters, std::make_unique<torch::optim::AdamWOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({{}, {}, {}, engine::AdamWParameters(std::move(parameters))});
+    groups_.push_back({{}, {}, engine::AdamWParameters(std::move(parameters))});
   }
 
   /// LibTorch's way to add a group: alternating factors with LoraRiteOptions (or none: the defaults), or other
@@ -148,7 +148,7 @@ class LoraRite : public torch::optim::Optimizer {
         for (auto& flag : groups_[i].others->finite()) finite.push_back(flag);
         continue;
       }
-      for (auto& batch : groups_[i].batches) {
+      for (auto& batch : groups_[i].on_device.batches) {
         if (!batch.observe(rite_options(i))) continue;
         work.push_back({&rite_options(i), &batch});
         finite.push_back(batch.finite());
@@ -192,10 +192,10 @@ class LoraRite : public torch::optim::Optimizer {
     for (const auto& group : groups_) {
       for (size_t i = 0; i < group.pairs.size(); ++i) {
         PairDiagnostics entry;
-        if (group.places.empty()) {  // before the first step
+        if (group.on_device.places.empty()) {  // before the first step
           entry = engine::DeviceBatch({group.pairs[i]}, {group.pairs[i].name}).diagnose(0);
         } else {
-          entry = group.batches[group.places[i].batch].diagnose(group.places[i].index);
+          entry = group.on_device.batches[group.on_device.places[i].batch].diagnose(group.on_device.places[i].index);
         }
         entry.skipped_steps = skipped;
         result.push_back(std::move(entry));
@@ -223,8 +223,9 @@ class LoraRite : public torch::optim::Optimizer {
       for (size_t p = 0; p < group.pairs.size(); ++p) {
         torch::serialize::OutputArchive entry(archive.compilation_unit());
         entry.write("name", c10::IValue(group.pairs[p].name));
-        entry.write("stepped", c10::IValue(!group.places.empty()));
-        if (!group.places.empty()) group.batches[group.places[p].batch].pick(group.places[p].index).save(entry);
+        entry.write("stepped", c10::IValue(!group.on_device.places.empty()));
+        if (!group.on_device.places.empty())
+          group.on_device.batches[group.on_device.places[p].batch].pick(group.on_device.places[p].index).save(entry);
         group_archive.write(std::to_string(p), entry);
       }
       archive.write(std::to_string(i), group_archive);
@@ -281,12 +282,13 @@ class LoraRite : public torch::optim::Optimizer {
       param_groups_[i].set_options(std::move(options[i]));
       Group& group = groups_[i];
       if (group.others) group.others->restore(std::move(other_states[i]));
-      for (size_t b = 0; b < group.batches.size(); ++b) {
-        std::vector<PairState> states(group.batches[b].count());
+      for (size_t b = 0; b < group.on_device.batches.size(); ++b) {
+        std::vector<PairState> states(group.on_device.batches[b].count());
         for (size_t p = 0; p < group.pairs.size(); ++p) {
-          if (group.places[p].batch == b) states[group.places[p].index] = std::move(pair_states[i][p]);
+          if (group.on_device.places[p].batch == b)
+            states[group.on_device.places[p].index] = std::move(pair_states[i][p]);
         }
-        group.batches[b].restore(states);
+        group.on_device.batches[b].restore(states);
       }
     }
     skipped_ = at::tensor(skipped, at::kLong);
@@ -295,17 +297,10 @@ class LoraRite : public torch::optim::Optimizer {
  private:
   static constexpr const char* kFormat = "lora_rite.LoraRite 1";
 
-  /// Where a pair of a group is found among its batches.
-  struct Place {
-    size_t batch;
-    int64_t index;
-  };
-
   /// Beside the param group of the same index: factor pairs, or (`others`) the parameters that AdamW steps.
   struct Group {
     std::vector<FactorPair> pairs;
-    std::vector<engine::DeviceBatch> batches;
-    std::vector<Place> places;
+    engine::DeviceBatches on_device;
     std::optional<engine::AdamWParameters> others;
   };
 
@@ -349,39 +344,36 @@ class LoraRite : public torch::optim::Optimizer {
   void build_batches() {
     for (size_t g = 0; g < groups_.size(); ++g) {
       Group& group = groups_[g];
-      if (group.others || !group.batches.empty()) continue;
-      std::map<std::string, size_t> known;
-      std::vector<std::vector<FactorPair>> members;
-      std::vector<std::vector<std::string>> labels;
+      if (group.others || !group.on_device.places.empty()) continue;
+      std::vector<std::string> labels;
       for (size_t i = 0; i < group.pairs.size(); ++i) {
-        const FactorPair& pair = group.pairs[i];
-        const std::string label = detail::pair_label(pair, g, i);
-        detail::check_factor_pair(pair, label);
-        const auto [entry, is_new] = known.emplace(
-            c10::str(pair.a.sizes(), pair.b.sizes(), pair.a.scalar_type(), pair.a.device()), members.size());
-        if (is_new) {
-          members.emplace_back();
-          labels.emplace_back();
-        }
-        group.places.push_back({entry->second, static_cast<int64_t>(members[entry->second].size())});
-        members[entry->second].push_back(pair);
-        labels[entry->second].push_back(label);
+        labels.push_back(detail::pair_label(group.pairs[i], g, i));
+        detail::check_factor_pair(group.pairs[i], labels.back());
       }
-      for (size_t b = 0; b < members.size(); ++b)
-        group.batches.emplace_back(std::move(members[b]), std::move(labels[b]));
+      group.on_device = engine::DeviceBatches::of(group.pairs, labels);
     }
   }
 
-  /// Options and gradients, of all groups, before anything is changed.
+  /// Groups, options and gradients, before anything is changed.
   void check_inputs() const {
     for (size_t i = 0; i < groups_.size(); ++i) {
+      const Group& group = groups_[i];
       const std::string label = "LoraRite, group " + std::to_string(i);
-      if (groups_[i].others) {
-        groups_[i].others->check_inputs(label);
+      const size_t expected = group.others ? group.others->size() : 2 * group.pairs.size();
+      TORCH_CHECK(param_groups_[i].params().size() == expected, label, ": the list of parameters has ",
+                  param_groups_[i].params().size(), " tensors, expected ", expected,
+                  " as when the group was added; use add_pairs or add_parameters for more");
+      const auto& options = param_groups_[i].options();
+      const bool right_options = group.others ? dynamic_cast<const torch::optim::AdamWOptions*>(&options) != nullptr
+                                              : dynamic_cast<const LoraRiteOptions*>(&options) != nullptr;
+      TORCH_CHECK(right_options, label, " was given options of another optimizer, expected ",
+                  group.others ? "torch::optim::AdamWOptions" : "LoraRiteOptions");
+      if (group.others) {
+        group.others->check_inputs(label);
         continue;
       }
       detail::check_options(rite_options(i), label);
-      for (const auto& batch : groups_[i].batches) batch.check_inputs();
+      for (const auto& batch : group.on_device.batches) batch.check_inputs();
     }
   }
 
@@ -398,7 +390,7 @@ class LoraRite : public torch::optim::Optimizer {
   }
 
   PairState read_pair(torch::serialize::InputArchive& group_archive, const Group& group, size_t g, size_t p) const {
-    const engine::DeviceBatch& batch = group.batches[group.places[p].batch];
+    const engine::DeviceBatch& batch = group.on_device.batches[group.on_device.places[p].batch];
     const std::string label = detail::pair_label(group.pairs[p], g, p);
     torch::serialize::InputArchive entry;
     c10::IValue name, stepped;
@@ -408,7 +400,7 @@ class LoraRite : public torch::optim::Optimizer {
         "load: ", label, " has no entries 'name' and 'stepped'");
     TORCH_CHECK(name.toStringRef() == group.pairs[p].name, "load: ", label, " is '", name.toStringRef(),
                 "' in the archive, expected '", group.pairs[p].name, "'");
-    return batch.read(stepped.toBool() ? &entry : nullptr, group.places[p].index);
+    return batch.read(stepped.toBool() ? &entry : nullptr, group.on_device.places[p].index);
   }
 
   std::vector<Group> groups_;

@@ -24,6 +24,8 @@ class AdamWParameters {
     state_.resize(parameters_.size());
   }
 
+  size_t size() const { return parameters_.size(); }
+
   /// Throws c10::Error naming the parameter (by its place in `label`) if its gradient cannot be used.
   void check_inputs(const std::string& label) const {
     for (size_t i = 0; i < parameters_.size(); ++i) {

@@ -3,14 +3,15 @@
 #include <ATen/ATen.h>
 
 #include <array>
-#include <cstring>
-#include <optional>
+#include <limits>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "lora_rite/choose.hpp"
 #include "lora_rite/diagnostics.hpp"
+#include "lora_rite/engine/layout.hpp"
 #include "lora_rite/factor_pair.hpp"
 #include "lora_rite/options.hpp"
 #include "lora_rite/rule.hpp"
@@ -24,52 +25,6 @@
 /// rank last. Sides: 0 is A, 1 is B; the partner of side s is 1 − s. All arithmetic is double, whatever the factors
 /// are: products of floats are exact there, which keeps Gram matrices as good as an fp32 QR would.
 namespace lora_rite::engine {
-
-namespace detail {
-
-/// Stacked [k, r, in...] or [k, out, r, ...] as tall [k, n, r]; a view where the memory allows.
-inline at::Tensor tall(const at::Tensor& stacked, size_t side) {
-  if (side == 0) return stacked.flatten(2).mT();
-  return stacked.dim() == 3 ? stacked : stacked.movedim(2, -1).flatten(1, -2);
-}
-
-/// The way back from tall [k, n, r] to stacked [k, shape].
-inline at::Tensor stacked(const at::Tensor& tall, size_t side, at::IntArrayRef shape) {
-  std::vector<int64_t> sizes(shape.begin(), shape.end());
-  sizes.insert(sizes.begin(), tall.size(0));
-  if (side == 0) return tall.mT().reshape(sizes);
-  if (sizes.size() == 3) return tall;
-  const int64_t rank = sizes[2];
-  sizes.erase(sizes.begin() + 2);
-  sizes.push_back(rank);
-  return tall.reshape(sizes).movedim(-1, 2);
-}
-
-inline at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::kDouble); }
-
-/// XᵀY [k, r, r] of tall X and Y.
-inline at::Tensor inner(const at::Tensor& x, const at::Tensor& y) { return at::matmul(x.mT(), y); }
-
-/// Copies slice i of `batch` [k, shape] to destinations[i]. One operator call for an accelerator; on a CPU, where such
-/// a call would dispatch for each tensor, the bytes are moved here. Tensors on `meta` have none.
-inline void scatter(const at::Tensor& batch, const std::vector<at::Tensor>& destinations) {
-  const at::Tensor source = batch.contiguous();
-  bool plain = batch.is_cpu() || batch.is_meta();
-  for (const auto& destination : destinations) plain = plain && destination.is_contiguous();
-  if (!plain) {
-    at::_foreach_copy_(destinations, source.unbind(0));
-    return;
-  }
-  const size_t bytes = batch.numel() / destinations.size() * batch.element_size();
-  for (size_t i = 0; i < destinations.size(); ++i) {
-    if (batch.is_cpu()) {
-      std::memcpy(destinations[i].data_ptr(), static_cast<const char*>(source.const_data_ptr()) + i * bytes, bytes);
-    }
-    destinations[i].unsafeGetTensorImpl()->bump_version();  // autograd must notice, as it would an in-place operator
-  }
-}
-
-}  // namespace detail
 
 /// k pairs of one param group whose factors agree in shape, dtype and device, and what is remembered of them.
 class DeviceBatch {
@@ -151,20 +106,20 @@ class DeviceBatch {
 
     std::array<at::Tensor, 2> coordinates, gram, cross, gradient_gram;
     for (const size_t side : {0, 1}) {
-      const at::Tensor x = detail::wide(detail::tall(factors_[side], side));
+      const at::Tensor x = wide(tall(factors_[side], side));
       if (dtype_ == at::kDouble)
-        coordinates[side] = rule::well_conditioned_coordinates(finite_or_zero(detail::inner(x, x)));
+        coordinates[side] = rule::well_conditioned_coordinates(finite_or_zero(inner_products(x, x)));
       const at::Tensor in_coordinates = coordinates[side].defined() ? at::matmul(x, coordinates[side]) : x;
-      gram[side] = detail::inner(in_coordinates, in_coordinates);
-      // X_old = α X + γ N; an edited factor has no past.
-      at::Tensor old = x;
+      gram[side] = inner_products(in_coordinates, in_coordinates);
+      // (XC)ᵀ X_old with X_old = α X + γ N; an edited factor has no past.
+      cross[side] = coordinates[side].defined() ? inner_products(in_coordinates, x) : gram[side];
       if (state_.momentum[side].defined()) {
-        const at::Tensor scale =
-            choose(changed[side], at::ones_like(state_.previous_scale[side]), state_.previous_scale[side]);
+        const at::Tensor one = at::ones_like(state_.previous_scale[side]);
+        const at::Tensor scale = choose(changed[side], one, state_.previous_scale[side]);
         const at::Tensor rate = choose(negated(changed[side]), state_.previous_rate[side], 0.0);
-        old = scale * x + rate * detail::wide(detail::tall(state_.momentum[side], side));
+        const at::Tensor momentum = wide(tall(state_.momentum[side], side));
+        cross[side] = scale * cross[side] + rate * inner_products(in_coordinates, momentum);
       }
-      cross[side] = detail::inner(in_coordinates, old);
     }
     for (const size_t side : {0, 1}) {
       const size_t partner = 1 - side;
@@ -172,9 +127,9 @@ class DeviceBatch {
         gradient_gram[side] = at::zeros_like(gram[side]);
         continue;
       }
-      at::Tensor gradient = detail::wide(detail::tall(gradients_[side], side));
+      at::Tensor gradient = wide(tall(gradients_[side], side));
       if (coordinates[partner].defined()) gradient = at::matmul(gradient, coordinates[partner]);
-      gradient_gram[side] = detail::inner(gradient, gradient);
+      gradient_gram[side] = inner_products(gradient, gradient);
     }
     // Statistics of side s are those of its partner's geometry.
     if (coordinates[0].defined()) statistics_.coordinates = at::stack({coordinates[1], coordinates[0]});
@@ -212,29 +167,30 @@ class DeviceBatch {
         rule::decide(state_.moments, unmagnified_, rows_, clip_factor, has_gradient_, partner_edited, options);
 
     const double rate_a = options.lr(), rate_b = options.lr() * options.lr_ratio_b();
-    const at::Tensor moves = detail::wide(has_gradient_);  // in double before a rate comes near it
+    const at::Tensor moves = wide(has_gradient_);  // in double before a rate comes near it
     const at::Tensor rate = at::stack({moves[0] * rate_a, moves[1] * rate_b});
     const at::Tensor keep = 1 - rate * options.weight_decay();
     std::array<at::Tensor, 2> moved, momentum;
     for (const size_t side : {0, 1}) {
-      moved[side] = detail::wide(detail::tall(factors_[side], side));
+      moved[side] = wide(tall(factors_[side], side));
       if (!gradients_[side].defined() && !state_.momentum[side].defined()) continue;
       // M = N·momentum_map + G·gradient_map, then N = M R⁺ᵀ: through M the error grows with κ(R), not its square.
       at::Tensor in_basis;
       if (state_.momentum[side].defined()) {
-        in_basis = at::matmul(detail::wide(detail::tall(state_.momentum[side], side)), decision.momentum_map[side]);
+        in_basis = at::matmul(wide(tall(state_.momentum[side], side)), decision.momentum_map[side]);
       }
       if (gradients_[side].defined()) {
-        const at::Tensor fresh =
-            at::matmul(detail::wide(detail::tall(gradients_[side], side)), decision.gradient_map[side]);
-        in_basis = in_basis.defined() ? in_basis + fresh : fresh;
+        const at::Tensor gradient = wide(tall(gradients_[side], side));
+        const at::Tensor& map = decision.gradient_map[side];
+        in_basis = in_basis.defined() ? at::baddbmm(in_basis, gradient, map) : at::matmul(gradient, map);
       }
       if (options.max_update_rms() > 0) {
         const at::Tensor rms = in_basis.square().mean({-2, -1}, /*keepdim=*/true).sqrt();
         in_basis = in_basis / (rms / options.max_update_rms()).clamp_min(1);
       }
       momentum[side] = at::matmul(in_basis, decision.moments.inverse_root[side].mT());
-      moved[side] = keep[side] * moved[side] - rate[side] * momentum[side];
+      if (options.weight_decay() > 0) moved[side] = keep[side] * moved[side];
+      moved[side] = at::addcmul(moved[side], rate[side], momentum[side], /*value=*/-1);
     }
     at::Tensor inverse_root = decision.moments.inverse_root;
     if (options.balance()) balance(moved, momentum, inverse_root);
@@ -244,7 +200,7 @@ class DeviceBatch {
     for (const size_t side : {0, 1}) {
       if (momentum[side].defined()) {
         at::Tensor& stored = state_.momentum[side];
-        const at::Tensor fresh = detail::stacked(momentum[side], side, shapes_[side]).to(wide_dtype());
+        const at::Tensor fresh = stacked(momentum[side], side, shapes_[side]).to(wide_dtype());
         if (!stored.defined()) stored = at::zeros(fresh.sizes(), fresh.options());
         remember(stored, fresh);
       }
@@ -293,8 +249,7 @@ class DeviceBatch {
     for (const size_t side : {0, 1}) {
       FactorDiagnostics& factor = side == 0 ? result.a : result.b;
       const int64_t s = static_cast<int64_t>(side);
-      const at::Tensor x =
-          detail::wide(detail::tall(factor_of(index, side).detach().unsqueeze(0), side)).squeeze(0).cpu();
+      const at::Tensor x = wide(tall(factor_of(index, side).detach().unsqueeze(0), side)).squeeze(0).cpu();
       const at::Tensor singular = at::linalg_svdvals(x);
       const double largest = singular[0].item<double>();
       // A factor with fewer rows than r has a null space by its shape.
@@ -307,7 +262,7 @@ class DeviceBatch {
       factor.effective_rank = total > 0 ? total * total / v.square().sum().item<double>() : 0.0;
       if (state_.momentum[side].defined()) {
         // M = N Rᵀ, R being the pseudo-inverse of what is stored.
-        const at::Tensor n = detail::wide(detail::tall(state_.momentum[side].narrow(0, index, 1), side)).squeeze(0);
+        const at::Tensor n = wide(tall(state_.momentum[side].narrow(0, index, 1), side)).squeeze(0);
         const at::Tensor root = at::linalg_pinv(state_.moments.inverse_root[s][index]);
         factor.update_rms = at::matmul(n, root.mT()).square().mean().sqrt().item<double>();
       }
@@ -372,7 +327,7 @@ class DeviceBatch {
 
   /// Squared column norms [k, r] of stacked factors as they are stored.
   static at::Tensor column_norms(const at::Tensor& stored, size_t side) {
-    return detail::wide(detail::tall(stored, side)).square().sum(-2);
+    return wide(tall(stored, side)).square().sum(-2);
   }
 
   /// Did someone write to these factors since the last step? [k, 1, 1]. The column norms tell: they are summed in the
@@ -406,7 +361,7 @@ class DeviceBatch {
 
   /// Stores the moved factors, those with a gradient only, and returns the column norms of what is stored then.
   at::Tensor write_back(const at::Tensor& moved, size_t side, const at::Tensor& proceed) {
-    const at::Tensor fresh = detail::stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
+    const at::Tensor fresh = stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
     const at::Tensor kept = choose(proceed, fresh, factors_[side]);
     if (factors_[side].scalar_type() != dtype_) state_.master[side] = kept;
     at::Tensor stored = kept.to(dtype_);
@@ -419,7 +374,7 @@ class DeviceBatch {
       written.push_back(i);
     }
     const bool all = static_cast<int64_t>(written.size()) == count();
-    detail::scatter(all ? stored : stored.index({at::tensor(written).to(device_)}), destinations);
+    write_slices(all ? stored : stored.index({at::tensor(written).to(device_)}), destinations);
     return column_norms(all ? stored : gather(side), side);
   }
 
@@ -444,6 +399,40 @@ class DeviceBatch {
   rule::Statistics statistics_;          ///< [2, k, r, r]
   rule::Unmagnified unmagnified_;        ///< [2, k, r, r]
   at::Tensor fresh_norm_squared_;        ///< [2, k]
+};
+
+/// The pairs of a param group, batched, and where each of them is found.
+struct DeviceBatches {
+  struct Place {
+    size_t batch;
+    int64_t index;
+  };
+  std::vector<DeviceBatch> batches;
+  std::vector<Place> places;
+
+  /// Pairs that agree in shapes, dtype and device share a batch. `labels[i]` names pair i in messages.
+  static DeviceBatches of(const std::vector<FactorPair>& pairs, const std::vector<std::string>& labels) {
+    std::map<std::string, size_t> known;
+    std::vector<std::vector<FactorPair>> members;
+    std::vector<std::vector<std::string>> member_labels;
+    DeviceBatches result;
+    for (size_t i = 0; i < pairs.size(); ++i) {
+      const auto& [name, a, b] = pairs[i];
+      const std::string key = c10::str(a.sizes(), b.sizes(), a.scalar_type(), a.device());
+      const size_t batch = known.emplace(key, members.size()).first->second;
+      if (batch == members.size()) {
+        members.emplace_back();
+        member_labels.emplace_back();
+      }
+      result.places.push_back({batch, static_cast<int64_t>(members[batch].size())});
+      members[batch].push_back(pairs[i]);
+      member_labels[batch].push_back(labels[i]);
+    }
+    for (size_t batch = 0; batch < members.size(); ++batch) {
+      result.batches.emplace_back(std::move(members[batch]), std::move(member_labels[batch]));
+    }
+    return result;
+  }
 };
 
 }  // namespace lora_rite::engine

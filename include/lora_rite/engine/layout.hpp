@@ -1,0 +1,54 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstring>
+#include <vector>
+
+/// How factors lie in memory, and as what the acts see them. Shapes: k pairs, a factor of n rows. "Stacked" is
+/// [k, factor shape] as the user has it, "tall" [k, n, r] with the rank last. Side 0 is A, side 1 is B.
+namespace lora_rite::engine {
+
+/// Stacked [k, r, in...] or [k, out, r, ...] as tall [k, n, r]; a view where the memory allows.
+inline at::Tensor tall(const at::Tensor& stacked, size_t side) {
+  if (side == 0) return stacked.flatten(2).mT();
+  return stacked.dim() == 3 ? stacked : stacked.movedim(2, -1).flatten(1, -2);
+}
+
+/// The way back from tall [k, n, r] to stacked [k, shape].
+inline at::Tensor stacked(const at::Tensor& tall, size_t side, at::IntArrayRef shape) {
+  std::vector<int64_t> sizes(shape.begin(), shape.end());
+  sizes.insert(sizes.begin(), tall.size(0));
+  if (side == 0) return tall.mT().reshape(sizes);
+  if (sizes.size() == 3) return tall;
+  const int64_t rank = sizes[2];
+  sizes.erase(sizes.begin() + 2);
+  sizes.push_back(rank);
+  return tall.reshape(sizes).movedim(-1, 2);
+}
+
+inline at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::kDouble); }
+
+/// XᵀY [k, r, r] of tall X and Y.
+inline at::Tensor inner_products(const at::Tensor& x, const at::Tensor& y) { return at::matmul(x.mT(), y); }
+
+/// Copies slice i of `batch` [k, shape] to destinations[i]. One operator call for an accelerator; on a CPU, where such
+/// a call would dispatch for each tensor, the bytes are moved here. Tensors on `meta` have none.
+inline void write_slices(const at::Tensor& batch, const std::vector<at::Tensor>& destinations) {
+  const at::Tensor source = batch.contiguous();
+  bool plain = batch.is_cpu() || batch.is_meta();
+  for (const auto& destination : destinations) plain = plain && destination.is_contiguous();
+  if (!plain) {
+    at::_foreach_copy_(destinations, source.unbind(0));
+    return;
+  }
+  const size_t bytes = batch.numel() / destinations.size() * batch.element_size();
+  for (size_t i = 0; i < destinations.size(); ++i) {
+    if (batch.is_cpu()) {
+      std::memcpy(destinations[i].data_ptr(), static_cast<const char*>(source.const_data_ptr()) + i * bytes, bytes);
+    }
+    destinations[i].unsafeGetTensorImpl()->bump_version();  // autograd must notice, as it would an in-place operator
+  }
+}
+
+}  // namespace lora_rite::engine
