@@ -1,0 +1,42 @@
+# Settings for our own executables; users of the library get none of them.
+
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+
+# LibTorch's headers cost 6-19 s a translation unit, so every object is cached where ccache is installed.
+# Its manual asks for this sloppiness with precompiled headers.
+find_program(CCACHE ccache)
+mark_as_advanced(CCACHE)
+set(LORA_RITE_LAUNCHER)
+if(CCACHE)
+  set(LORA_RITE_LAUNCHER "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros "${CCACHE}")
+endif()
+if(NOT DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${LORA_RITE_LAUNCHER})
+endif()
+
+# LibTorch's headers are not ours to warn about: LibTorch::torch is imported, hence they are system headers.
+add_library(lora_rite_warnings INTERFACE)
+target_compile_options(lora_rite_warnings INTERFACE -Wall -Wextra $<$<BOOL:${LORA_RITE_WARNINGS_AS_ERRORS}>:-Werror>)
+
+# It also asks for these options with them.
+if(CMAKE_CXX_COMPILER_ID MATCHES Clang)
+  set(_pch_options "SHELL:-Xclang -fno-pch-timestamp")
+elseif(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  set(_pch_options -fpch-preprocess)
+endif()
+
+# lora_rite_use_pch(target): torch.h precompiled, once for all targets that ask: it costs as much as two translation
+# units and saves two thirds of each. Not for code that is to show which includes it needs (quickstart, package tests).
+function(lora_rite_use_pch target)
+  if(NOT TARGET lora_rite_pch)
+    file(WRITE "${PROJECT_BINARY_DIR}/pch.cpp" "")
+    add_library(lora_rite_pch OBJECT "${PROJECT_BINARY_DIR}/pch.cpp")
+    target_link_libraries(lora_rite_pch PRIVATE lora_rite::lora_rite lora_rite_warnings)
+    target_precompile_headers(lora_rite_pch PRIVATE <torch/torch.h>)
+    target_compile_options(lora_rite_pch PRIVATE ${_pch_options})
+  endif()
+  target_precompile_headers(${target} REUSE_FROM lora_rite_pch)
+  target_link_libraries(${target} PRIVATE lora_rite_warnings) # a precompiled header wants equal flags
+  target_compile_options(${target} PRIVATE ${_pch_options})
+endfunction()

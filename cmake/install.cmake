@@ -1,0 +1,15 @@
+# Install and export: headers, licence, and a package in which no path of this machine occurs.
+include(CMakePackageConfigHelpers)
+include(GNUInstallDirs)
+
+set(_package_dir "${CMAKE_INSTALL_DATADIR}/cmake/lora_rite") # share/: headers fit every architecture
+write_basic_package_version_file("${PROJECT_BINARY_DIR}/lora_rite-config-version.cmake"
+  COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
+
+install(TARGETS lora_rite EXPORT lora_rite-targets INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+install(EXPORT lora_rite-targets NAMESPACE lora_rite:: DESTINATION "${_package_dir}")
+install(DIRECTORY include/lora_rite DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+install(FILES
+  cmake/lora_rite-config.cmake cmake/FindLibTorch.cmake "${PROJECT_BINARY_DIR}/lora_rite-config-version.cmake"
+  DESTINATION "${_package_dir}")

@@ -1,0 +1,267 @@
+#include "bert.hpp"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "error.hpp"
+#include "files.hpp"
+#include "safetensors.hpp"
+
+namespace finetune {
+namespace {
+
+// Shapes: b = batch, l = length (padded), n = real tokens in the batch, d = hidden size, h = heads.
+
+// Where the real tokens stand in a padded batch. Everything but the attention works token by token, so it runs on the n
+// real tokens alone: in batches of unlike sentences nearly half of the padded work is saved.
+struct TokenLayout {
+  explicit TokenLayout(const torch::Tensor& mask)
+      : batch(mask.size(0)),
+        length(mask.size(1)),
+        places(mask.flatten().nonzero().squeeze(1)),
+        attention_mask(mask.unsqueeze(1).unsqueeze(1)) {}
+
+  // [b, l, …] → [n, …]
+  torch::Tensor pack(const torch::Tensor& padded) const { return padded.flatten(0, 1).index_select(0, places); }
+
+  // [n, d] → [b, l, d], zero where there is no token
+  torch::Tensor unpack(const torch::Tensor& packed) const {
+    return at::zeros({batch * length, packed.size(1)}, packed.options())
+        .index_copy(0, places, packed)
+        .unflatten(0, {batch, length});
+  }
+
+  int64_t batch;
+  int64_t length;
+  torch::Tensor places;          // [n] int64, ascending places in the flattened batch
+  torch::Tensor attention_mask;  // [b, 1, 1, l]
+};
+
+struct LayerNorm : torch::nn::Module {
+  LayerNorm(int64_t size, double eps)
+      : weight(register_parameter("weight", torch::zeros({size}), false)),
+        bias(register_parameter("bias", torch::zeros({size}), false)),
+        eps(eps) {}
+
+  torch::Tensor forward(const torch::Tensor& x) { return at::layer_norm(x, weight.sizes(), weight, bias, eps); }
+
+  torch::Tensor weight;
+  torch::Tensor bias;
+  double eps;
+};
+
+struct SelfAttention : torch::nn::Module {
+  explicit SelfAttention(const BertConfig& config)
+      : query(register_module("query", linear(config))),
+        key(register_module("key", linear(config))),
+        value(register_module("value", linear(config))),
+        heads(config.num_attention_heads) {}
+
+  // x [n, d] → [n, d].
+  torch::Tensor forward(const torch::Tensor& x, const TokenLayout& layout) {
+    const auto split_heads = [&](const torch::Tensor& packed) {
+      return layout.unpack(packed).unflatten(-1, {heads, -1}).transpose(1, 2);  // [b, h, l, d/h]
+    };
+    const torch::Tensor attended =
+        at::scaled_dot_product_attention(split_heads(query->forward(x)), split_heads(key->forward(x)),
+                                         split_heads(value->forward(x)), layout.attention_mask);  // [b, h, l, d/h]
+    return layout.pack(attended.transpose(1, 2)).flatten(1);
+  }
+
+  static std::shared_ptr<LoraLinear> linear(const BertConfig& config) {
+    return std::make_shared<LoraLinear>(config.hidden_size, config.hidden_size);
+  }
+
+  std::shared_ptr<LoraLinear> query, key, value;
+  int64_t heads;
+};
+
+// A linear layer whose result is added to the residual stream and normalised.
+struct ResidualOutput : torch::nn::Module {
+  ResidualOutput(int64_t in_features, const BertConfig& config)
+      : dense(register_module("dense", std::make_shared<LoraLinear>(in_features, config.hidden_size))),
+        norm(register_module("LayerNorm", std::make_shared<LayerNorm>(config.hidden_size, config.layer_norm_eps))) {}
+
+  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& residual) {
+    return norm->forward(dense->forward(x) + residual);
+  }
+
+  std::shared_ptr<LoraLinear> dense;
+  std::shared_ptr<LayerNorm> norm;
+};
+
+struct Attention : torch::nn::Module {
+  explicit Attention(const BertConfig& config)
+      : self(register_module("self", std::make_shared<SelfAttention>(config))),
+        output(register_module("output", std::make_shared<ResidualOutput>(config.hidden_size, config))) {}
+
+  torch::Tensor forward(const torch::Tensor& x, const TokenLayout& layout) {
+    return output->forward(self->forward(x, layout), x);
+  }
+
+  std::shared_ptr<SelfAttention> self;
+  std::shared_ptr<ResidualOutput> output;
+};
+
+struct Intermediate : torch::nn::Module {
+  explicit Intermediate(const BertConfig& config)
+      : dense(register_module("dense", std::make_shared<LoraLinear>(config.hidden_size, config.intermediate_size))) {}
+
+  torch::Tensor forward(const torch::Tensor& x) { return at::gelu(dense->forward(x)); }
+
+  std::shared_ptr<LoraLinear> dense;
+};
+
+// A module without behaviour of its own, for the levels that only lend their name to parameters.
+struct Scope : torch::nn::Module {};
+
+// The names a parameter goes by in checkpoints: those of models with a head put the encoder under
+// "bert.", and the oldest call a norm's weight and bias gamma and beta.
+std::vector<std::string> checkpoint_names(const std::string& name) {
+  std::string old = name;
+  if (const size_t at = name.find("LayerNorm."); at != std::string::npos) {
+    old.replace(at, std::string::npos, name.back() == 't' ? "LayerNorm.gamma" : "LayerNorm.beta");
+  }
+  return {name, "bert." + name, old, "bert." + old};
+}
+
+template <class T>
+void read_field(const nlohmann::json& json, const std::string& path, const char* name, T& field) {
+  if (!json.contains(name) || !json[name].is_number()) {
+    fail(path, ": lacks the number '", name, "'; a BERT model's config.json is expected");
+  }
+  field = json[name].get<T>();
+}
+
+}  // namespace
+
+struct BertModel::Embeddings : torch::nn::Module {
+  explicit Embeddings(const BertConfig& config)
+      : words(table("word_embeddings", config.vocab_size, config.hidden_size)),
+        positions(table("position_embeddings", config.max_position_embeddings, config.hidden_size)),
+        types(table("token_type_embeddings", config.type_vocab_size, config.hidden_size)),
+        norm(register_module("LayerNorm", std::make_shared<LayerNorm>(config.hidden_size, config.layer_norm_eps))) {}
+
+  // tokens [b, l] → [n, d]. Every token is of type 0: there are no sentence pairs here.
+  torch::Tensor forward(const torch::Tensor& tokens, const TokenLayout& layout) {
+    const torch::Tensor words_of = at::embedding(words->weight, layout.pack(tokens));
+    const torch::Tensor positions_of = at::embedding(positions->weight, layout.places.remainder(layout.length));
+    return norm->forward(words_of + positions_of + types->weight[0]);
+  }
+
+  std::shared_ptr<Matrix> table(const char* name, int64_t rows, int64_t columns) {
+    return register_module(name, std::make_shared<Matrix>(torch::zeros({rows, columns})));
+  }
+
+  std::shared_ptr<Matrix> words, positions, types;
+  std::shared_ptr<LayerNorm> norm;
+};
+
+struct BertModel::Layer : torch::nn::Module {
+  explicit Layer(const BertConfig& config)
+      : attention(register_module("attention", std::make_shared<Attention>(config))),
+        intermediate(register_module("intermediate", std::make_shared<Intermediate>(config))),
+        output(register_module("output", std::make_shared<ResidualOutput>(config.intermediate_size, config))) {}
+
+  torch::Tensor forward(const torch::Tensor& x, const TokenLayout& layout) {
+    const torch::Tensor attended = attention->forward(x, layout);
+    return output->forward(intermediate->forward(attended), attended);
+  }
+
+  std::shared_ptr<Attention> attention;
+  std::shared_ptr<Intermediate> intermediate;
+  std::shared_ptr<ResidualOutput> output;
+};
+
+BertConfig BertConfig::from_file(const std::filesystem::path& path) {
+  const nlohmann::json json = read_json(path);
+  const std::string name = path.string();
+  const auto require_text = [&](const char* field, const std::string& expected) {
+    const std::string found = json.value(field, expected);
+    if (found != expected) {
+      fail(name, ": '", field, "' is '", found, "', but only '", expected,
+           "' is supported; choose a BERT model such as MiniLM");
+    }
+  };
+  require_text("model_type", "bert");
+  require_text("hidden_act", "gelu");
+  require_text("position_embedding_type", "absolute");
+
+  BertConfig config;
+  read_field(json, name, "vocab_size", config.vocab_size);
+  read_field(json, name, "hidden_size", config.hidden_size);
+  read_field(json, name, "num_hidden_layers", config.num_hidden_layers);
+  read_field(json, name, "num_attention_heads", config.num_attention_heads);
+  read_field(json, name, "intermediate_size", config.intermediate_size);
+  read_field(json, name, "max_position_embeddings", config.max_position_embeddings);
+  read_field(json, name, "type_vocab_size", config.type_vocab_size);
+  read_field(json, name, "layer_norm_eps", config.layer_norm_eps);
+  config.pad_token_id = json.value("pad_token_id", int64_t{0});
+  if (config.num_attention_heads < 1 || config.hidden_size % config.num_attention_heads != 0) {
+    fail(name, ": hidden_size ", config.hidden_size, " is no multiple of num_attention_heads ",
+         config.num_attention_heads, "; the file is inconsistent");
+  }
+  return config;
+}
+
+BertModel::BertModel(const BertConfig& config)
+    : config_(config), embeddings_(register_module("embeddings", std::make_shared<Embeddings>(config))) {
+  const auto encoder = register_module("encoder", std::make_shared<Scope>());
+  const auto list = encoder->register_module("layer", std::make_shared<Scope>());
+  for (int64_t index = 0; index < config.num_hidden_layers; ++index) {
+    layers_.push_back(list->register_module(std::to_string(index), std::make_shared<Layer>(config)));
+  }
+  for (torch::Tensor& parameter : parameters()) parameter.set_requires_grad(false);
+}
+
+torch::Tensor BertModel::forward(const torch::Tensor& tokens, const torch::Tensor& mask) {
+  const TokenLayout layout(mask);
+  torch::Tensor hidden = embeddings_->forward(tokens, layout);  // [n, d]
+  for (const auto& layer : layers_) hidden = layer->forward(hidden, layout);
+  return layout.unpack(hidden);
+}
+
+void BertModel::add_adapters(const LoraConfig& config) {
+  for (const auto& [name, layer] : linear_layers()) layer->add_adapter(config);
+}
+
+std::vector<std::pair<std::string, std::shared_ptr<LoraLinear>>> BertModel::linear_layers() const {
+  std::vector<std::pair<std::string, std::shared_ptr<LoraLinear>>> layers;
+  for (const auto& item : named_modules("", /*include_self=*/false)) {
+    if (auto layer = std::dynamic_pointer_cast<LoraLinear>(item.value())) {
+      layers.emplace_back(item.key(), std::move(layer));
+    }
+  }
+  return layers;
+}
+
+std::shared_ptr<BertModel> load_bert(const std::filesystem::path& folder) {
+  auto model = std::make_shared<BertModel>(BertConfig::from_file(folder / "config.json"));
+  const std::filesystem::path path = folder / "model.safetensors";
+  Safetensors file = load_safetensors(path);
+  for (auto& item : model->named_parameters()) {
+    const auto names = checkpoint_names(item.key());
+    const auto name = std::find_if(names.begin(), names.end(),
+                                   [&](const std::string& candidate) { return file.tensors.count(candidate) > 0; });
+    if (name == names.end()) {
+      fail(path.string(), ": lacks the tensor '", item.key(), "'; it does not belong to the config.json beside it");
+    }
+    const torch::Tensor& values = file.tensors[*name];
+    if (values.sizes() != item.value().sizes()) {
+      fail(path.string(), ": tensor '", *name, "' has shape ", values.sizes(), ", but config.json asks for ",
+           item.value().sizes());
+    }
+    // Assigning the data keeps the handles that the modules hold, and frees the zeros.
+    item.value().set_data(values.to(torch::kFloat));
+  }
+  return model;
+}
+
+torch::Tensor mean_pool(const torch::Tensor& hidden, const torch::Tensor& mask) {
+  const torch::Tensor weights = mask.to(hidden.scalar_type());                    // [b, l]
+  const torch::Tensor sum = at::matmul(weights.unsqueeze(1), hidden).squeeze(1);  // [b, d]
+  return sum / weights.sum(1, /*keepdim=*/true).clamp_min(1);
+}
+
+}  // namespace finetune

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lora_linear.hpp"
+
+namespace finetune {
+
+/// The parts of a Hugging Face `config.json` that a BERT encoder's forward pass depends on.
+struct BertConfig {
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t num_hidden_layers = 0;
+  int64_t num_attention_heads = 0;
+  int64_t intermediate_size = 0;
+  int64_t max_position_embeddings = 0;
+  int64_t type_vocab_size = 0;
+  int64_t pad_token_id = 0;
+  double layer_norm_eps = 1e-12;
+
+  /// Reads config.json; throws Error if the model is no BERT encoder this program can run.
+  static BertConfig from_file(const std::filesystem::path& path);
+};
+
+/// A BERT encoder (Devlin et al., 2018) without pooler and without the base's dropout.
+///
+/// Module and parameter names are those of transformers' `BertModel`, so checkpoints and adapters
+/// fit by name. All base parameters are frozen.
+class BertModel : public torch::nn::Module {
+ public:
+  /// An encoder of zeros; see load_bert.
+  explicit BertModel(const BertConfig& config);
+
+  /// tokens [batch, length] int64, mask [batch, length] bool (true = a token, false = padding)
+  /// → last hidden state [batch, length, hidden], zero where there is padding.
+  torch::Tensor forward(const torch::Tensor& tokens, const torch::Tensor& mask);
+
+  /// Adds a LoRA adapter to every attention and feed-forward linear layer.
+  void add_adapters(const LoraConfig& config);
+
+  /// The linear layers that take adapters, by name ("encoder.layer.0.attention.self.query", …).
+  std::vector<std::pair<std::string, std::shared_ptr<LoraLinear>>> linear_layers() const;
+
+  const BertConfig& config() const { return config_; }
+
+ private:
+  struct Embeddings;
+  struct Layer;
+
+  BertConfig config_;
+  std::shared_ptr<Embeddings> embeddings_;
+  std::vector<std::shared_ptr<Layer>> layers_;
+};
+
+/// Builds the encoder from `folder`'s config.json and model.safetensors. A tensor that is missing,
+/// or has another shape, is an Error; the pooler and other heads in the file are ignored.
+std::shared_ptr<BertModel> load_bert(const std::filesystem::path& folder);
+
+/// Mean of the hidden states over the real tokens: hidden [batch, length, d], mask [batch, length]
+/// → [batch, d]. This is how MiniLM embeds a sentence.
+torch::Tensor mean_pool(const torch::Tensor& hidden, const torch::Tensor& mask);
+
+}  // namespace finetune

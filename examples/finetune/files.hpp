@@ -1,0 +1,21 @@
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <nlohmann/json_fwd.hpp>
+#include <ostream>
+#include <string>
+
+namespace finetune {
+
+/// Writes a file under a temporary name in the same folder and renames it when complete, so that an
+/// interruption leaves either the old content or the new one. Throws Error if the disk refuses.
+void replace_file(const std::filesystem::path& path, const std::function<void(std::ostream&)>& write);
+
+/// The whole file as bytes; throws Error naming it if it cannot be read.
+std::string read_file(const std::filesystem::path& path);
+
+/// The file parsed as one JSON value; throws Error naming it otherwise.
+nlohmann::json read_json(const std::filesystem::path& path);
+
+}  // namespace finetune

@@ -1,0 +1,77 @@
+// Fine-tunes a sentence classifier with LoRA: see cli.cpp for the options, trainer.cpp for the loop.
+
+#include <ATen/Parallel.h>
+#include <unistd.h>
+
+#include <exception>
+#include <filesystem>
+#include <iostream>
+#include <string>
+
+#include "bert.hpp"
+#include "cli.hpp"
+#include "error.hpp"
+#include "files.hpp"
+#include "subprocess.hpp"
+#include "trainer.hpp"
+
+namespace finetune {
+namespace {
+
+constexpr int kInterruptedExitCode = 130;  // what a shell reports for Ctrl-C
+
+void plot(const RunOptions& options) {
+  const std::string out = options.out;
+  const int code = run_program(
+      {find_python(options.python), script_path("plot.py").string(), out + "/metrics.jsonl", out + "/loss.png"});
+  if (code != 0) {
+    std::cerr << concat("warning: ", out, "/loss.png was not drawn (plot.py ended with code ", code,
+                        "); for a plot, install matplotlib for '", find_python(options.python), "'\n");
+  }
+}
+
+int run(const Command& command) {
+  const RunOptions& options = command.options;
+  std::filesystem::create_directories(options.out);
+  if (options.threads > 0) at::set_num_threads(static_cast<int>(options.threads));
+
+  const std::shared_ptr<BertModel> base = load_bert(options.model);
+  if (options.max_length > base->config().max_position_embeddings) {
+    fail("--max-length ", options.max_length, ": the model has ", base->config().max_position_embeddings,
+         " positions; choose at most that");
+  }
+  const TaskData task = load_task(options, base->config());
+  const auto model = make_classifier(options, base, static_cast<int64_t>(task.classes.size()));
+  // Written once nothing can be wrong with the input any more: --resume believes in it.
+  replace_file(options.out + "/run.json", [&](std::ostream& file) { file << nlohmann::json(options).dump(2) << '\n'; });
+
+  std::cout << options.optimizer << " on " << task.train.size() << " examples, " << task.classes.size()
+            << " classes: " << options.steps << " steps of " << options.batch << ", rank " << options.rank << ", lr "
+            << options.lr << ", " << at::get_num_threads() << " threads" << std::endl;
+  const Display display{std::cout, isatty(STDOUT_FILENO) != 0};
+  if (run_training(options, *model, task, command.resume, display) == Outcome::Interrupted) {
+    std::cout << concat("Stopped and saved. Go on with: finetune --resume --out ", options.out, "\n");
+    return kInterruptedExitCode;
+  }
+  plot(options);
+  std::cout << concat("The adapter, metrics.jsonl and loss.png are in ", options.out, "\n");
+  return 0;
+}
+
+}  // namespace
+}  // namespace finetune
+
+int main(int argc, char** argv) {
+  try {
+    int exit_code = 0;
+    const auto command = finetune::parse_command_line(argc, argv, exit_code);
+    return command ? finetune::run(*command) : exit_code;
+  } catch (const finetune::Error& error) {
+    std::cerr << "finetune: " << error.what() << '\n';
+  } catch (const c10::Error& error) {
+    std::cerr << "finetune: " << error.what_without_backtrace() << '\n';
+  } catch (const std::exception& error) {
+    std::cerr << "finetune: " << error.what() << '\n';
+  }
+  return 1;
+}

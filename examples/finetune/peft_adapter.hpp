@@ -1,0 +1,21 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "classifier.hpp"
+
+namespace finetune {
+
+/// Writes the adapters in the format of the Python library PEFT, for a plain `BertModel`: adapter_config.json and
+/// adapter_model.safetensors in `folder`. `base_model` is where a reader finds the base (a folder or a hub name).
+void save_adapter(const std::filesystem::path& folder, const BertModel& model, const LoraConfig& config,
+                  const std::string& base_model);
+
+/// Writes the classifier head: `weight` [classes, hidden], `bias` [classes], and the class names as a JSON list in the
+/// metadata's `labels`.
+void save_head(const std::filesystem::path& path, const torch::nn::LinearImpl& head,
+               const std::vector<std::string>& classes);
+
+}  // namespace finetune

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Makes a two-class data set of the movie reviews in the source package of vaderSentiment.
+
+The package holds 10,605 sentences of movie reviews, each with the mean of human sentiment scores from -4 (extremely
+negative) to 4 (Hutto & Gilbert, "VADER", ICWSM 2014; MIT licence). Sentences whose score lies within 0.5 of zero are
+dropped, a sentence that occurs twice is kept once; the rest is 'positive' or 'negative'. The split into train.tsv and
+test.tsv is always the same.
+"""
+
+import argparse
+import html
+import io
+import os
+import random
+import sys
+import tarfile
+
+ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+FILE = "movieReviewSnippets_GroundTruth.txt"
+
+
+def read_member(archive: tarfile.TarFile, ending: str, path: str) -> bytes:
+    for member in archive:
+        # Archives made on a Mac carry twins of their files, named "._…".
+        if member.isfile() and member.name.endswith(ending) and not os.path.basename(member.name).startswith("._"):
+            return archive.extractfile(member).read()
+    sys.exit(f"{path}: holds no {ending}; the source package of vaderSentiment 3.3.2 is expected")
+
+
+def read_reviews(package: str) -> list[tuple[float, str]]:
+    """(score, sentence) of every review, in the file's order."""
+    try:
+        with tarfile.open(package) as outer:
+            with tarfile.open(fileobj=io.BytesIO(read_member(outer, ARCHIVE, package))) as inner:
+                content = read_member(inner, FILE, package)
+    except (OSError, tarfile.TarError) as error:
+        sys.exit(f"{package}: cannot be read as a source package ({error}); run scripts/setup --demo")
+    reviews = []
+    for number, line in enumerate(content.decode("utf-8").split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line:
+            continue
+        fields = line.split("\t")
+        if len(fields) != 3:
+            sys.exit(f"{FILE}:{number}: has {len(fields)} fields; id, score and sentence are expected")
+        text = " ".join(html.unescape(fields[2]).split())
+        reviews.append((float(fields[1]), text))
+    return reviews
+
+
+def label_reviews(reviews: list[tuple[float, str]]) -> tuple[list[tuple[str, str]], int, int]:
+    """The labelled sentences, and how many were dropped as neutral and as repeated."""
+    examples, seen, neutral, repeated = [], set(), 0, 0
+    for score, text in reviews:
+        if abs(score) < 0.5:
+            neutral += 1
+        elif text in seen:
+            repeated += 1
+        else:
+            seen.add(text)
+            examples.append(("positive" if score > 0 else "negative", text))
+    return examples, neutral, repeated
+
+
+def write_tsv(path: str, examples: list[tuple[str, str]]) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{label}\t{text}\n" for label, text in examples)
+    os.replace(path + ".tmp", path)
+    positive = sum(label == "positive" for label, _ in examples)
+    print(f"{path}: {len(examples)} sentences ({positive} positive, {len(examples) - positive} negative)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", help="vaderSentiment-3.3.2.tar.gz")
+    parser.add_argument("out", help="folder for train.tsv and test.tsv")
+    parser.add_argument("--test-size", type=int, default=2000, help="sentences held out (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default %(default)s)")
+    options = parser.parse_args()
+
+    examples, neutral, repeated = label_reviews(read_reviews(options.package))
+    print(f"dropped {neutral} sentences with a score within 0.5 of zero and {repeated} repeated ones")
+    random.Random(options.seed).shuffle(examples)
+    os.makedirs(options.out, exist_ok=True)
+    write_tsv(os.path.join(options.out, "test.tsv"), examples[: options.test_size])
+    write_tsv(os.path.join(options.out, "train.tsv"), examples[options.test_size :])
+
+
+if __name__ == "__main__":
+    main()

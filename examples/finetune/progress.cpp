@@ -1,0 +1,52 @@
+#include "progress.hpp"
+
+#include <cmath>
+#include <iomanip>
+#include <string>
+
+#include "text.hpp"
+
+namespace finetune {
+namespace {
+
+constexpr double kSmoothing = 0.9;
+constexpr int64_t kWidth = 30;
+
+// "=====>    ", kWidth columns.
+std::string draw(int64_t step, int64_t total) {
+  const auto filled = static_cast<size_t>(kWidth * step / total);
+  std::string bar(kWidth, ' ');
+  bar.replace(0, filled, filled, '=');
+  if (filled < bar.size()) bar[filled] = '>';
+  return bar;
+}
+
+}  // namespace
+
+void ProgressBar::update(const StepRecord& record) {
+  loss_ = kSmoothing * loss_ + (1 - kSmoothing) * record.loss;
+  ms_step_ = kSmoothing * ms_step_ + (1 - kSmoothing) * record.ms_step;
+  weight_ = kSmoothing * weight_ + (1 - kSmoothing);
+  if (!is_terminal_ && record.step % log_every_ != 0 && record.step != total_steps_) return;
+
+  const double ms_step = ms_step_ / weight_;
+  const auto seconds = std::llround(ms_step * static_cast<double>(total_steps_ - record.step) / 1000);
+  std::ostringstream numbers;
+  numbers << std::setw(4) << record.step << '/' << total_steps_ << "  loss " << fixed(loss_ / weight_, 4) << "  "
+          << fixed(ms_step, 0) << " ms/step  ETA " << seconds / 60 << ':' << std::setw(2) << std::setfill('0')
+          << seconds % 60;
+  if (is_terminal_) {
+    // \x1b[K clears what a longer line before has left.
+    out_ << "\r[" << draw(record.step, total_steps_) << "] " << numbers.str() << "\x1b[K" << std::flush;
+    line_open_ = true;
+  } else {
+    out_ << "  " << numbers.str() << std::endl;
+  }
+}
+
+void ProgressBar::finish() {
+  if (line_open_) out_ << std::endl;
+  line_open_ = false;
+}
+
+}  // namespace finetune

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cstdint>
+#include <ostream>
+
+#include "step_record.hpp"
+
+namespace finetune {
+
+/// Shows how training goes: a bar that is redrawn on a terminal, a line every `log_every` steps elsewhere.
+class ProgressBar {
+ public:
+  ProgressBar(std::ostream& out, bool is_terminal, int64_t total_steps, int64_t log_every)
+      : out_(out), is_terminal_(is_terminal), total_steps_(total_steps), log_every_(log_every) {}
+
+  void update(const StepRecord& record);
+
+  /// Ends the bar's line, so that other output can follow.
+  void finish();
+
+ private:
+  std::ostream& out_;
+  bool is_terminal_;
+  int64_t total_steps_;
+  int64_t log_every_;
+  bool line_open_ = false;
+  // Exponential averages; dividing by `weight_` makes up for their start at zero.
+  double loss_ = 0;
+  double ms_step_ = 0;
+  double weight_ = 0;
+};
+
+}  // namespace finetune

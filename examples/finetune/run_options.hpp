@@ -1,0 +1,51 @@
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "lora_config.hpp"
+
+namespace finetune {
+
+/// Everything that determines a run: its losses are a function of these and of the thread count. They are kept in the
+/// output folder's run.json, which is all that `--resume` needs.
+struct RunOptions {
+  std::string model;  ///< folder with config.json, model.safetensors, tokenizer.json
+  std::string train;  ///< TSV file to train on
+  std::string test;   ///< TSV file to measure accuracy on, after the last step
+  std::string out;    ///< folder for results
+
+  std::string optimizer = "rite";  ///< rite, adam or adamw
+  double lr = 5e-4;                ///< peak rate of the factors
+  double head_lr = 1e-3;           ///< peak rate of the classifier head
+  double weight_decay = 0;         ///< decoupled for rite and adamw, L2 for adam; not on the head
+  double clip = 1;                 ///< rite: bound on the unmagnified gradient norm, 0 = off
+  bool escape = true;              ///< rite: keep the escaped mass
+  int64_t warmup = 0;              ///< steps of linear warm-up
+  int64_t steps = 150;
+  int64_t batch = 16;
+  uint64_t seed = 0;
+
+  int64_t rank = 16;
+  double alpha = 16;
+  double dropout = 0;     ///< on the adapters' inputs
+  double init_scale = 1;  ///< A is multiplied by this at the start; B = 0 stays, hence so does ΔW = 0
+
+  int64_t max_length = 128;
+  int64_t threads = 0;            ///< 0 = one a core
+  int64_t checkpoint_every = 50;  ///< steps; 0 = only at the end and when interrupted
+  int64_t log_every = 25;         ///< steps between lines where there is no terminal for a progress bar
+  std::string python;             ///< interpreter for tokenising and plotting; empty = FINETUNE_PYTHON or python3
+
+  LoraConfig lora() const { return {rank, alpha, dropout}; }
+};
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunOptions, model, train, test, out, optimizer, lr, head_lr, weight_decay, clip,
+                                   escape, warmup, steps, batch, seed, rank, alpha, dropout, init_scale, max_length,
+                                   threads, checkpoint_every, log_every, python)
+
+/// The rate that the search in the README found best for an optimizer on MiniLM: where one starts without a search.
+inline double default_lr(const std::string& optimizer) { return optimizer == "rite" ? 5e-4 : 2e-3; }
+
+}  // namespace finetune

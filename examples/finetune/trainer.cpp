@@ -1,0 +1,161 @@
+#include "trainer.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "checkpoint.hpp"
+#include "error.hpp"
+#include "interrupt.hpp"
+#include "optimizers.hpp"
+#include "peft_adapter.hpp"
+#include "progress.hpp"
+#include "tokenize.hpp"
+
+namespace finetune {
+namespace {
+
+class Stopwatch {
+ public:
+  double milliseconds() const {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+Dataset tokenize_rows(const std::vector<LabelledText>& rows, const std::vector<std::string>& classes,
+                      const std::string& path, const RunOptions& options, const BertConfig& config,
+                      const std::string& cache) {
+  std::vector<std::string> texts;
+  for (const LabelledText& row : rows) texts.push_back(row.text);
+  const TokenizerOptions tokenizer{options.model, options.max_length, options.python};
+  return {tokenize(texts, tokenizer, config.vocab_size, std::filesystem::path(options.out) / cache),
+          index_labels(rows, classes, path)};
+}
+
+StepRecord train_step(SentenceClassifier& model, torch::optim::Optimizer& optimizer, const Dataset& data,
+                      const std::vector<int64_t>& indices) {
+  StepRecord record;
+  const Stopwatch step;
+  record.lr = optimizer.param_groups()[0].options().get_lr();
+  const Batch batch = make_batch(data, indices, model.bert().config().pad_token_id);
+  const torch::Tensor loss = at::cross_entropy_loss(model.forward(batch.tokens, batch.mask), batch.labels);
+  optimizer.zero_grad();
+  loss.backward();
+  const Stopwatch optimizer_step;
+  optimizer.step();
+  record.ms_optimizer = optimizer_step.milliseconds();
+  record.loss = loss.item<double>();
+  record.ms_step = step.milliseconds();
+  return record;
+}
+
+// The median is not moved by the first steps, which warm up caches, nor by other programs' bursts.
+double median(const std::vector<StepRecord>& records, double StepRecord::*field) {
+  std::vector<double> values;
+  for (const StepRecord& record : records) values.push_back(record.*field);
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+nlohmann::json summarize(const RunOptions& options, const TaskData& task, const SentenceClassifier& model,
+                         const std::vector<StepRecord>& records, const Evaluation& test) {
+  int64_t trainable = 0;
+  for (const torch::Tensor& parameter : model.parameters()) {
+    if (parameter.requires_grad()) trainable += parameter.numel();
+  }
+  const double ms_step = median(records, &StepRecord::ms_step);
+  const double ms_optimizer = median(records, &StepRecord::ms_optimizer);
+  return {{"final", true},
+          {"optimizer", options.optimizer},
+          {"lr", options.lr},
+          {"head_lr", options.head_lr},
+          {"init_scale", options.init_scale},
+          {"rank", options.rank},
+          {"alpha", options.alpha},
+          {"seed", options.seed},
+          {"steps", options.steps},
+          {"batch", options.batch},
+          {"threads", at::get_num_threads()},
+          {"train_examples", task.train.size()},
+          {"test_examples", task.test.size()},
+          {"classes", task.classes},
+          {"trainable_parameters", trainable},
+          {"test_accuracy", test.accuracy},
+          {"test_accuracy_error", test.accuracy_error},
+          {"test_loss", test.loss},
+          {"ms_per_step", ms_step},
+          {"ms_optimizer", ms_optimizer},
+          {"optimizer_share", ms_optimizer / ms_step}};
+}
+
+}  // namespace
+
+TaskData load_task(const RunOptions& options, const BertConfig& config) {
+  const std::vector<LabelledText> train = read_tsv(options.train);
+  const std::vector<LabelledText> test = read_tsv(options.test);
+  TaskData task;
+  task.classes = find_classes(train, options.train);
+  task.train = tokenize_rows(train, task.classes, options.train, options, config, "train.tokens");
+  task.test = tokenize_rows(test, task.classes, options.test, options, config, "test.tokens");
+  return task;
+}
+
+std::shared_ptr<SentenceClassifier> make_classifier(const RunOptions& options, std::shared_ptr<BertModel> base,
+                                                    int64_t classes) {
+  at::manual_seed(options.seed);
+  base->add_adapters(options.lora());
+  auto model = std::make_shared<SentenceClassifier>(std::move(base), classes);
+  const at::NoGradGuard no_grad;
+  for (auto& item : model->named_parameters()) {
+    if (item.key().find(".lora_A.") != std::string::npos) item.value().mul_(options.init_scale);
+  }
+  return model;
+}
+
+Outcome run_training(const RunOptions& options, SentenceClassifier& model, const TaskData& task, bool resume,
+                     const Display& display) {
+  const std::filesystem::path folder = options.out;
+  const std::filesystem::path checkpoint = folder / "checkpoint.pt";
+  const TrainingOptimizer training = make_optimizer(options, model);
+  lora_rite::WarmupLinear scheduler(*training.optimizer, options.warmup, options.steps);
+  TrainingState state{model, *training.optimizer, scheduler};
+  if (resume) load_checkpoint(checkpoint, state);
+  MetricsLog log(folder / "metrics.jsonl", state.step);
+
+  BatchOrder order(task.train.size(), options.batch, options.seed);
+  ProgressBar progress(display.out, display.is_terminal, options.steps, options.log_every);
+  const InterruptGuard interrupt;
+  model.train();
+  while (state.step < options.steps && !interrupt.requested()) {
+    StepRecord record = train_step(model, *training.optimizer, task.train, order.indices(state.step));
+    scheduler.step();
+    record.step = ++state.step;
+    log.write(record);
+    progress.update(record);
+    if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0) save_checkpoint(checkpoint, state);
+    if (display.after_step) display.after_step(record);
+  }
+  progress.finish();
+  save_checkpoint(checkpoint, state);
+  if (state.step < options.steps) return Outcome::Interrupted;
+
+  save_adapter(folder, model.bert(), options.lora(), options.model);
+  save_head(folder / "head.safetensors", model.head(), task.classes);
+  const Evaluation test = evaluate(model, task.test);
+  nlohmann::json summary = summarize(options, task, model, log.records(), test);
+  summary["optimizer_state_mb"] = state_megabytes(*training.optimizer);
+  summary["skipped_steps"] = training.skipped_steps();
+  log.write_final(summary);
+  display.out << "test accuracy " << fixed(100 * test.accuracy, 1) << " % (± " << fixed(100 * test.accuracy_error, 1)
+              << "), test loss " << fixed(test.loss, 4) << "; " << fixed(summary["ms_per_step"], 0)
+              << " ms/step, of which the optimizer " << fixed(summary["ms_optimizer"], 1) << " ms; optimizer state "
+              << fixed(summary["optimizer_state_mb"], 2) << " MB\n";
+  return Outcome::Finished;
+}
+
+}  // namespace finetune

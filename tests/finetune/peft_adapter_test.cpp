@@ -1,0 +1,77 @@
+#include "peft_adapter.hpp"
+
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "files.hpp"
+#include "support.hpp"
+
+namespace finetune {
+namespace {
+
+const LoraConfig kConfig{3, 6, 0};  // that of golden/tiny_adapter
+
+// The tiny model with the adapter that PEFT wrote.
+std::shared_ptr<BertModel> adapted_model() {
+  const auto model = load_bert(golden("tiny"));
+  model->add_adapters(kConfig);
+  const torch::NoGradGuard no_grad;
+  for (const auto& [name, tensor] : load_safetensors(golden("tiny_adapter/adapter_model.safetensors")).tensors) {
+    const std::string prefix = "base_model.model.";
+    EXPECT_EQ(name.compare(0, prefix.size(), prefix), 0) << name;
+    model->named_parameters()[name.substr(prefix.size())].copy_(tensor);
+  }
+  return model;
+}
+
+TEST(PeftAdapter, AnAdapterOfPeftActsHereAsItDoesThere) {
+  const Safetensors expected = load_safetensors(golden("tiny_adapter/expected.safetensors"));
+  const Safetensors base = load_safetensors(golden("tiny/expected.safetensors"));
+  EXPECT_GT(distance(base.tensors.at("pooled"), expected.tensors.at("pooled")), 0.1) << "the adapter has an effect";
+  const torch::Tensor mask = expected.tensors.at("mask");
+  const torch::Tensor hidden = adapted_model()->forward(expected.tensors.at("tokens"), mask);
+  EXPECT_LT(distance(mean_pool(hidden, mask), expected.tensors.at("pooled")), 1e-5);
+}
+
+TEST(PeftAdapter, TheFileWrittenIsTheOnePeftWrites) {
+  const TemporaryFolder folder;
+  save_adapter(folder.string(), *adapted_model(), kConfig, "tiny");
+
+  const Safetensors ours = load_safetensors(folder / "adapter_model.safetensors");
+  const Safetensors theirs = load_safetensors(golden("tiny_adapter/adapter_model.safetensors"));
+  EXPECT_EQ(ours.metadata, theirs.metadata);
+  ASSERT_EQ(ours.tensors.size(), theirs.tensors.size());
+  for (const auto& [name, tensor] : theirs.tensors) {
+    ASSERT_EQ(ours.tensors.count(name), 1U) << name;
+    EXPECT_TRUE(ours.tensors.at(name).equal(tensor)) << name;
+  }
+}
+
+TEST(PeftAdapter, EveryFieldOfTheDescriptionEqualsPefts) {
+  const TemporaryFolder folder;
+  save_adapter(folder.string(), *adapted_model(), kConfig, "tiny");
+  const nlohmann::json ours = read_json(folder / "adapter_config.json");
+  const nlohmann::json theirs = read_json(golden("tiny_adapter/adapter_config.json"));
+  for (const auto& [name, value] : ours.items()) {
+    ASSERT_TRUE(theirs.contains(name)) << name;
+    if (name == "target_modules") {
+      EXPECT_EQ(value.get<std::set<std::string>>(), theirs[name].get<std::set<std::string>>());
+    } else {
+      EXPECT_EQ(value, theirs[name]) << name;
+    }
+  }
+}
+
+TEST(PeftAdapter, TheHeadCarriesItsClassNames) {
+  const TemporaryFolder folder;
+  const SentenceClassifier model(load_bert(golden("tiny")), 3);
+  auto& head = const_cast<SentenceClassifier&>(model).head();
+  save_head(folder / "head.safetensors", head, {"bad", "good", "so\tso"});
+  const Safetensors file = load_safetensors(folder / "head.safetensors");
+  EXPECT_TRUE(file.tensors.at("weight").equal(head.weight));
+  EXPECT_TRUE(file.tensors.at("bias").equal(head.bias));
+  EXPECT_EQ(nlohmann::json::parse(file.metadata.at("labels")), (nlohmann::json{"bad", "good", "so\tso"}));
+}
+
+}  // namespace
+}  // namespace finetune

@@ -1,0 +1,31 @@
+# Configures, builds and runs the consumer through WAY = find_package, add_subdirectory or FetchContent.
+
+function(run)
+  execute_process(COMMAND ${ARGV} COMMAND_ERROR_IS_FATAL ANY)
+endfunction()
+
+file(REMOVE_RECURSE "${WORK}")
+file(MAKE_DIRECTORY "${WORK}")
+set(library -D "LORA_RITE_SOURCE=${SOURCE}")
+if(WAY STREQUAL "find_package")
+  run("${CMAKE_COMMAND}" --install "${BUILD}" --prefix "${WORK}/staging")
+  # The package must work elsewhere, and so must not know where it was built or where LibTorch lay.
+  file(RENAME "${WORK}/staging" "${WORK}/prefix")
+  file(GLOB_RECURSE package "${WORK}/prefix/share/cmake/*.cmake")
+  get_filename_component(torch "${TORCH}/../../.." ABSOLUTE)
+  foreach(file IN LISTS package)
+    file(READ "${file}" text)
+    foreach(path "${SOURCE}" "${BUILD}" "${WORK}" "${torch}")
+      string(FIND "${text}" "${path}" at)
+      if(NOT at EQUAL -1)
+        message(FATAL_ERROR "${file} names a path of this machine: ${path}")
+      endif()
+    endforeach()
+  endforeach()
+  set(library -D "lora_rite_ROOT=${WORK}/prefix")
+endif()
+
+run("${CMAKE_COMMAND}" -G "${GENERATOR}" -S "${SOURCE}/tests/package/consumer" -B "${WORK}/build"
+  -D WAY=${WAY} ${library} -D "Torch_DIR=${TORCH}")
+run("${CMAKE_COMMAND}" --build "${WORK}/build")
+run("${WORK}/build/consumer")
