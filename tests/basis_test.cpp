@@ -65,25 +65,37 @@ TEST(PolarBasis, IsSymmetric) {
   EXPECT_LT((root - root.t()).abs().max().item<double>(), 1e-14);
 }
 
-TEST(QrBasis, IsTheInverseOfQrsTriangleUpToSigns) {
+TEST(QrBasis, IsTheInverseOfQrsTriangleWithAPositiveDiagonal) {
   torch::manual_seed(5);
   const auto y = torch::randn({20, 6}, torch::kDouble);
-  const auto expected = torch::inverse(std::get<1>(torch::linalg_qr(y, "reduced")));
+  const auto triangle = std::get<1>(torch::linalg_qr(y, "reduced"));
+  const auto expected = torch::inverse(triangle * triangle.diagonal().sign().unsqueeze(1));
   const auto found = QrBasis::inverse_root(torch::matmul(y.t(), y), kCutoff);
-  EXPECT_LT((found.abs() - expected.abs()).abs().max().item<double>(), 1e-12);
+  EXPECT_LT((found - expected).abs().max().item<double>(), 1e-12);
 }
 
-TEST(WellConditionedCoordinates, LeaveAConditionNumberThatASecondRootCanTake) {
+TYPED_TEST(GramRoot, TakenTwiceIsExactForIllConditionedDoubles) {
   torch::manual_seed(6);
-  for (const double kappa : {1.0, 1e4, 1e6, 1e9, 1e12}) {
+  for (const double kappa : {1.0, 1e2, 1e4, 1e6}) {
     const auto y = conditioned(60, 8, kappa);
-    const auto c = rule::well_conditioned_coordinates(torch::matmul(y.t(), y));
+    const double cutoff = rule::relative_cutoff(2.2e-16, 8);
+    const auto c = TypeParam::inverse_root(torch::matmul(y.t(), y), cutoff);
     const auto yc = torch::matmul(y, c);
-    const auto u = torch::matmul(yc, PolarBasis::inverse_root(torch::matmul(yc.t(), yc), 1e-14));
-    // The second Gram matrix has at most κ² · 16 r ε: 1e4 at κ = 1e9 is squared again to 1e-16 · 1e8.
-    const double left = std::max(1.0, kappa * std::sqrt(16 * 8 * 2.2e-16));
-    EXPECT_LT(deviation_from_identity(torch::matmul(u.t(), u)), 100 * 2.2e-16 * left * left) << "kappa " << kappa;
+    const auto u = torch::matmul(yc, TypeParam::inverse_root(torch::matmul(yc.t(), yc), cutoff));
+    EXPECT_LT(deviation_from_identity(torch::matmul(u.t(), u)), 1e-13) << "kappa " << kappa;
   }
+}
+
+TYPED_TEST(GramRoot, TakenTwiceKeepsToTheRowSpaceOfARankDeficientMatrix) {
+  torch::manual_seed(7);
+  const auto y = torch::matmul(torch::randn({30, 3}, torch::kDouble), torch::randn({3, 8}, torch::kDouble));
+  const double cutoff = rule::relative_cutoff(2.2e-16, 8);
+  const auto c = TypeParam::inverse_root(torch::matmul(y.t(), y), cutoff);
+  const auto yc = torch::matmul(y, c);
+  const auto root = torch::matmul(c, TypeParam::inverse_root(torch::matmul(yc.t(), yc), cutoff));
+  const auto pseudo_inverse = torch::linalg_pinv(y);
+  const auto off = root - torch::matmul(pseudo_inverse, torch::matmul(y, root));
+  EXPECT_LT(off.norm().template item<double>(), 1e-14 * 30);
 }
 
 }  // namespace

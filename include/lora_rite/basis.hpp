@@ -46,7 +46,7 @@ struct PolarBasis {
 };
 
 /// QR's R, the root of the paper and of its code. Here it comes from the r×r matrix λ^{1/2} Qᵀ = O R instead of the
-/// tall Y: the same R up to signs, also where Y is rank-deficient.
+/// tall Y: the same R, with the signs that make its diagonal non-negative, also where Y is rank-deficient.
 struct QrBasis {
   static constexpr const char* name() { return "qr"; }
 
@@ -55,7 +55,9 @@ struct QrBasis {
     const auto spectrum = detail::gram_spectrum(gram, cutoff);
     const auto [orthogonal, triangle] =
         at::linalg_qr(detail::scale_columns(spectrum.vectors, spectrum.root).mT(), "complete");
-    return at::matmul(detail::scale_columns(spectrum.vectors, spectrum.inverse_root), orthogonal);
+    const at::Tensor signs = choose(triangle.diagonal(0, -2, -1) < 0, at::full({}, -1.0, gram.options()), 1.0);
+    return at::matmul(detail::scale_columns(spectrum.vectors, spectrum.inverse_root),
+                      detail::scale_columns(orthogonal, signs));
   }
 };
 

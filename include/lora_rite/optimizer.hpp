@@ -32,9 +32,8 @@ namespace lora_rite {
 /// - A step with a gradient or factor that is NaN or infinite changes nothing, and is counted: `skipped_steps()`.
 /// - A factor without a gradient stays as it is; its partner still moves.
 /// - A factor that someone else changed since the last step (a merge, a loaded checkpoint, averaged weights) is noticed
-/// by
-///   its column norms. Its statistics are always fresh; the second moment in its old basis keeps its place in the new
-///   one, and the momenta stay as they are, as Adam's would.
+///   by sums over its columns. Its statistics are always fresh; the second moment in its old basis keeps its place in
+///   the new one, and the momenta stay as they are, as Adam's would.
 /// - An exception leaves factors and state as they were, as far as it comes from a check of the input.
 ///
 /// `Basis` (PolarBasis or QrBasis) is the root of the Gram matrix; both give the same trajectory up to round-off.
@@ -149,7 +148,7 @@ class LoraRite : public torch::optim::Optimizer {
         continue;
       }
       for (auto& batch : groups_[i].on_device.batches) {
-        if (!batch.observe(rite_options(i))) continue;
+        if (!batch.template observe<Basis>(rite_options(i))) continue;
         work.push_back({&rite_options(i), &batch});
         finite.push_back(batch.finite());
       }

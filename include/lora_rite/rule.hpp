@@ -20,7 +20,8 @@
 namespace lora_rite::rule {
 
 /// Act 1 hands this in. C [r, r] are coordinates in which Y is well conditioned: Y itself squares its condition number
-/// in a Gram matrix, which is harmless where floats are summed in double, and not for double factors.
+/// in a Gram matrix, which is harmless where floats are summed in double, and not for double factors. Their C is the
+/// inverse root of YᵀY, good to κ²ε; one more root in these coordinates is exact (CholeskyQR2, Yamamoto et al. 2015).
 struct Statistics {
   at::Tensor coordinates;    ///< C, undefined where it is the identity
   at::Tensor gram;           ///< (YC)ᵀ (YC)
@@ -51,23 +52,10 @@ struct Decision {
 };
 
 /// Eigenvalues of a Gram matrix below this share of the largest are round-off: (unit round-off of the factors' dtype)²,
-/// and no less than what the eigensolver itself leaves.
+/// and no less than what summing and the eigensolver leave in double.
 inline double relative_cutoff(double dtype_epsilon, int64_t rank) {
-  const double solver = 4.0 * static_cast<double>(rank) * std::numeric_limits<double>::epsilon();
+  const double solver = 16.0 * static_cast<double>(rank) * std::numeric_limits<double>::epsilon();
   return std::max(0.25 * dtype_epsilon * dtype_epsilon, solver);
-}
-
-/// Coordinates C for double factors, from S = YᵀY: S's inverse root, but with the eigenvalues that round-off has
-/// drowned held at 16 r ε λ_max instead of dropped. κ(YC) ≈ 1 up to κ(Y) ≈ 1e7, and beyond it is smaller than κ(Y) by
-/// that factor (the shift of shifted CholeskyQR, Fukaya et al. 2020). One more root, in these coordinates, is then
-/// exact.
-inline at::Tensor well_conditioned_coordinates(const at::Tensor& gram) {
-  const auto [values, vectors] = at::linalg_eigh(gram);
-  const double shift = 16.0 * static_cast<double>(gram.size(-1)) * std::numeric_limits<double>::epsilon();
-  const at::Tensor largest = values.narrow(-1, -1, 1).clamp_min(0);
-  const at::Tensor held = at::maximum(values, largest * shift);
-  const at::Tensor inverse_root = choose(largest > 0, held.rsqrt(), 0.0);
-  return at::matmul(detail::scale_columns(vectors, inverse_root), vectors.mT());
 }
 
 /// R⁺ = C R̂⁺,  Q = R̂⁺ᵀ (YC)ᵀ Y_old,  ḠᵀḠ = R̂⁺ᵀ (GC)ᵀ(GC) R̂⁺,  R̂ being the root of (YC)ᵀ(YC).

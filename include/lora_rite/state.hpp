@@ -19,7 +19,7 @@ struct PairState {
   rule::Moments moments;               ///< V, R⁺ of the partner [2, k, r, r], ρ and t [2, k, 1, 1], double
   std::array<at::Tensor, 2> momentum;  ///< N [k, factor shape], float or double; undefined before the first gradient
   std::array<at::Tensor, 2> master;    ///< float copy of half-type factors [k, factor shape], undefined if not wanted
-  at::Tensor column_norms;             ///< squared column norms of the factors as the last step left them [2, k, r]
+  at::Tensor column_sums;              ///< of the factors as the last step left them, to notice edits [2, 2, k, r]
   at::Tensor previous_scale;           ///< α and γ [2, k, 1, 1] of the last step's way back: X_old = α X + γ N,
   at::Tensor previous_rate;            ///< α = 1 / (1−ηλ), γ = η / (1−ηλ)
 
@@ -29,7 +29,7 @@ struct PairState {
     const auto scalars = at::zeros({2, pairs, 1, 1}, double_on_device);
     PairState state;
     state.moments = {matrices, scalars, matrices.clone(), scalars.clone()};
-    state.column_norms = at::zeros({2, pairs, rank}, double_on_device);
+    state.column_sums = at::zeros({2, 2, pairs, rank}, double_on_device);
     state.previous_scale = at::ones_like(scalars);
     state.previous_rate = scalars.clone();
     return state;
@@ -48,7 +48,7 @@ struct PairState {
       state.momentum[side] = large(momentum[side]);
       state.master[side] = large(master[side]);
     }
-    state.column_norms = small(column_norms);
+    state.column_sums = column_sums.narrow(2, index, 1).clone();
     state.previous_scale = small(previous_scale);
     state.previous_rate = small(previous_rate);
     return state;
@@ -73,7 +73,7 @@ struct PairState {
     joined.moments.escaped_mass = cat([](const PairState& s) { return s.moments.escaped_mass; }, 1);
     joined.moments.inverse_root = cat([](const PairState& s) { return s.moments.inverse_root; }, 1);
     joined.moments.step = cat([](const PairState& s) { return s.moments.step; }, 1);
-    joined.column_norms = cat([](const PairState& s) { return s.column_norms; }, 1);
+    joined.column_sums = cat([](const PairState& s) { return s.column_sums; }, 2);
     joined.previous_scale = cat([](const PairState& s) { return s.previous_scale; }, 1);
     joined.previous_rate = cat([](const PairState& s) { return s.previous_rate; }, 1);
     for (const size_t side : {0, 1}) {
@@ -89,7 +89,7 @@ struct PairState {
   void save(torch::serialize::OutputArchive& archive) const {
     archive.write("second_moment", moments.second_moment, /*is_buffer=*/true);
     archive.write("inverse_root", moments.inverse_root, /*is_buffer=*/true);
-    archive.write("column_norms", column_norms, /*is_buffer=*/true);
+    archive.write("column_sums", column_sums, /*is_buffer=*/true);
     archive.write("scalars", at::stack({moments.step, moments.escaped_mass, previous_scale, previous_rate}),
                   /*is_buffer=*/true);
     for (const size_t side : {0, 1}) {
@@ -122,7 +122,7 @@ struct PairState {
     state.previous_rate = scalars[3].clone();
     state.moments.second_moment = read("second_moment", {2, 1, rank, rank}, at::kDouble, true);
     state.moments.inverse_root = read("inverse_root", {2, 1, rank, rank}, at::kDouble, true);
-    state.column_norms = read("column_norms", {2, 1, rank}, at::kDouble, true);
+    state.column_sums = read("column_sums", {2, 2, 1, rank}, at::kDouble, true);
     for (const size_t side : {0, 1}) {
       std::vector<int64_t> shape = sizes[side];
       shape.insert(shape.begin(), 1);

@@ -72,6 +72,7 @@ class DeviceBatch {
 
   /// Act 1: gathers factors and gradients and reduces them to r×r statistics. Returns false if no pair has a gradient:
   /// then there is nothing to do, and acts 2 and 3 must not be called.
+  template <class Basis>
   bool observe(const LoraRiteOptions& options) {
     std::array<std::vector<bool>, 2> has_gradient;
     bool any = false;
@@ -100,15 +101,14 @@ class DeviceBatch {
       } else if (wants_master) {
         factors_[side] = as_stored.to(at::kFloat);
       }
-      changed[side] = norms_changed(side, column_norms(as_stored, side));
+      changed[side] = sums_changed(side, column_sums(as_stored, side));
     }
     edited_ = at::stack({changed[0], changed[1]});
 
     std::array<at::Tensor, 2> coordinates, gram, cross, gradient_gram;
     for (const size_t side : {0, 1}) {
       const at::Tensor x = wide(tall(factors_[side], side));
-      if (dtype_ == at::kDouble)
-        coordinates[side] = rule::well_conditioned_coordinates(finite_or_zero(inner_products(x, x)));
+      if (dtype_ == at::kDouble) coordinates[side] = Basis::inverse_root(finite_or_zero(inner_products(x, x)), cutoff());
       const at::Tensor in_coordinates = coordinates[side].defined() ? at::matmul(x, coordinates[side]) : x;
       gram[side] = inner_products(in_coordinates, in_coordinates);
       // (XC)ᵀ X_old with X_old = α X + γ N; an edited factor has no past.
@@ -151,8 +151,7 @@ class DeviceBatch {
     for (at::Tensor* matrix : {&statistics_.gram, &statistics_.cross, &statistics_.gradient_gram}) {
       *matrix = choose(proceed, *matrix, 0.0);
     }
-    const double cutoff = rule::relative_cutoff(dtype_epsilon(), rank_);
-    unmagnified_ = rule::unmagnify<Basis>(statistics_, cutoff);
+    unmagnified_ = rule::unmagnify<Basis>(statistics_, cutoff());
     statistics_ = {};
     fresh_norm_squared_ = unmagnified_.gradient_gram.diagonal(0, -2, -1).sum(-1).clamp_min(0);
     return fresh_norm_squared_.sum();
@@ -196,7 +195,7 @@ class DeviceBatch {
     if (options.balance()) balance(moved, momentum, inverse_root);
 
     const auto remember = [&](at::Tensor& old, const at::Tensor& fresh) { old.copy_(choose(proceed, fresh, old)); };
-    std::array<at::Tensor, 2> norms;
+    std::array<at::Tensor, 2> sums;
     for (const size_t side : {0, 1}) {
       if (momentum[side].defined()) {
         at::Tensor& stored = state_.momentum[side];
@@ -204,15 +203,15 @@ class DeviceBatch {
         if (!stored.defined()) stored = at::zeros(fresh.sizes(), fresh.options());
         remember(stored, fresh);
       }
-      norms[side] =
-          gradients_[side].defined() ? write_back(moved[side], side, proceed) : column_norms(gather(side), side);
+      sums[side] =
+          gradients_[side].defined() ? write_back(moved[side], side, proceed) : column_sums(gather(side), side);
     }
     rule::Moments& moments = state_.moments;
     remember(moments.second_moment, decision.moments.second_moment);
     remember(moments.escaped_mass, decision.moments.escaped_mass);
     remember(moments.inverse_root, inverse_root);
     remember(moments.step, decision.moments.step);
-    remember(state_.column_norms, at::stack({norms[0], norms[1]}));
+    remember(state_.column_sums, at::stack({sums[0], sums[1]}));
     remember(state_.previous_scale, keep.reciprocal());
     remember(state_.previous_rate, rate / keep);
     remember(unmagnified_norm_, fresh_norm_squared_.sqrt());
@@ -276,16 +275,17 @@ class DeviceBatch {
   /// Momenta and master copies of the half types are float.
   at::ScalarType wide_dtype() const { return dtype_ == at::kDouble ? at::kDouble : at::kFloat; }
 
-  double dtype_epsilon() const {
+  /// Of this share of its largest eigenvalue on, a Gram matrix is no round-off.
+  double cutoff() const {
     switch (factors_[0].scalar_type()) {  // with a master copy a half factor is known to float precision
       case at::kDouble:
-        return std::numeric_limits<double>::epsilon();
+        return rule::relative_cutoff(std::numeric_limits<double>::epsilon(), rank_);
       case at::kFloat:
-        return std::numeric_limits<float>::epsilon();
+        return rule::relative_cutoff(std::numeric_limits<float>::epsilon(), rank_);
       case at::kHalf:
-        return 0x1p-10;
+        return rule::relative_cutoff(0x1p-10, rank_);
       default:
-        return 0x1p-7;  // bfloat16
+        return rule::relative_cutoff(0x1p-7, rank_);  // bfloat16
     }
   }
 
@@ -325,18 +325,24 @@ class DeviceBatch {
     known_has_gradient_ = has_gradient;
   }
 
-  /// Squared column norms [k, r] of stacked factors as they are stored.
-  static at::Tensor column_norms(const at::Tensor& stored, size_t side) {
-    return wide(tall(stored, side)).square().sum(-2);
+  /// What is remembered of stacked factors as they are stored, to notice an edit: of each column the square of its norm
+  /// and a weighted sum [2, k, r]. The weights are the fractions of i·φ, irregular: no change of sign and no exchange of
+  /// rows passes.
+  static at::Tensor column_sums(const at::Tensor& stored, size_t side) {
+    const at::Tensor x = wide(tall(stored, side));
+    const at::Tensor weights = (at::arange(x.size(1), x.options()) * 0.61803398874989485).frac() + 0.5;
+    return at::stack({x.square().sum(-2), at::matmul(weights, x)});
   }
 
-  /// Did someone write to these factors since the last step? [k, 1, 1]. The column norms tell: they are summed in the
-  /// same way each time, so they agree to round-off unless the values changed. (Version counters and pointers would
-  /// miss writes through `.data()`, and cannot be seen by the device.) An edit that leaves YᵀY alone needs no notice:
-  /// the statistics are fresh in every step, and the old factor is found from the new one.
-  at::Tensor norms_changed(size_t side, const at::Tensor& norms) const {
-    const at::Tensor& known = state_.column_norms[static_cast<int64_t>(side)];
-    return (at::maximum(norms - known, known - norms) > 1e-12 * known).any(-1).view({count(), 1, 1});
+  /// Did someone write to these factors since the last step? [k, 1, 1]. The sums are formed in the same way each time,
+  /// so they agree to round-off unless the values changed. (Version counters and pointers would miss writes through
+  /// `.data()`, and cannot be seen by the device.)
+  at::Tensor sums_changed(size_t side, const at::Tensor& sums) const {
+    const at::Tensor& known = state_.column_sums[static_cast<int64_t>(side)];
+    // |wᵀx| ≤ ‖w‖ ‖x‖ and ‖w‖ ≈ √n bounds what round-off can do to the second sum.
+    const at::Tensor scale = at::stack({known[0], (known[0] * rows_[static_cast<int64_t>(side)].squeeze()).sqrt()});
+    const at::Tensor difference = at::maximum(sums - known, known - sums);  // ATen's abs has no meta kernel
+    return (difference > 1e-12 * scale).any(-1).any(0).view({count(), 1, 1});
   }
 
   static at::Tensor finite_or_zero(const at::Tensor& gram) {
@@ -359,7 +365,7 @@ class DeviceBatch {
     inverse_root = inverse_root * at::stack({scales[0], scales[1]});  // side s holds the root of its partner
   }
 
-  /// Stores the moved factors, those with a gradient only, and returns the column norms of what is stored then.
+  /// Stores the moved factors, those with a gradient only, and returns the column sums of what is stored then.
   at::Tensor write_back(const at::Tensor& moved, size_t side, const at::Tensor& proceed) {
     const at::Tensor fresh = stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
     const at::Tensor kept = choose(proceed, fresh, factors_[side]);
@@ -375,7 +381,7 @@ class DeviceBatch {
     }
     const bool all = static_cast<int64_t>(written.size()) == count();
     write_slices(all ? stored : stored.index({at::tensor(written).to(device_)}), destinations);
-    return column_norms(all ? stored : gather(side), side);
+    return column_sums(all ? stored : gather(side), side);
   }
 
   std::vector<FactorPair> pairs_;
