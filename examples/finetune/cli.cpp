@@ -13,6 +13,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr int64_t kMaxThreads = 1024;  // far more crash in LibTorch
+
 constexpr const char* kDescription =
     "Fine-tunes a BERT sentence encoder (such as MiniLM) with LoRA to sort texts into classes.\n"
     "\n"
@@ -112,7 +114,7 @@ void check_values(const RunOptions& options) {
   require(options.dropout >= 0 && options.dropout < 1, "--dropout", options.dropout, "a number in [0, 1)");
   require(options.init_scale > 0, "--init-scale", options.init_scale, "a number above 0");
   require(options.max_length >= 3, "--max-length", options.max_length, "at least 3: two special tokens and a word");
-  require(options.threads >= 0, "--threads", options.threads, "at least 0");
+  require(options.threads >= 0 && options.threads <= kMaxThreads, "--threads", options.threads, "0 to 1024");
   require(options.checkpoint_every >= 0, "--checkpoint-every", options.checkpoint_every, "at least 0");
   require(options.log_every >= 1, "--log-every", options.log_every, "at least 1");
 }

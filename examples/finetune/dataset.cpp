@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <numeric>
 #include <random>
 #include <set>
@@ -9,6 +10,18 @@
 #include "error.hpp"
 
 namespace finetune {
+namespace {
+
+// Labels go into JSON, which holds nothing else.
+bool is_utf8(const std::string& text) {
+  try {
+    return !nlohmann::json(text).dump().empty();
+  } catch (const nlohmann::json::exception&) {
+    return false;
+  }
+}
+
+}  // namespace
 
 std::vector<LabelledText> read_tsv(const std::filesystem::path& path) {
   std::ifstream file(path);
@@ -42,7 +55,11 @@ std::vector<LabelledText> read_tsv(const std::filesystem::path& path) {
 
 std::vector<std::string> find_classes(const std::vector<LabelledText>& rows, const std::filesystem::path& path) {
   std::set<std::string> labels;
-  for (const LabelledText& row : rows) labels.insert(row.label);
+  for (const LabelledText& row : rows) {
+    if (labels.insert(row.label).second && !is_utf8(row.label)) {
+      fail(path.string(), ":", row.line, ": the label '", row.label, "' is not UTF-8; save the file in that encoding");
+    }
+  }
   if (labels.size() < 2) {
     fail(path.string(), ": all ", rows.size(), " lines have the label '", *labels.begin(),
          "'; a classifier needs two labels or more");

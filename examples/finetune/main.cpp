@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <iostream>
 #include <string>
+#include <system_error>
 
 #include "bert.hpp"
 #include "cli.hpp"
@@ -30,9 +31,26 @@ void plot(const RunOptions& options) {
   }
 }
 
-int run(const Command& command) {
+// As a shell reads it back.
+std::string quote(const std::string& text) {
+  const char* plain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789/._-+:@%,";
+  if (!text.empty() && text.find_first_not_of(plain) == std::string::npos) return text;
+  std::string quoted = "'";
+  for (const char character : text) {
+    if (character == '\'') {
+      quoted += "'\\''";
+    } else {
+      quoted += character;
+    }
+  }
+  return quoted + "'";
+}
+
+int run(const Command& command, const std::string& program) {
   const RunOptions& options = command.options;
-  std::filesystem::create_directories(options.out);
+  std::error_code error;
+  std::filesystem::create_directories(options.out, error);
+  if (error) fail("--out ", options.out, ": cannot be made (", error.message(), "); choose a folder you can write to");
   if (options.threads > 0) at::set_num_threads(static_cast<int>(options.threads));
 
   const std::shared_ptr<BertModel> base = load_bert(options.model);
@@ -50,7 +68,8 @@ int run(const Command& command) {
             << options.lr << ", " << at::get_num_threads() << " threads" << std::endl;
   const Display display{std::cout, isatty(STDOUT_FILENO) != 0};
   if (run_training(options, *model, task, command.resume, display) == Outcome::Interrupted) {
-    std::cout << concat("Stopped and saved. Go on with: finetune --resume --out ", options.out, "\n");
+    std::cout << concat("Stopped and saved. Go on with: ", quote(program), " --resume --out ", quote(options.out),
+                        "\n");
     return kInterruptedExitCode;
   }
   plot(options);
@@ -65,7 +84,7 @@ int main(int argc, char** argv) {
   try {
     int exit_code = 0;
     const auto command = finetune::parse_command_line(argc, argv, exit_code);
-    return command ? finetune::run(*command) : exit_code;
+    return command ? finetune::run(*command, argv[0]) : exit_code;
   } catch (const finetune::Error& error) {
     std::cerr << "finetune: " << error.what() << '\n';
   } catch (const c10::Error& error) {

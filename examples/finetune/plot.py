@@ -34,8 +34,9 @@ def main() -> int:
     axes.plot(x, losses, color="#9ecae1", linewidth=0.8, label="loss of each batch")
     axes.plot(x, smooth, color="#08519c", linewidth=2, label="smoothed")
     if final:
-        axes.axhline(final["test_loss"], color="#d94801", linestyle="--", linewidth=1.2,
-                     label=f"test loss {final['test_loss']:.3f} (accuracy {100 * final['test_accuracy']:.1f} %)")
+        if final["test_loss"] is not None:  # null where the run diverged
+            axes.axhline(final["test_loss"], color="#d94801", linestyle="--", linewidth=1.2,
+                         label=f"test loss {final['test_loss']:.3f} (accuracy {100 * final['test_accuracy']:.1f} %)")
         axes.set_title(f"{final['optimizer']}, rank {final['rank']}, learning rate {final['lr']:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy")

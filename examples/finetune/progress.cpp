@@ -36,8 +36,9 @@ void ProgressBar::update(const StepRecord& record) {
           << fixed(ms_step, 0) << " ms/step  ETA " << seconds / 60 << ':' << std::setw(2) << std::setfill('0')
           << seconds % 60;
   if (is_terminal_) {
-    // \x1b[K clears what a longer line before has left.
-    out_ << "\r[" << draw(record.step, total_steps_) << "] " << numbers.str() << "\x1b[K" << std::flush;
+    // \x1b[?7l … h: a narrow terminal cuts the line instead of wrapping it, after which \r would no longer reach its
+    // start. \x1b[K clears what a longer line before has left.
+    out_ << concat("\r\x1b[?7l[", draw(record.step, total_steps_), "] ", numbers.str(), "\x1b[K\x1b[?7h") << std::flush;
     line_open_ = true;
   } else {
     out_ << "  " << numbers.str() << std::endl;

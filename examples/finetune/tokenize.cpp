@@ -10,6 +10,8 @@
 namespace finetune {
 namespace {
 
+constexpr int kBadTokenizer = 3;  // exit code of tokenize_text.py
+
 // FNV-1a: it only has to notice changes, not attacks.
 uint64_t fingerprint(const std::string& bytes, uint64_t hash = 0xcbf29ce484222325) {
   for (const char byte : bytes) {
@@ -76,6 +78,9 @@ std::vector<std::vector<int64_t>> tokenize(const std::vector<std::string>& texts
                                               key};
     const int code = run_program(command);
     std::filesystem::remove(input);
+    if (code == kBadTokenizer) {
+      fail(tokenizer.string(), ": is damaged or no tokenizer (its reader's words are above); fetch the model again");
+    }
     if (code != 0) {
       fail("tokenising failed: '", command[0], " ", command[1], "' ended with code ", code,
            code == 127 ? " (not found)" : "", "; it needs Python 3 with the package 'tokenizers' (install it with '",

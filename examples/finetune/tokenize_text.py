@@ -9,6 +9,8 @@ import argparse
 import os
 import sys
 
+BAD_TOKENIZER = 3  # exit code, which finetune knows
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -25,7 +27,11 @@ def main() -> int:
         print(f"{sys.executable}: the package 'tokenizers' is missing ({error})", file=sys.stderr)
         return 1
 
-    tokenizer = Tokenizer.from_file(options.tokenizer)
+    try:
+        tokenizer = Tokenizer.from_file(options.tokenizer)
+    except Exception as error:  # the package raises nothing narrower
+        print(f"{options.tokenizer}: {error}", file=sys.stderr)
+        return BAD_TOKENIZER
     # The file's own settings often pad everything to one length: batches are padded later.
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length=options.max_length)

@@ -42,6 +42,7 @@ TEST(CommandLine, ValuesThatMakeNoSenseAreNamed) {
       {with({"--warmup", "200"}), "--warmup 200: expected"},
       {with({"--dropout", "1"}), "--dropout 1: expected"},
       {with({"--max-length", "2"}), "--max-length 2: expected"},
+      {with({"--threads", "100000"}), "--threads 100000: expected 0 to 1024"},
       {{"--out", "/nowhere"}, "--model is missing"},
       {{"--model", "/m"}, "--out is missing"},
   };

@@ -58,6 +58,12 @@ TEST_F(DatasetFile, ASingleClassIsRefused) {
             std::string::npos);
 }
 
+TEST_F(DatasetFile, ALabelThatIsNotUtf8IsRefused) {
+  const auto rows = read_tsv(write("tea\tx\ncaf\xE9\ty\n"));
+  EXPECT_NE(error_of([&] { find_classes(rows, "train.tsv"); }).find("train.tsv:2: the label 'caf\xE9' is not UTF-8"),
+            std::string::npos);
+}
+
 TEST_F(DatasetFile, ALabelUnknownInTrainingIsNamedWithItsLine) {
   const auto rows = read_tsv(write("a\tx\n\nz\ty\n"));
   const std::string message = error_of([&] { index_labels(rows, {"a", "b"}, "test.tsv"); });

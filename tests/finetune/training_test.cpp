@@ -213,7 +213,8 @@ TEST(ProgressBar, ShowsPositionLossAndTimeLeft) {
   std::ostringstream out;
   ProgressBar bar(out, /*is_terminal=*/true, 120, 10);
   bar.update({60, 0.5, 1e-3, 250, 10});
-  EXPECT_EQ(out.str(), "\r[===============>              ]   60/120  loss 0.5000  250 ms/step  ETA 0:15\x1b[K");
+  EXPECT_EQ(out.str(),
+            "\r\x1b[?7l[===============>              ]   60/120  loss 0.5000  250 ms/step  ETA 0:15\x1b[K\x1b[?7h");
   bar.finish();
   EXPECT_EQ(out.str().back(), '\n');
 }
