@@ -1,6 +1,6 @@
 // Fits a LoRA pair to a rank-4 change of a weight matrix, without data.
-#include <lora_rite/lora_rite.hpp>
 #include <torch/torch.h>
+#include <lora_rite/lora_rite.hpp>
 
 #include <iostream>
 

@@ -2,33 +2,21 @@
 
 #include <ATen/ATen.h>
 
-#include "lora_rite/choose.hpp"
+#include "lora_rite/algebra.hpp"
 
 /// Roots of a Gram matrix. Any R with RᵀR = S = YᵀY makes U = Y R⁺ an orthonormal basis of Y's columns; which one is a
 /// matter of taste, for two roots differ by a rotation from the left, and the rule is equivariant under it.
 ///
-/// All matrices are [..., r, r] in double.
+/// `Matrix` is a batch of r×r matrices in double: at::Tensor, or the host engine's lanes.
 namespace lora_rite {
 namespace detail {
 
-/// S = Q diag(λ) Qᵀ with what both bases need of it.
-struct GramSpectrum {
-  at::Tensor vectors;       ///< Q [..., r, r]
-  at::Tensor root;          ///< max(λ, 0)^{1/2} [..., r]
-  at::Tensor inverse_root;  ///< λ^{-1/2} where λ > cutoff · λ_max, else 0: the pseudo-inverse [..., r]
-};
-
-inline GramSpectrum gram_spectrum(const at::Tensor& gram, double cutoff) {
-  const auto [values, vectors] = at::linalg_eigh(gram);
-  const at::Tensor positive = values.clamp_min(0);
-  // eigh's values ascend, the last one is the largest; for S = 0 nothing is kept.
-  const at::Tensor keep = positive > positive.narrow(-1, -1, 1) * cutoff;
-  return {vectors, positive.sqrt(), choose(keep, positive.rsqrt(), 0.0)};
-}
-
-/// Q diag(d) [..., r, r]
-inline at::Tensor scale_columns(const at::Tensor& vectors, const at::Tensor& diagonal) {
-  return vectors * diagonal.unsqueeze(-2);
+/// λ^{-1/2} where λ > cutoff · λ_max, else 0: the pseudo-inverse. For S = 0 nothing is kept.
+template <class Values>
+auto pseudo_inverse_root(const Values& values, double cutoff) {
+  return map_values(values, [cutoff](const auto& value, const auto& largest) {
+    return choose(value > largest * cutoff, rsqrt(value), 0.0);
+  });
 }
 
 }  // namespace detail
@@ -39,9 +27,11 @@ struct PolarBasis {
   static constexpr const char* name() { return "polar"; }
 
   /// R⁺ = Q λ^{+1/2} Qᵀ; eigenvalues up to cutoff · λ_max count as zero.
-  static at::Tensor inverse_root(const at::Tensor& gram, double cutoff) {
-    const auto spectrum = detail::gram_spectrum(gram, cutoff);
-    return at::matmul(detail::scale_columns(spectrum.vectors, spectrum.inverse_root), spectrum.vectors.mT());
+  template <class Matrix>
+  static Matrix inverse_root(const Matrix& gram, double cutoff) {
+    const auto spectrum = eigh(gram);
+    return matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(spectrum.values, cutoff)),
+                  transpose(spectrum.vectors));
   }
 };
 
@@ -51,13 +41,13 @@ struct QrBasis {
   static constexpr const char* name() { return "qr"; }
 
   /// R⁺ = Q λ^{+1/2} O; eigenvalues up to cutoff · λ_max count as zero.
-  static at::Tensor inverse_root(const at::Tensor& gram, double cutoff) {
-    const auto spectrum = detail::gram_spectrum(gram, cutoff);
-    const auto [orthogonal, triangle] =
-        at::linalg_qr(detail::scale_columns(spectrum.vectors, spectrum.root).mT(), "complete");
-    const at::Tensor signs = choose(triangle.diagonal(0, -2, -1) < 0, at::full({}, -1.0, gram.options()), 1.0);
-    return at::matmul(detail::scale_columns(spectrum.vectors, spectrum.inverse_root),
-                      detail::scale_columns(orthogonal, signs));
+  template <class Matrix>
+  static Matrix inverse_root(const Matrix& gram, double cutoff) {
+    const auto spectrum = eigh(gram);
+    const auto root =
+        map_values(spectrum.values, [](const auto& value, const auto&) { return sqrt(at_least(value, 0.0)); });
+    const Matrix orthogonal = orthogonal_factor(transpose(scale_columns(spectrum.vectors, root)));
+    return matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(spectrum.values, cutoff)), orthogonal);
   }
 };
 

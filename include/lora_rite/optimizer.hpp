@@ -16,7 +16,7 @@
 #include "lora_rite/choose.hpp"
 #include "lora_rite/diagnostics.hpp"
 #include "lora_rite/engine/adamw.hpp"
-#include "lora_rite/engine/device.hpp"
+#include "lora_rite/engine/batches.hpp"
 #include "lora_rite/factor_pair.hpp"
 #include "lora_rite/options.hpp"
 
@@ -138,7 +138,7 @@ class LoraRite : public torch::optim::Optimizer {
     // Act 1, observe: tall data become r×r statistics.
     struct Work {
       const LoraRiteOptions* options;
-      engine::DeviceBatch* batch;
+      engine::Batch* batch;
     };
     std::vector<Work> work;
     std::vector<at::Tensor> finite;
@@ -147,10 +147,10 @@ class LoraRite : public torch::optim::Optimizer {
         for (auto& flag : groups_[i].others->finite()) finite.push_back(flag);
         continue;
       }
-      for (auto& batch : groups_[i].on_device.batches) {
-        if (!batch.template observe<Basis>(rite_options(i))) continue;
-        work.push_back({&rite_options(i), &batch});
-        finite.push_back(batch.finite());
+      for (const auto& batch : groups_[i].batches.all) {
+        if (!batch->observe(rite_options(i))) continue;
+        work.push_back({&rite_options(i), batch.get()});
+        finite.push_back(batch->finite());
       }
     }
     if (finite.empty()) return loss;
@@ -160,7 +160,7 @@ class LoraRite : public torch::optim::Optimizer {
     // Act 2, decide: the partner's bases, the norm of all unmagnified gradients, the maps for the rows.
     std::vector<at::Tensor> norms_squared;
     for (const auto& [options, batch] : work) {
-      norms_squared.push_back(batch->template unmagnify<Basis>(proceed.to(batch->device(), /*non_blocking=*/true)));
+      norms_squared.push_back(batch->unmagnify(proceed.to(batch->device(), /*non_blocking=*/true)));
     }
     if (!work.empty()) {
       const at::Tensor norm = at::stack(to_device(norms_squared, home)).sum().sqrt();
@@ -191,10 +191,10 @@ class LoraRite : public torch::optim::Optimizer {
     for (const auto& group : groups_) {
       for (size_t i = 0; i < group.pairs.size(); ++i) {
         PairDiagnostics entry;
-        if (group.on_device.places.empty()) {  // before the first step
-          entry = engine::DeviceBatch({group.pairs[i]}, {group.pairs[i].name}).diagnose(0);
+        if (group.batches.places.empty()) {  // before the first step
+          entry = engine::DeviceBatch<Basis>({group.pairs[i]}, {group.pairs[i].name}).diagnose(0);
         } else {
-          entry = group.on_device.batches[group.on_device.places[i].batch].diagnose(group.on_device.places[i].index);
+          entry = group.batches.all[group.batches.places[i].batch]->diagnose(group.batches.places[i].index);
         }
         entry.skipped_steps = skipped;
         result.push_back(std::move(entry));
@@ -222,9 +222,9 @@ class LoraRite : public torch::optim::Optimizer {
       for (size_t p = 0; p < group.pairs.size(); ++p) {
         torch::serialize::OutputArchive entry(archive.compilation_unit());
         entry.write("name", c10::IValue(group.pairs[p].name));
-        entry.write("stepped", c10::IValue(!group.on_device.places.empty()));
-        if (!group.on_device.places.empty())
-          group.on_device.batches[group.on_device.places[p].batch].pick(group.on_device.places[p].index).save(entry);
+        entry.write("stepped", c10::IValue(!group.batches.places.empty()));
+        if (!group.batches.places.empty())
+          group.batches.all[group.batches.places[p].batch]->pick(group.batches.places[p].index).save(entry);
         group_archive.write(std::to_string(p), entry);
       }
       archive.write(std::to_string(i), group_archive);
@@ -281,13 +281,12 @@ class LoraRite : public torch::optim::Optimizer {
       param_groups_[i].set_options(std::move(options[i]));
       Group& group = groups_[i];
       if (group.others) group.others->restore(std::move(other_states[i]));
-      for (size_t b = 0; b < group.on_device.batches.size(); ++b) {
-        std::vector<PairState> states(group.on_device.batches[b].count());
+      for (size_t b = 0; b < group.batches.all.size(); ++b) {
+        std::vector<PairState> states(group.batches.all[b]->count());
         for (size_t p = 0; p < group.pairs.size(); ++p) {
-          if (group.on_device.places[p].batch == b)
-            states[group.on_device.places[p].index] = std::move(pair_states[i][p]);
+          if (group.batches.places[p].batch == b) states[group.batches.places[p].index] = std::move(pair_states[i][p]);
         }
-        group.on_device.batches[b].restore(states);
+        group.batches.all[b]->restore(states);
       }
     }
     skipped_ = at::tensor(skipped, at::kLong);
@@ -299,7 +298,7 @@ class LoraRite : public torch::optim::Optimizer {
   /// Beside the param group of the same index: factor pairs, or (`others`) the parameters that AdamW steps.
   struct Group {
     std::vector<FactorPair> pairs;
-    engine::DeviceBatches on_device;
+    engine::Batches batches;
     std::optional<engine::AdamWParameters> others;
   };
 
@@ -343,13 +342,13 @@ class LoraRite : public torch::optim::Optimizer {
   void build_batches() {
     for (size_t g = 0; g < groups_.size(); ++g) {
       Group& group = groups_[g];
-      if (group.others || !group.on_device.places.empty()) continue;
+      if (group.others || !group.batches.places.empty()) continue;
       std::vector<std::string> labels;
       for (size_t i = 0; i < group.pairs.size(); ++i) {
         labels.push_back(detail::pair_label(group.pairs[i], g, i));
         detail::check_factor_pair(group.pairs[i], labels.back());
       }
-      group.on_device = engine::DeviceBatches::of(group.pairs, labels);
+      group.batches = engine::Batches::of<Basis>(group.pairs, labels, rite_options(g).engine());
     }
   }
 
@@ -372,7 +371,7 @@ class LoraRite : public torch::optim::Optimizer {
         continue;
       }
       detail::check_options(rite_options(i), label);
-      for (const auto& batch : group.on_device.batches) batch.check_inputs();
+      for (const auto& batch : group.batches.all) batch->check_inputs();
     }
   }
 
@@ -389,7 +388,7 @@ class LoraRite : public torch::optim::Optimizer {
   }
 
   PairState read_pair(torch::serialize::InputArchive& group_archive, const Group& group, size_t g, size_t p) const {
-    const engine::DeviceBatch& batch = group.on_device.batches[group.on_device.places[p].batch];
+    const engine::Batch& batch = *group.batches.all[group.batches.places[p].batch];
     const std::string label = detail::pair_label(group.pairs[p], g, p);
     torch::serialize::InputArchive entry;
     c10::IValue name, stepped;
@@ -399,7 +398,7 @@ class LoraRite : public torch::optim::Optimizer {
         "load: ", label, " has no entries 'name' and 'stepped'");
     TORCH_CHECK(name.toStringRef() == group.pairs[p].name, "load: ", label, " is '", name.toStringRef(),
                 "' in the archive, expected '", group.pairs[p].name, "'");
-    return batch.read(stepped.toBool() ? &entry : nullptr, group.on_device.places[p].index);
+    return batch.read(stepped.toBool() ? &entry : nullptr, group.batches.places[p].index);
   }
 
   std::vector<Group> groups_;

@@ -13,8 +13,9 @@ namespace lora_rite {
 
 /// Who moves the tall data (factors, gradients, momenta). The rule itself is the same for all.
 enum class Engine : int64_t {
-  Automatic,  ///< the best engine for the factors' device
-  Device,     ///< ATen operators, same-shape pairs batched: any device, no host read
+  Automatic,  ///< Host for the pairs that it takes, Device for all others
+  Device,     ///< ATen operators, same-shape pairs batched: any device and dtype, no host read
+  Host,       ///< loops of our own for contiguous float factors on a CPU, on LibTorch's threads
 };
 
 /// Options of one param group of `LoraRite`. Every one is honoured per group.
@@ -56,7 +57,8 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(bool, maximize) = false;
   /// Keep a float copy of bfloat16 and half factors, so that steps below their resolution add up (4 bytes an element).
   TORCH_ARG(bool, master_weights) = false;
-  /// Engine for this group's tall data. Not part of a saved optimizer: it belongs to the machine.
+  /// Engine for this group's tall data, chosen in the first step. Not part of a saved optimizer: it belongs to the
+  /// machine.
   TORCH_ARG(Engine, engine) = Engine::Automatic;
 
  public:
@@ -119,8 +121,8 @@ inline void check_options(const LoraRiteOptions& options, const std::string& whe
   const double largest_rate = options.lr() * std::max(1.0, options.lr_ratio_b());
   TORCH_CHECK(largest_rate * options.weight_decay() < 1, where, ": lr · weight_decay is ",
               largest_rate * options.weight_decay(), ", expected < 1 (a step would turn the factors around)");
-  TORCH_CHECK(options.engine() == Engine::Automatic || options.engine() == Engine::Device, where, ": engine is ",
-              static_cast<int64_t>(options.engine()), ", expected Engine::Automatic or Engine::Device");
+  TORCH_CHECK(options.engine() >= Engine::Automatic && options.engine() <= Engine::Host, where, ": engine is ",
+              static_cast<int64_t>(options.engine()), ", expected Engine::Automatic, Engine::Device or Engine::Host");
 }
 
 }  // namespace detail

@@ -16,7 +16,7 @@ namespace lora_rite {
 /// a side are those of that factor, in the basis of the other. One momentum as large as the factors and O(r²) beside
 /// it.
 struct PairState {
-  rule::Moments moments;               ///< V, R⁺ of the partner [2, k, r, r], ρ and t [2, k, 1, 1], double
+  rule::Moments<at::Tensor> moments;   ///< V, R⁺ of the partner [2, k, r, r], ρ and t [2, k, 1, 1], double
   std::array<at::Tensor, 2> momentum;  ///< N [k, factor shape], float or double; undefined before the first gradient
   std::array<at::Tensor, 2> master;    ///< float copy of half-type factors [k, factor shape], undefined if not wanted
   at::Tensor column_sums;              ///< of the factors as the last step left them, to notice edits [2, 2, k, r]

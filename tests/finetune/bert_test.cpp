@@ -56,7 +56,7 @@ TEST(Bert, ASentenceDoesNotDependOnTheOthersInItsBatch) {
 TEST(Bert, TheTokenizerScriptAgreesWithTransformers) {
   if (!have_minilm()) GTEST_SKIP() << minilm() << " is not there; run scripts/setup";
   if (run_program({find_python(""), "-c", kHasTokenizers}) != 0) {
-    GTEST_SKIP() << "Python has no package 'tokenizers'; run scripts/setup --demo";
+    GTEST_SKIP() << "Python has no package 'tokenizers'; run scripts/setup --tests";
   }
   const Safetensors expected = load_safetensors(golden("minilm_expected.safetensors"));
   const auto sentences = nlohmann::json::parse(expected.metadata.at("sentences")).get<std::vector<std::string>>();

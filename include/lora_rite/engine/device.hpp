@@ -4,13 +4,12 @@
 
 #include <array>
 #include <limits>
-#include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "lora_rite/choose.hpp"
-#include "lora_rite/diagnostics.hpp"
+#include "lora_rite/engine/batch.hpp"
 #include "lora_rite/engine/layout.hpp"
 #include "lora_rite/factor_pair.hpp"
 #include "lora_rite/options.hpp"
@@ -26,54 +25,18 @@
 /// are: products of floats are exact there, which keeps Gram matrices as good as an fp32 QR would.
 namespace lora_rite::engine {
 
-/// k pairs of one param group whose factors agree in shape, dtype and device, and what is remembered of them.
-class DeviceBatch {
+/// A batch whose tall data are moved by ATen operators.
+template <class Basis>
+class DeviceBatch final : public Batch {
  public:
   DeviceBatch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
-      : pairs_(std::move(pairs)),
-        labels_(std::move(labels)),
-        shapes_{pairs_[0].a.sizes().vec(), pairs_[0].b.sizes().vec()},
-        device_(pairs_[0].a.device()),
-        dtype_(pairs_[0].a.scalar_type()),
-        rank_(shapes_[0][0]),
-        state_(PairState::zeros(count(), rank_, double_options())) {
+      : Batch(std::move(pairs), std::move(labels)) {
     const double rows_a = static_cast<double>(pairs_[0].a.numel() / rank_);
     const double rows_b = static_cast<double>(pairs_[0].b.numel() / rank_);
     rows_ = at::tensor({rows_a, rows_b}, at::kDouble).view({2, 1, 1, 1}).to(device_);
-    unmagnified_norm_ = at::zeros({2, count()}, double_options());
-    clip_factor_ = at::ones({}, double_options());
   }
 
-  int64_t count() const { return static_cast<int64_t>(pairs_.size()); }
-  at::Device device() const { return device_; }
-  const std::string& label(int64_t index) const { return labels_[index]; }
-
-  /// Throws c10::Error naming the pair if a factor is no longer what this batch was built for, or has a gradient that
-  /// cannot be used. Changes nothing.
-  void check_inputs() const {
-    for (size_t i = 0; i < pairs_.size(); ++i) {
-      for (const size_t side : {0, 1}) {
-        const at::Tensor& factor = factor_of(i, side);
-        const char* which = side == 0 ? "a" : "b";
-        TORCH_CHECK(factor.sizes() == at::IntArrayRef(shapes_[side]) && factor.scalar_type() == dtype_ &&
-                        factor.device() == device_,
-                    labels_[i], ": factor ", which, " is now ", factor.scalar_type(), factor.sizes(), " on ",
-                    factor.device(), ", expected ", dtype_, at::IntArrayRef(shapes_[side]), " on ", device_,
-                    " as in the first step; build the optimizer after moving or converting the module");
-        const at::Tensor& gradient = factor.grad();
-        if (!gradient.defined()) continue;
-        TORCH_CHECK(gradient.layout() == at::kStrided, labels_[i], ": the gradient of factor ", which, " has layout ",
-                    gradient.layout(), ", expected a dense one (for an embedding: sparse(false))");
-        TORCH_CHECK(gradient.sizes() == factor.sizes(), labels_[i], ": the gradient of factor ", which, " has shape ",
-                    gradient.sizes(), ", expected ", factor.sizes());
-      }
-    }
-  }
-
-  /// Act 1: gathers factors and gradients and reduces them to r×r statistics. Returns false if no pair has a gradient:
-  /// then there is nothing to do, and acts 2 and 3 must not be called.
-  template <class Basis>
-  bool observe(const LoraRiteOptions& options) {
+  bool observe(const LoraRiteOptions& options) override {
     std::array<std::vector<bool>, 2> has_gradient;
     bool any = false;
     for (const size_t side : {0, 1}) {
@@ -108,7 +71,8 @@ class DeviceBatch {
     std::array<at::Tensor, 2> coordinates, gram, cross, gradient_gram;
     for (const size_t side : {0, 1}) {
       const at::Tensor x = wide(tall(factors_[side], side));
-      if (dtype_ == at::kDouble) coordinates[side] = Basis::inverse_root(finite_or_zero(inner_products(x, x)), cutoff());
+      if (dtype_ == at::kDouble)
+        coordinates[side] = Basis::inverse_root(finite_or_zero(inner_products(x, x)), cutoff());
       const at::Tensor in_coordinates = coordinates[side].defined() ? at::matmul(x, coordinates[side]) : x;
       gram[side] = inner_products(in_coordinates, in_coordinates);
       // (XC)ᵀ X_old with X_old = α X + γ N; an edited factor has no past.
@@ -139,15 +103,11 @@ class DeviceBatch {
     return true;
   }
 
-  /// Are all gradients and factors finite? A scalar on the device: a sum is finite only if every summand is.
-  at::Tensor finite() const {
+  at::Tensor finite() const override {  // a sum is finite only if every summand is
     return is_finite(statistics_.gram.sum() + statistics_.cross.sum() + statistics_.gradient_gram.sum());
   }
 
-  /// Act 2, first half: the partner's basis and ḠᵀḠ. Returns Σ ‖Ḡ‖² over the batch. Where the step will be skipped
-  /// (`proceed` false) zeros stand in, for an eigensolver must not see a NaN.
-  template <class Basis>
-  at::Tensor unmagnify(const at::Tensor& proceed) {
+  at::Tensor unmagnify(const at::Tensor& proceed) override {
     for (at::Tensor* matrix : {&statistics_.gram, &statistics_.cross, &statistics_.gradient_gram}) {
       *matrix = choose(proceed, *matrix, 0.0);
     }
@@ -157,12 +117,10 @@ class DeviceBatch {
     return fresh_norm_squared_.sum();
   }
 
-  /// Act 2, second half, and act 3: decides with the clip factor c (scalar), moves factors and momenta, and remembers.
-  /// Where `proceed` is false everything stays bit for bit.
-  void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) {
+  void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
     // The transport of a side's moments depends on its partner.
     const at::Tensor partner_edited = at::stack({edited_[1], edited_[0]});
-    const rule::Decision decision =
+    const rule::Decision<at::Tensor> decision =
         rule::decide(state_.moments, unmagnified_, rows_, clip_factor, has_gradient_, partner_edited, options);
 
     const double rate_a = options.lr(), rate_b = options.lr() * options.lr_ratio_b();
@@ -206,7 +164,7 @@ class DeviceBatch {
       sums[side] =
           gradients_[side].defined() ? write_back(moved[side], side, proceed) : column_sums(gather(side), side);
     }
-    rule::Moments& moments = state_.moments;
+    rule::Moments<at::Tensor>& moments = state_.moments;
     remember(moments.second_moment, decision.moments.second_moment);
     remember(moments.escaped_mass, decision.moments.escaped_mass);
     remember(moments.inverse_root, inverse_root);
@@ -220,61 +178,7 @@ class DeviceBatch {
     factors_ = gradients_ = {};
   }
 
-  /// The remembered state of pair `index` (k = 1), for a checkpoint.
-  PairState pick(int64_t index) const { return state_.pick(index); }
-
-  /// Reads a pair's state that must fit this batch; see PairState::load. Without an archive: nothing remembered.
-  PairState read(torch::serialize::InputArchive* archive, int64_t index) const {
-    if (archive == nullptr) return PairState::zeros(1, rank_, double_options());
-    return PairState::load(*archive, labels_[index], shapes_, rank_, wide_dtype(), device_);
-  }
-
-  /// Takes over the states of all pairs, as `pick` gave them.
-  void restore(const std::vector<PairState>& states) {
-    std::array<at::Tensor, 2> absent;
-    for (const size_t side : {0, 1}) {
-      std::vector<int64_t> shape = shapes_[side];
-      shape.insert(shape.begin(), 1);
-      absent[side] = at::zeros(shape, double_options().dtype(wide_dtype()));
-    }
-    state_ = PairState::join(states, absent);
-  }
-
-  /// Reads to the host; for people, not for the step.
-  PairDiagnostics diagnose(int64_t index) const {
-    PairDiagnostics result;
-    result.name = pairs_[index].name;
-    result.clip_factor = clip_factor_.item<double>();
-    for (const size_t side : {0, 1}) {
-      FactorDiagnostics& factor = side == 0 ? result.a : result.b;
-      const int64_t s = static_cast<int64_t>(side);
-      const at::Tensor x = wide(tall(factor_of(index, side).detach().unsqueeze(0), side)).squeeze(0).cpu();
-      const at::Tensor singular = at::linalg_svdvals(x);
-      const double largest = singular[0].item<double>();
-      // A factor with fewer rows than r has a null space by its shape.
-      const double smallest = x.size(0) < rank_ ? 0.0 : singular[-1].item<double>();
-      factor.condition_number = largest / smallest;
-      factor.unmagnified_gradient_norm = unmagnified_norm_[s][index].item<double>();
-      factor.escaped_mass = state_.moments.escaped_mass[s][index].item<double>();
-      const at::Tensor v = state_.moments.second_moment[s][index];
-      const double total = v.trace().item<double>();
-      factor.effective_rank = total > 0 ? total * total / v.square().sum().item<double>() : 0.0;
-      if (state_.momentum[side].defined()) {
-        // M = N Rᵀ, R being the pseudo-inverse of what is stored.
-        const at::Tensor n = wide(tall(state_.momentum[side].narrow(0, index, 1), side)).squeeze(0);
-        const at::Tensor root = at::linalg_pinv(state_.moments.inverse_root[s][index]);
-        factor.update_rms = at::matmul(n, root.mT()).square().mean().sqrt().item<double>();
-      }
-    }
-    return result;
-  }
-
  private:
-  at::TensorOptions double_options() const { return at::TensorOptions().dtype(at::kDouble).device(device_); }
-
-  /// Momenta and master copies of the half types are float.
-  at::ScalarType wide_dtype() const { return dtype_ == at::kDouble ? at::kDouble : at::kFloat; }
-
   /// Of this share of its largest eigenvalue on, a Gram matrix is no round-off.
   double cutoff() const {
     switch (factors_[0].scalar_type()) {  // with a master copy a half factor is known to float precision
@@ -287,10 +191,6 @@ class DeviceBatch {
       default:
         return rule::relative_cutoff(0x1p-7, rank_);  // bfloat16
     }
-  }
-
-  const at::Tensor& factor_of(int64_t index, size_t side) const {
-    return side == 0 ? pairs_[index].a : pairs_[index].b;
   }
 
   at::Tensor gather(size_t side) const {
@@ -326,12 +226,10 @@ class DeviceBatch {
   }
 
   /// What is remembered of stacked factors as they are stored, to notice an edit: of each column the square of its norm
-  /// and a weighted sum [2, k, r]. The weights are the fractions of i·φ, irregular: no change of sign and no exchange of
-  /// rows passes.
+  /// and a weighted sum [2, k, r].
   static at::Tensor column_sums(const at::Tensor& stored, size_t side) {
     const at::Tensor x = wide(tall(stored, side));
-    const at::Tensor weights = (at::arange(x.size(1), x.options()) * 0.61803398874989485).frac() + 0.5;
-    return at::stack({x.square().sum(-2), at::matmul(weights, x)});
+    return at::stack({x.square().sum(-2), at::matmul(column_weights(x.size(1), x.options()), x)});
   }
 
   /// Did someone write to these factors since the last step? [k, 1, 1]. The sums are formed in the same way each time,
@@ -342,7 +240,7 @@ class DeviceBatch {
     // |wᵀx| ≤ ‖w‖ ‖x‖ and ‖w‖ ≈ √n bounds what round-off can do to the second sum.
     const at::Tensor scale = at::stack({known[0], (known[0] * rows_[static_cast<int64_t>(side)].squeeze()).sqrt()});
     const at::Tensor difference = at::maximum(sums - known, known - sums);  // ATen's abs has no meta kernel
-    return (difference > 1e-12 * scale).any(-1).any(0).view({count(), 1, 1});
+    return (difference > kRoundOff * scale).any(-1).any(0).view({count(), 1, 1});
   }
 
   static at::Tensor finite_or_zero(const at::Tensor& gram) {
@@ -384,61 +282,18 @@ class DeviceBatch {
     return column_sums(all ? stored : gather(side), side);
   }
 
-  std::vector<FactorPair> pairs_;
-  std::vector<std::string> labels_;
-  std::array<std::vector<int64_t>, 2> shapes_;
-  at::Device device_;
-  at::ScalarType dtype_;
-  int64_t rank_;
-  PairState state_;
-  at::Tensor rows_;              ///< n of both sides [2, 1, 1, 1]
-  at::Tensor unmagnified_norm_;  ///< ‖Ḡ‖ of the last step [2, k]
-  at::Tensor clip_factor_;       ///< c of the last step, scalar
+  at::Tensor rows_;  ///< n of both sides [2, 1, 1, 1]
 
   std::array<std::vector<bool>, 2> known_has_gradient_;
   at::Tensor has_gradient_;  ///< [2, k, 1, 1]
 
   // From act to act within one step.
-  std::array<at::Tensor, 2> factors_;    ///< stacked, in the dtype that is stepped (float for a master copy)
-  std::array<at::Tensor, 2> gradients_;  ///< stacked, undefined where no pair has one
-  at::Tensor edited_;                    ///< [2, k, 1, 1]
-  rule::Statistics statistics_;          ///< [2, k, r, r]
-  rule::Unmagnified unmagnified_;        ///< [2, k, r, r]
-  at::Tensor fresh_norm_squared_;        ///< [2, k]
-};
-
-/// The pairs of a param group, batched, and where each of them is found.
-struct DeviceBatches {
-  struct Place {
-    size_t batch;
-    int64_t index;
-  };
-  std::vector<DeviceBatch> batches;
-  std::vector<Place> places;
-
-  /// Pairs that agree in shapes, dtype and device share a batch. `labels[i]` names pair i in messages.
-  static DeviceBatches of(const std::vector<FactorPair>& pairs, const std::vector<std::string>& labels) {
-    std::map<std::string, size_t> known;
-    std::vector<std::vector<FactorPair>> members;
-    std::vector<std::vector<std::string>> member_labels;
-    DeviceBatches result;
-    for (size_t i = 0; i < pairs.size(); ++i) {
-      const auto& [name, a, b] = pairs[i];
-      const std::string key = c10::str(a.sizes(), b.sizes(), a.scalar_type(), a.device());
-      const size_t batch = known.emplace(key, members.size()).first->second;
-      if (batch == members.size()) {
-        members.emplace_back();
-        member_labels.emplace_back();
-      }
-      result.places.push_back({batch, static_cast<int64_t>(members[batch].size())});
-      members[batch].push_back(pairs[i]);
-      member_labels[batch].push_back(labels[i]);
-    }
-    for (size_t batch = 0; batch < members.size(); ++batch) {
-      result.batches.emplace_back(std::move(members[batch]), std::move(member_labels[batch]));
-    }
-    return result;
-  }
+  std::array<at::Tensor, 2> factors_;          ///< stacked, in the dtype that is stepped (float for a master copy)
+  std::array<at::Tensor, 2> gradients_;        ///< stacked, undefined where no pair has one
+  at::Tensor edited_;                          ///< [2, k, 1, 1]
+  rule::Statistics<at::Tensor> statistics_;    ///< [2, k, r, r]
+  rule::Unmagnified<at::Tensor> unmagnified_;  ///< [2, k, r, r]
+  at::Tensor fresh_norm_squared_;              ///< [2, k]
 };
 
 }  // namespace lora_rite::engine

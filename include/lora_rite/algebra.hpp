@@ -1,0 +1,66 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "lora_rite/choose.hpp"
+
+/// The few operations that the rule is written in, spelled for at::Tensor: matrices [..., r, r], scalars [..., 1, 1],
+/// eigenvalues [..., 1, r], all double, leading dimensions a batch. `engine/lanes.hpp` spells the same for a CPU.
+/// Arithmetic, matmul, sqrt, rsqrt, reciprocal and pow are ATen's own.
+namespace lora_rite {
+
+/// S = Q diag(λ) Qᵀ.
+template <class Matrix, class Values>
+struct Spectrum {
+  Values values;   ///< λ
+  Matrix vectors;  ///< Q
+};
+
+/// The type of scalars that goes with a type of matrices.
+template <class Matrix>
+struct ScalarOf {
+  using type = at::Tensor;
+};
+
+inline Spectrum<at::Tensor, at::Tensor> eigh(const at::Tensor& symmetric) {
+  const auto [values, vectors] = at::linalg_eigh(symmetric);
+  return {values.unsqueeze(-2), vectors};
+}
+
+/// Eigenvalues, ascending.
+inline at::Tensor eigenvalues(const at::Tensor& symmetric) { return at::linalg_eigvalsh(symmetric).unsqueeze(-2); }
+
+/// f(λ, λ_max) of every eigenvalue; λ_max is at least 0.
+template <class Function>
+at::Tensor map_values(const at::Tensor& values, const Function& function) {
+  return function(values, values.amax(-1, /*keepdim=*/true).clamp_min(0));
+}
+
+/// max_i (a_i − b_i)
+inline at::Tensor largest_difference(const at::Tensor& a, const at::Tensor& b) {
+  return (a - b).amax(-1, /*keepdim=*/true);
+}
+
+inline at::Tensor at_least(const at::Tensor& x, double bound) { return x.clamp_min(bound); }
+inline at::Tensor at_least(const at::Tensor& x, const at::Tensor& bound) { return at::maximum(x, bound); }
+inline at::Tensor at_most(const at::Tensor& x, const at::Tensor& bound) { return at::minimum(x, bound); }
+
+inline int64_t rank_of(const at::Tensor& matrix) { return matrix.size(-1); }
+inline at::Tensor transpose(const at::Tensor& matrix) { return matrix.mT(); }
+inline at::Tensor symmetrized(const at::Tensor& matrix) { return 0.5 * (matrix + matrix.mT()); }
+inline at::Tensor identity_like(const at::Tensor& matrix) { return at::eye(matrix.size(-1), matrix.options()); }
+inline at::Tensor trace_of(const at::Tensor& matrix) {
+  return matrix.diagonal(0, -2, -1).sum(-1, /*keepdim=*/true).unsqueeze(-1);
+}
+
+/// M diag(d)
+inline at::Tensor scale_columns(const at::Tensor& matrix, const at::Tensor& values) { return matrix * values; }
+
+/// O of matrix = O R with O orthogonal and R upper triangular, its diagonal non-negative.
+inline at::Tensor orthogonal_factor(const at::Tensor& matrix) {
+  const auto [orthogonal, triangle] = at::linalg_qr(matrix, "complete");
+  const at::Tensor signs = choose(triangle.diagonal(0, -2, -1) < 0, at::full({}, -1.0, matrix.options()), 1.0);
+  return scale_columns(orthogonal, signs.unsqueeze(-2));
+}
+
+}  // namespace lora_rite

@@ -1,0 +1,151 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lora_rite/diagnostics.hpp"
+#include "lora_rite/engine/layout.hpp"
+#include "lora_rite/factor_pair.hpp"
+#include "lora_rite/options.hpp"
+#include "lora_rite/rule.hpp"
+#include "lora_rite/state.hpp"
+
+namespace lora_rite::engine {
+
+/// k pairs of one param group whose factors agree in shape, dtype and device, and what is remembered of them: what all
+/// engines share. An engine moves the tall data in the three acts, which must be called in their order.
+///
+/// Sides: 0 is A, 1 is B; the partner of side s is 1 − s.
+class Batch {
+ public:
+  Batch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
+      : pairs_(std::move(pairs)),
+        labels_(std::move(labels)),
+        shapes_{pairs_[0].a.sizes().vec(), pairs_[0].b.sizes().vec()},
+        device_(pairs_[0].a.device()),
+        dtype_(pairs_[0].a.scalar_type()),
+        rank_(shapes_[0][0]),
+        state_(PairState::zeros(count(), rank_, double_options())) {
+    unmagnified_norm_ = at::zeros({2, count()}, double_options());
+    clip_factor_ = at::ones({}, double_options());
+  }
+  virtual ~Batch() = default;
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+
+  /// Act 1: tall data become r×r statistics. Returns false if no pair has a gradient: then there is nothing to do, and
+  /// the other acts must not be called.
+  virtual bool observe(const LoraRiteOptions& options) = 0;
+
+  /// Are all gradients and factors finite? A scalar on the batch's device.
+  virtual at::Tensor finite() const = 0;
+
+  /// Act 2, first half: the partner's basis and ḠᵀḠ. Returns Σ ‖Ḡ‖² over the batch, a scalar on its device. Where the
+  /// step will be skipped (`proceed` false) nothing that is not finite comes near an eigensolver.
+  virtual at::Tensor unmagnify(const at::Tensor& proceed) = 0;
+
+  /// Act 2, second half, and act 3: decides with the clip factor c (scalar), moves factors and momenta, and remembers.
+  /// Where `proceed` is false everything stays bit for bit.
+  virtual void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) = 0;
+
+  int64_t count() const { return static_cast<int64_t>(pairs_.size()); }
+  at::Device device() const { return device_; }
+
+  /// Throws c10::Error naming the pair if a factor is no longer what this batch was built for, or has a gradient that
+  /// cannot be used. Changes nothing.
+  void check_inputs() const {
+    for (size_t i = 0; i < pairs_.size(); ++i) {
+      for (const size_t side : {0, 1}) {
+        const at::Tensor& factor = factor_of(i, side);
+        const char* which = side == 0 ? "a" : "b";
+        TORCH_CHECK(factor.sizes() == at::IntArrayRef(shapes_[side]) && factor.scalar_type() == dtype_ &&
+                        factor.device() == device_,
+                    labels_[i], ": factor ", which, " is now ", factor.scalar_type(), factor.sizes(), " on ",
+                    factor.device(), ", expected ", dtype_, at::IntArrayRef(shapes_[side]), " on ", device_,
+                    " as in the first step; build the optimizer after moving or converting the module");
+        const at::Tensor& gradient = factor.grad();
+        if (!gradient.defined()) continue;
+        TORCH_CHECK(gradient.layout() == at::kStrided, labels_[i], ": the gradient of factor ", which, " has layout ",
+                    gradient.layout(), ", expected a dense one (for an embedding: sparse(false))");
+        TORCH_CHECK(gradient.sizes() == factor.sizes(), labels_[i], ": the gradient of factor ", which, " has shape ",
+                    gradient.sizes(), ", expected ", factor.sizes());
+      }
+    }
+  }
+
+  /// The remembered state of pair `index` (k = 1), for a checkpoint.
+  PairState pick(int64_t index) const { return state_.pick(index); }
+
+  /// Reads a pair's state that must fit this batch; see PairState::load. Without an archive: nothing remembered.
+  PairState read(torch::serialize::InputArchive* archive, int64_t index) const {
+    if (archive == nullptr) return PairState::zeros(1, rank_, double_options());
+    return PairState::load(*archive, labels_[index], shapes_, rank_, wide_dtype(), device_);
+  }
+
+  /// Takes over the states of all pairs, as `pick` gave them.
+  virtual void restore(const std::vector<PairState>& states) {
+    std::array<at::Tensor, 2> absent;
+    for (const size_t side : {0, 1}) {
+      std::vector<int64_t> shape = shapes_[side];
+      shape.insert(shape.begin(), 1);
+      absent[side] = at::zeros(shape, double_options().dtype(wide_dtype()));
+    }
+    state_ = PairState::join(states, absent);
+  }
+
+  /// Reads to the host; for people, not for the step.
+  PairDiagnostics diagnose(int64_t index) const {
+    PairDiagnostics result;
+    result.name = pairs_[index].name;
+    result.clip_factor = clip_factor_.item<double>();
+    for (const size_t side : {0, 1}) {
+      FactorDiagnostics& factor = side == 0 ? result.a : result.b;
+      const int64_t s = static_cast<int64_t>(side);
+      const at::Tensor x = wide(tall(factor_of(index, side).detach().unsqueeze(0), side)).squeeze(0).cpu();
+      const at::Tensor singular = at::linalg_svdvals(x);
+      const double largest = singular[0].item<double>();
+      // A factor with fewer rows than r has a null space by its shape.
+      const double smallest = x.size(0) < rank_ ? 0.0 : singular[-1].item<double>();
+      factor.condition_number = largest / smallest;
+      factor.unmagnified_gradient_norm = unmagnified_norm_[s][index].item<double>();
+      factor.escaped_mass = state_.moments.escaped_mass[s][index].item<double>();
+      const at::Tensor v = state_.moments.second_moment[s][index];
+      const double total = v.trace().item<double>();
+      factor.effective_rank = total > 0 ? total * total / v.square().sum().item<double>() : 0.0;
+      if (state_.momentum[side].defined()) {
+        // M = N Rᵀ, R being the pseudo-inverse of what is stored.
+        const at::Tensor n = wide(tall(state_.momentum[side].narrow(0, index, 1), side)).squeeze(0);
+        const at::Tensor root = at::linalg_pinv(state_.moments.inverse_root[s][index]);
+        factor.update_rms = at::matmul(n, root.mT()).square().mean().sqrt().item<double>();
+      }
+    }
+    return result;
+  }
+
+ protected:
+  at::TensorOptions double_options() const { return at::TensorOptions().dtype(at::kDouble).device(device_); }
+
+  /// Momenta and master copies of the half types are float.
+  at::ScalarType wide_dtype() const { return dtype_ == at::kDouble ? at::kDouble : at::kFloat; }
+
+  const at::Tensor& factor_of(int64_t index, size_t side) const {
+    return side == 0 ? pairs_[index].a : pairs_[index].b;
+  }
+
+  std::vector<FactorPair> pairs_;
+  std::vector<std::string> labels_;
+  std::array<std::vector<int64_t>, 2> shapes_;
+  at::Device device_;
+  at::ScalarType dtype_;
+  int64_t rank_;
+  PairState state_;
+  at::Tensor unmagnified_norm_;  ///< ‖Ḡ‖ of the last step [2, k]
+  at::Tensor clip_factor_;       ///< c of the last step, scalar
+};
+
+}  // namespace lora_rite::engine

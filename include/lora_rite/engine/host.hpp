@@ -1,0 +1,506 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lora_rite/engine/batch.hpp"
+#include "lora_rite/engine/kernels.hpp"
+#include "lora_rite/engine/lanes.hpp"
+#include "lora_rite/engine/layout.hpp"
+#include "lora_rite/engine/parallel.hpp"
+
+/// Acts 1 and 3 for float factors on a CPU, without ATen in between: the gradients are read once for act 1, and one
+/// pass over the rows does act 3 and leaves the Gram matrices that the next step's act 1 needs. Pairs, and chunks of
+/// rows where factors are long, are shared out over LibTorch's threads; sums over chunks are added in a fixed order, so
+/// a result does not depend on the number of threads.
+///
+/// Shapes: k pairs, rank r padded to p, factor X of n rows. Factors are numbered side · k + pair.
+namespace lora_rite::engine {
+
+/// A batch whose tall data are moved by `kernels.hpp`.
+template <class Basis>
+class HostBatch final : public Batch {
+ public:
+  /// Is the pair one for this engine: contiguous float factors on a CPU, the rank last in B but for dimensions of one?
+  static bool takes(const FactorPair& pair) {
+    bool rank_is_last = true;
+    for (int64_t d = 2; d < pair.b.dim(); ++d) rank_is_last = rank_is_last && pair.b.size(d) == 1;
+    const auto fits = [](const at::Tensor& factor) {
+      return factor.is_cpu() && factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() > 0;
+    };
+    return rank_is_last && fits(pair.a) && fits(pair.b);
+  }
+
+  HostBatch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
+      : Batch(std::move(pairs), std::move(labels)), padded_(kernels::padded_rank(rank_)) {
+    int64_t longest = 0;
+    for (const size_t side : {0, 1}) {
+      Side& s = sides_[side];
+      s.shape = {(side == 0 ? pairs_[0].a : pairs_[0].b).numel() / rank_, rank_, /*rank_first=*/side == 0};
+      longest = std::max(longest, s.shape.rows);
+      const int64_t block = kernels::block_rows(rank_);
+      s.chunk_rows = std::max<int64_t>(1, kChunk / (padded_ * block)) * block;
+      s.chunks = (s.shape.rows + s.chunk_rows - 1) / s.chunk_rows;
+      const size_t parts = static_cast<size_t>(count() * s.chunks), square = static_cast<size_t>(padded_ * padded_);
+      s.gradient_gram.resize(parts * square);
+      s.gram.resize(parts * square);
+      s.cross.resize(parts * square);
+      s.weighted.resize(parts * static_cast<size_t>(padded_));
+      s.gradients.resize(static_cast<size_t>(count()));
+      s.seen.resize(static_cast<size_t>(count()));
+      s.edited.resize(static_cast<size_t>(count()));
+      s.unmagnified_squared.resize(static_cast<size_t>(count()));
+      s.maps.resize(static_cast<size_t>(count()) * 2 * square);
+      s.gradient_maps.resize(static_cast<size_t>(count()) * square);
+    }
+    weights_ = column_weights(longest + kernels::block_rows(rank_), double_options());
+    groups_.resize(static_cast<size_t>((2 * count() + kLanes - 1) / kLanes));
+  }
+
+  bool observe(const LoraRiteOptions&) override {
+    bool any = false;
+    std::vector<int64_t> stale;
+    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
+      Side& s = side_of(factor);
+      const size_t i = index_of(factor);
+      const at::Tensor& gradient = tensor_of(factor).grad();
+      s.gradients[i] = gradient.defined() ? gradient.to(at::kFloat).contiguous() : at::Tensor();
+      any = any || gradient.defined();
+    }
+    if (!any) return false;
+    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
+      side_of(factor).edited[index_of(factor)] = false;
+      if (!(Glimpse::of(tensor_of(factor)) == side_of(factor).seen[index_of(factor)])) stale.push_back(factor);
+    }
+    for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
+      double* gram = s.gradient_gram.data() + part * square();
+      std::memset(gram, 0, square() * sizeof(double));
+      if (!s.gradients[i].defined()) return;
+      const Workspace workspace(rank_);
+      kernels::best().gram(s.gradients[i].template const_data_ptr<float>(), s.shape, first, end, workspace.blocks,
+                           gram);
+    });
+    for (Side& s : sides_) add_chunks(s, s.gradient_gram, square());
+    remember_rows(stale);
+    for (const int64_t factor : stale) side_of(factor).edited[index_of(factor)] = sums_changed(factor);
+    return true;
+  }
+
+  at::Tensor finite() const override {  // a sum is finite only if every summand is
+    double sum = 0;
+    for (const Side& s : sides_) {
+      for (int64_t i = 0; i < count(); ++i) {
+        for (const auto* parts : {&s.gradient_gram, &s.gram, &s.cross}) {
+          const double* matrix = parts->data() + static_cast<size_t>(i * s.chunks) * square();
+          for (size_t e = 0; e < square(); ++e) sum += matrix[e] - matrix[e];
+        }
+      }
+    }
+    return at::scalar_tensor(std::isfinite(sum), at::kBool);
+  }
+
+  at::Tensor unmagnify(const at::Tensor& proceed) override {
+    if (!proceed.item<bool>()) return at::zeros({}, double_options());
+    const double cutoff = rule::relative_cutoff(std::numeric_limits<float>::epsilon(), rank_);
+    parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) {
+      rule::Statistics<LaneMatrix> statistics = {{}, LaneMatrix(rank_), LaneMatrix(rank_), LaneMatrix(rank_)};
+      for (int64_t lane = 0; lane < kLanes; ++lane) load_statistics(g * kLanes + lane, lane, statistics);
+      Group& group = groups_[static_cast<size_t>(g)];
+      group = rule::unmagnify<Basis>(statistics, cutoff);
+      const Lanes squared = at_least(trace_of(group.gradient_gram), 0.0);
+      for (int64_t lane = 0; lane < kLanes && g * kLanes + lane < 2 * count(); ++lane) {
+        side_of(g * kLanes + lane).unmagnified_squared[index_of(g * kLanes + lane)] = squared[lane];
+      }
+    });
+    double sum = 0;
+    for (const Side& s : sides_)
+      for (const double squared : s.unmagnified_squared) sum += squared;
+    return at::scalar_tensor(sum, double_options());
+  }
+
+  void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
+    if (!proceed.item<bool>()) return;
+    const double clip = clip_factor.item<double>();
+    for (const size_t side : {0, 1}) {
+      Side& s = sides_[side];
+      const double rate = options.lr() * (side == 0 ? 1.0 : options.lr_ratio_b());
+      s.rate = static_cast<float>(rate);
+      s.keep = static_cast<float>(1 - rate * options.weight_decay());
+      for (const at::Tensor& gradient : s.gradients) {
+        if (!gradient.defined() || state_.momentum[side].defined()) continue;
+        std::vector<int64_t> shape = shapes_[side];
+        shape.insert(shape.begin(), count());
+        state_.momentum[side] = at::zeros(shape, double_options().dtype(at::kFloat));
+      }
+      s.momentum = state_.momentum[side].defined() ? state_.momentum[side].template data_ptr<float>() : nullptr;
+    }
+    parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) { decide(g, options, clip); });
+    std::vector<double> update_scales(static_cast<size_t>(2 * count()), 1.0);
+    if (options.max_update_rms() > 0) bound_updates(options.max_update_rms(), update_scales);
+    for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
+      move_rows(s, i, first, end, part, static_cast<float>(update_scales[factor_number(s, i)]));
+    });
+    for (Side& s : sides_) {
+      add_chunks(s, s.gram, square());
+      add_chunks(s, s.cross, square());
+      add_chunks(s, s.weighted, static_cast<size_t>(padded_));
+      for (size_t i = 0; i < s.gradients.size(); ++i) {
+        // Autograd must notice, as it would an in-place operator.
+        if (s.gradients[i].defined()) tensor_of(factor_number(s, i)).unsafeGetTensorImpl()->bump_version();
+      }
+    }
+    if (options.balance()) balance();
+    finish_step(clip);
+  }
+
+  void restore(const std::vector<PairState>& states) override {
+    Batch::restore(states);
+    for (Side& s : sides_) std::fill(s.seen.begin(), s.seen.end(), Glimpse());
+  }
+
+ private:
+  static constexpr int64_t kChunk = 32768;  ///< elements of a factor that one thread takes at a time
+
+  /// What of a factor is looked at in every step to notice that someone wrote to it: where it lies, its version
+  /// counter, and, for who wrote past the counter, the bits of up to 64 of its elements. Where one of them differs, all
+  /// elements are read again.
+  struct Glimpse {
+    const void* data = nullptr;
+    int64_t version = 0;
+    uint64_t bits = 0;
+
+    static Glimpse of(const at::Tensor& factor) {
+      const char* data = static_cast<const char*>(factor.const_data_ptr());
+      const int64_t size = factor.numel(), stride = std::max<int64_t>(1, size / 64);
+      uint64_t bits = 0;
+      for (int64_t e = 0; e < size; e += stride) {
+        uint32_t element;
+        std::memcpy(&element, data + e * static_cast<int64_t>(sizeof(float)), sizeof(element));
+        bits = bits * 0x9E3779B97F4A7C15U + element;
+      }
+      return {data, factor._version(), bits};
+    }
+    bool operator==(const Glimpse& other) const {
+      return data == other.data && version == other.version && bits == other.bits;
+    }
+  };
+
+  /// All there is of the k factors of a side. Parts are numbered pair · chunks + chunk; what is summed over the rows
+  /// ends up in a pair's first part.
+  struct Side {
+    kernels::Shape shape;
+    int64_t chunk_rows, chunks;
+    std::vector<double> gradient_gram, gram, cross;  ///< GᵀG, XᵀX, XᵀN [k, chunks, p, p]
+    std::vector<double> weighted;                    ///< column sums with `weights_` [k, chunks, p]
+    std::vector<at::Tensor> gradients;               ///< undefined where there is none
+    std::vector<Glimpse> seen;                       ///< as the last step left the factors
+    std::vector<char> edited;                        ///< by someone else, since the last step
+    std::vector<double> unmagnified_squared;         ///< ‖Ḡ‖²
+    std::vector<float> maps;                         ///< momentum_map, R⁺ᵀ [k, 2, p, p]
+    std::vector<double> gradient_maps;               ///< gradient_map [k, p, p]
+    float keep = 1, rate = 0;                        ///< X ← keep · X − rate · N
+    float* momentum = nullptr;                       ///< [k, factor]
+  };
+  using Group = rule::Unmagnified<LaneMatrix>;  ///< of four factors
+
+  struct Workspace {
+    Buffer memory;
+    kernels::Blocks blocks;
+
+    explicit Workspace(int64_t rank) : memory(static_cast<size_t>(4 * block_size(rank))) {
+      const int64_t size = block_size(rank);
+      float* floats = reinterpret_cast<float*>(memory.data());
+      blocks = {floats,
+                floats + size,
+                floats + 2 * size,
+                floats + 3 * size,
+                memory.data() + 2 * size,
+                memory.data() + 3 * size};
+    }
+    static int64_t block_size(int64_t rank) { return kernels::padded_rank(rank) * kernels::block_rows(rank); }
+  };
+
+  size_t square() const { return static_cast<size_t>(padded_ * padded_); }
+  Side& side_of(int64_t factor) { return sides_[factor < count() ? 0 : 1]; }
+  size_t index_of(int64_t factor) const { return static_cast<size_t>(factor % count()); }
+  int64_t factor_number(const Side& s, size_t i) const {
+    return (&s == &sides_[0] ? 0 : count()) + static_cast<int64_t>(i);
+  }
+  const at::Tensor& tensor_of(int64_t factor) const { return factor_of(factor % count(), factor < count() ? 0 : 1); }
+
+  /// body(side, pair, first row, end row, part) for every chunk of every factor, in parallel.
+  template <class Body>
+  void for_each_chunk(const Body& body) {
+    const int64_t of_a = count() * sides_[0].chunks, of_b = count() * sides_[1].chunks;
+    parallel_tasks(of_a + of_b, [&](int64_t task) {
+      Side& s = sides_[task < of_a ? 0 : 1];
+      const int64_t part = task < of_a ? task : task - of_a;
+      const int64_t first = part % s.chunks * s.chunk_rows;
+      body(s, static_cast<size_t>(part / s.chunks), first, std::min(first + s.chunk_rows, s.shape.rows),
+           static_cast<size_t>(part));
+    });
+  }
+
+  /// Adds a pair's parts, `size` numbers each, to its first one.
+  void add_chunks(const Side& s, std::vector<double>& parts, size_t size) const {
+    if (s.chunks == 1) return;
+    for (int64_t i = 0; i < count(); ++i) {
+      double* total = parts.data() + static_cast<size_t>(i * s.chunks) * size;
+      for (size_t e = size; e < static_cast<size_t>(s.chunks) * size; ++e) total[e % size] += total[e];
+    }
+  }
+
+  kernels::Sums clear_sums(Side& s, size_t part) const {
+    const kernels::Sums sums = {s.gram.data() + part * square(), s.cross.data() + part * square(),
+                                s.weighted.data() + part * static_cast<size_t>(padded_)};
+    std::memset(sums.gram, 0, square() * sizeof(double));
+    std::memset(sums.cross, 0, square() * sizeof(double));
+    std::memset(sums.weighted, 0, static_cast<size_t>(padded_) * sizeof(double));
+    return sums;
+  }
+
+  /// XᵀX, XᵀN and column sums of these factors from their rows: what act 3 usually leaves behind.
+  void remember_rows(const std::vector<int64_t>& factors) {
+    for (const int64_t factor : factors) {
+      Side& s = side_of(factor);
+      const size_t i = index_of(factor);
+      const at::Tensor& momentum = state_.momentum[factor < count() ? 0 : 1];
+      const int64_t size = s.shape.rows * rank_;
+      const float* n =
+          momentum.defined() ? momentum.template const_data_ptr<float>() + static_cast<int64_t>(i) * size : nullptr;
+      const float* x = tensor_of(factor).template const_data_ptr<float>();
+      parallel_tasks(s.chunks, [&](int64_t chunk) {
+        const int64_t first = chunk * s.chunk_rows, end = std::min(first + s.chunk_rows, s.shape.rows);
+        const Workspace workspace(rank_);
+        kernels::best().remember(x, n, weights_.template const_data_ptr<double>(), s.shape, first, end,
+                                 workspace.blocks,
+                                 clear_sums(s, i * static_cast<size_t>(s.chunks) + static_cast<size_t>(chunk)));
+      });
+      const size_t part = i * static_cast<size_t>(s.chunks);
+      for (int64_t chunk = 1; chunk < s.chunks; ++chunk) {
+        const size_t other = part + static_cast<size_t>(chunk);
+        for (size_t e = 0; e < square(); ++e) {
+          s.gram[part * square() + e] += s.gram[other * square() + e];
+          s.cross[part * square() + e] += s.cross[other * square() + e];
+        }
+        for (size_t e = 0; e < static_cast<size_t>(padded_); ++e)
+          s.weighted[part * static_cast<size_t>(padded_) + e] += s.weighted[other * static_cast<size_t>(padded_) + e];
+      }
+    }
+  }
+
+  /// Squared norm of column j, and its weighted sum.
+  std::pair<double, double> column_sums(const Side& s, size_t i, int64_t j) const {
+    const size_t part = i * static_cast<size_t>(s.chunks);
+    return {s.gram[part * square() + static_cast<size_t>(j * padded_ + j)],
+            s.weighted[part * static_cast<size_t>(padded_) + static_cast<size_t>(j)]};
+  }
+
+  /// The remembered column sums [2, 2, k, r]: side, kind, pair, column.
+  double& known_sum(int64_t factor, int64_t kind, int64_t j) {
+    const int64_t side = factor < count() ? 0 : 1;
+    return state_.column_sums.template data_ptr<double>()[((side * 2 + kind) * count() + factor % count()) * rank_ + j];
+  }
+
+  /// Do a factor's column sums differ from the remembered ones by more than round-off?
+  bool sums_changed(int64_t factor) {
+    const Side& s = side_of(factor);
+    for (int64_t j = 0; j < rank_; ++j) {
+      const auto [norm, weighted] = column_sums(s, index_of(factor), j);
+      const double known = known_sum(factor, 0, j);
+      if (std::abs(norm - known) > kRoundOff * known ||
+          std::abs(weighted - known_sum(factor, 1, j)) >
+              kRoundOff * std::sqrt(known * static_cast<double>(s.shape.rows)))
+        return true;
+    }
+    return false;
+  }
+
+  /// What act 2 reads of one factor's partner and gradient; zeros beyond the last factor.
+  void load_statistics(int64_t factor, int64_t lane, rule::Statistics<LaneMatrix>& statistics) {
+    if (factor >= 2 * count()) {
+      for (const LaneMatrix* matrix : {&statistics.gram, &statistics.cross, &statistics.gradient_gram})
+        for (int64_t i = 0; i < rank_; ++i)
+          for (int64_t j = 0; j < rank_; ++j) matrix->at(i, j, lane) = 0;
+      return;
+    }
+    const size_t side = factor < count() ? 0 : 1, index = index_of(factor);
+    const Side &own = sides_[side], &partner = sides_[1 - side];
+    const size_t own_part = index * static_cast<size_t>(own.chunks) * square();
+    const size_t part = index * static_cast<size_t>(partner.chunks) * square();
+    const size_t place = (1 - side) * static_cast<size_t>(count()) + index;
+    const bool edited = partner.edited[index] != 0;
+    const double scale = edited ? 1 : state_.previous_scale.template const_data_ptr<double>()[place];
+    const double rate = edited ? 0 : state_.previous_rate.template const_data_ptr<double>()[place];
+    for (int64_t i = 0; i < rank_; ++i) {
+      for (int64_t j = 0; j < rank_; ++j) {
+        const size_t upper = static_cast<size_t>(std::min(i, j) * padded_ + std::max(i, j));
+        const double gram = partner.gram[part + upper];
+        statistics.gram.at(i, j, lane) = gram;
+        statistics.cross.at(i, j, lane) =
+            scale * gram + rate * partner.cross[part + static_cast<size_t>(i * padded_ + j)];
+        statistics.gradient_gram.at(i, j, lane) = own.gradient_gram[own_part + upper];
+      }
+    }
+  }
+
+  /// Act 2 for four factors: new moments go to the state, the maps for act 3 to their sides.
+  void decide(int64_t g, const LoraRiteOptions& options, double clip) {
+    rule::Moments<LaneMatrix> old = {LaneMatrix(rank_), {}, LaneMatrix(rank_), {}};
+    Lanes rows(1.0), has_gradient, partner_edited;
+    const int64_t size = rank_ * rank_;
+    rule::Moments<at::Tensor>& state = state_.moments;
+    double* v = state.second_moment.template data_ptr<double>();
+    double* root = state.inverse_root.template data_ptr<double>();
+    double* mass = state.escaped_mass.template data_ptr<double>();
+    double* step = state.step.template data_ptr<double>();
+    const int64_t first = g * kLanes, lanes = std::min<int64_t>(kLanes, 2 * count() - first);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t factor = std::min(first + lane, 2 * count() - 1);  // a lane too many repeats the last one
+      const size_t index = index_of(factor);
+      for (int64_t i = 0; i < rank_; ++i)
+        for (int64_t j = 0; j < rank_; ++j) {
+          old.second_moment.at(i, j, lane) = v[factor * size + i * rank_ + j];
+          old.inverse_root.at(i, j, lane) = root[factor * size + i * rank_ + j];
+        }
+      old.escaped_mass[lane] = mass[factor];
+      old.step[lane] = step[factor];
+      rows[lane] = static_cast<double>(side_of(factor).shape.rows);
+      has_gradient[lane] = side_of(factor).gradients[index].defined() ? 1 : 0;
+      partner_edited[lane] = sides_[factor < count() ? 1 : 0].edited[index];
+    }
+    const auto decision = rule::decide<LaneMatrix>(old, groups_[static_cast<size_t>(g)], rows, Lanes(clip),
+                                                   has_gradient, partner_edited, options);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t factor = first + lane;
+      float* momentum_map = side_of(factor).maps.data() + index_of(factor) * 2 * square();
+      float* root_transposed = momentum_map + square();
+      double* gradient_map = side_of(factor).gradient_maps.data() + index_of(factor) * square();
+      for (int64_t i = 0; i < rank_; ++i)
+        for (int64_t j = 0; j < rank_; ++j) {
+          const int64_t e = i * padded_ + j;
+          momentum_map[e] = narrow(decision.momentum_map.at(i, j, lane));
+          gradient_map[e] = decision.gradient_map.at(i, j, lane);
+          root_transposed[e] = narrow(decision.moments.inverse_root.at(j, i, lane));
+          v[factor * size + i * rank_ + j] = decision.moments.second_moment.at(i, j, lane);
+          root[factor * size + i * rank_ + j] = decision.moments.inverse_root.at(i, j, lane);
+        }
+      mass[factor] = decision.moments.escaped_mass[lane];
+      step[factor] = decision.moments.step[lane];
+    }
+  }
+
+  /// As a float; beyond its range the largest one, for a map must not bring forth an infinity.
+  static float narrow(double value) {
+    constexpr double most = std::numeric_limits<float>::max();
+    return static_cast<float>(std::min(std::max(value, -most), most));
+  }
+
+  kernels::Maps maps_of(const Side& s, size_t i, float update_scale) const {
+    const float* maps = s.maps.data() + i * 2 * square();
+    return {maps,        maps + square(), s.gradient_maps.data() + i * square(),
+            s.keep,      s.rate,          s.gradients[i].defined(),
+            update_scale};
+  }
+
+  /// Act 3 for some rows of one factor.
+  void move_rows(Side& s, size_t i, int64_t first, int64_t end, size_t part, float update_scale) {
+    if (s.momentum == nullptr) return;
+    const kernels::Maps maps = maps_of(s, i, update_scale);
+    // A factor that rests keeps its sums; XᵀN is then not asked for, as its rate was 0.
+    const kernels::Sums sums = maps.has_gradient ? clear_sums(s, part) : kernels::Sums{};
+    const Workspace workspace(rank_);
+    float* x = static_cast<float*>(tensor_of(factor_number(s, i)).unsafeGetTensorImpl()->mutable_data());
+    kernels::best().apply(x, s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_,
+                          maps.has_gradient ? s.gradients[i].template const_data_ptr<float>() : nullptr,
+                          weights_.template const_data_ptr<double>(), s.shape, first, end, maps, workspace.blocks,
+                          sums);
+  }
+
+  /// Where the RMS of M exceeds `bound`: by what M is to be multiplied. One more pass over the rows.
+  void bound_updates(double bound, std::vector<double>& update_scales) {
+    std::array<std::vector<double>, 2> squares;
+    for (const size_t side : {0, 1}) squares[side].resize(static_cast<size_t>(count() * sides_[side].chunks));
+    for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
+      if (s.momentum == nullptr) return;
+      const Workspace workspace(rank_);
+      const kernels::Maps maps = maps_of(s, i, 1);
+      squares[&s == &sides_[0] ? 0 : 1][part] =
+          kernels::best().update_squares(s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_,
+                                         maps.has_gradient ? s.gradients[i].template const_data_ptr<float>() : nullptr,
+                                         s.shape, first, end, maps, workspace.blocks);
+    });
+    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
+      const Side& s = side_of(factor);
+      double sum = 0;
+      for (int64_t chunk = 0; chunk < s.chunks; ++chunk)
+        sum += squares[factor < count() ? 0 : 1]
+                      [index_of(factor) * static_cast<size_t>(s.chunks) + static_cast<size_t>(chunk)];
+      const double rms = std::sqrt(sum / static_cast<double>(s.shape.rows * rank_));
+      update_scales[static_cast<size_t>(factor)] = rms > bound ? bound / rms : 1.0;
+    }
+  }
+
+  /// A ← s A, B ← B / s with s = (‖B‖/‖A‖)^{1/2}: equal norms, the same product. Momenta are vectors in the factors'
+  /// own coordinates and go along; R⁺ of a factor scales inversely. Pairs of which one factor is zero, or did not move,
+  /// are left alone.
+  void balance() {
+    std::vector<int64_t> scaled;
+    for (size_t i = 0; i < static_cast<size_t>(count()); ++i) {
+      std::array<double, 2> squared = {0, 0};
+      for (const size_t side : {0, 1})
+        for (int64_t j = 0; j < rank_; ++j) squared[side] += column_sums(sides_[side], i, j).first;
+      const bool both_moved = sides_[0].gradients[i].defined() && sides_[1].gradients[i].defined();
+      if (!both_moved || !(squared[0] > 0) || !(squared[1] > 0)) continue;
+      const double scale = std::pow(squared[1] / squared[0], 0.25);
+      const std::array<double, 2> scales = {scale, 1 / scale};
+      for (const size_t side : {0, 1}) {
+        at::Tensor factor = factor_of(static_cast<int64_t>(i), side);
+        factor.mul_(scales[side]);
+        state_.momentum[side][static_cast<int64_t>(i)].mul_(scales[side]);
+        // Side s holds the root of its partner, which is scaled by 1 / scales[s].
+        state_.moments.inverse_root[static_cast<int64_t>(side)][static_cast<int64_t>(i)].mul_(scales[side]);
+        scaled.push_back(static_cast<int64_t>(side) * count() + static_cast<int64_t>(i));
+      }
+    }
+    remember_rows(scaled);
+  }
+
+  /// Remembers where the step left everything.
+  void finish_step(double clip) {
+    double* scale = state_.previous_scale.template data_ptr<double>();
+    double* rate = state_.previous_rate.template data_ptr<double>();
+    double* norm = unmagnified_norm_.template data_ptr<double>();
+    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
+      Side& s = side_of(factor);
+      const size_t i = index_of(factor);
+      const bool moved = s.gradients[i].defined();
+      scale[factor] = moved ? 1 / static_cast<double>(s.keep) : 1;
+      rate[factor] = moved ? static_cast<double>(s.rate) / static_cast<double>(s.keep) : 0;
+      norm[factor] = std::sqrt(s.unmagnified_squared[i]);
+      for (int64_t j = 0; j < rank_; ++j) {
+        const auto [squared, weighted] = column_sums(s, i, j);
+        known_sum(factor, 0, j) = squared;
+        known_sum(factor, 1, j) = weighted;
+      }
+      s.seen[i] = Glimpse::of(tensor_of(factor));
+      s.gradients[i] = at::Tensor();
+    }
+    clip_factor_.fill_(clip);
+  }
+
+  int64_t padded_;  ///< p
+  std::array<Side, 2> sides_;
+  at::Tensor weights_;         ///< of the column sums
+  std::vector<Group> groups_;  ///< from the first to the second half of act 2
+};
+
+}  // namespace lora_rite::engine

@@ -1,0 +1,228 @@
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "support/pairs.hpp"
+
+namespace lora_rite {
+namespace {
+
+using testing::clone_pairs;
+using testing::equal_factors;
+using testing::error_of;
+using testing::mentions;
+using testing::random_pair;
+using testing::run_steps;
+using testing::saved_bytes;
+using testing::set_gradients;
+
+LoraRiteOptions with_engine(LoraRiteOptions options, Engine engine) { return options.engine(engine); }
+
+/// Largest relative distance of two runs' factors, over all pairs.
+double distance(const std::vector<FactorPair>& left, const std::vector<FactorPair>& right) {
+  double worst = 0;
+  for (size_t i = 0; i < left.size(); ++i) {
+    for (const bool of_a : {true, false}) {
+      const torch::Tensor x = of_a ? left[i].a : left[i].b, y = of_a ? right[i].a : right[i].b;
+      const double size = y.norm().item<double>();
+      const double difference = (x - y).norm().item<double>();
+      worst = std::max(worst, std::isfinite(difference) ? difference / (size > 0 ? size : 1) : INFINITY);
+    }
+  }
+  return worst;
+}
+
+struct Setting {
+  const char* name;
+  std::function<LoraRiteOptions()> options;
+};
+const Setting kSettings[] = {
+    {"defaults", [] { return LoraRiteOptions(1e-2); }},
+    {"no_escape_decay", [] { return LoraRiteOptions(1e-2).escape(false).weight_decay(0.5); }},
+    {"bounded_updates", [] { return LoraRiteOptions(1e-2).max_update_rms(0.3).lr_ratio_b(3); }},
+    {"balanced", [] { return LoraRiteOptions(1e-2).balance(true).clip_unmagnified_norm(0); }},
+    {"ascent", [] { return LoraRiteOptions(1e-2).maximize(true).clip_unmagnified_norm(0.1); }},
+};
+
+class HostEngine : public ::testing::TestWithParam<std::tuple<int64_t, Setting>> {};
+
+TEST_P(HostEngine, AgreesWithTheDeviceEngine) {
+  const auto& [rank, setting] = GetParam();
+  torch::manual_seed(51);
+  std::vector<FactorPair> host;
+  for (int64_t i = 0; i < 6; ++i) {  // two shapes, a zero factor, rows that fill no block
+    host.push_back(random_pair("pair" + std::to_string(i), rank, 2 * rank + 37 + i % 2, 3 * rank + 29, torch::kFloat));
+  }
+  {
+    torch::NoGradGuard no_grad;
+    host[3].b.zero_();
+  }
+  const auto device = clone_pairs(host), start = clone_pairs(host);
+  LoraRite<> on_host(host, with_engine(setting.options(), Engine::Host));
+  LoraRite<> on_device(device, with_engine(setting.options(), Engine::Device));
+  for (int64_t step = 0; step < 10; ++step) {
+    set_gradients(host, 60 + step);
+    set_gradients(device, 60 + step);
+    if (step % 3 == 2) {  // a factor without a gradient
+      host[1].a.mutable_grad() = torch::Tensor();
+      device[1].a.mutable_grad() = torch::Tensor();
+    }
+    if (step == 6) {  // an edit that keeps every column norm
+      torch::NoGradGuard no_grad;
+      host[2].b.neg_();
+      device[2].b.neg_();
+    }
+    on_host.step();
+    on_device.step();
+    // Round-off of float, over ten steps and condition numbers of about ten.
+    ASSERT_LT(distance(host, device), 3e-6) << "step " << step;
+  }
+  EXPECT_GT(distance(start, host), 1e-3) << "the factors moved";
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, HostEngine,
+                         ::testing::Combine(::testing::Values(1, 2, 3, 4, 7, 8, 12, 16, 33, 64),
+                                            ::testing::ValuesIn(kSettings)),
+                         [](const auto& info) {
+                           return "rank" + std::to_string(std::get<0>(info.param)) + "_" + std::get<1>(info.param).name;
+                         });
+
+TEST(HostEngineTest, AgreesForQrBasisAndLongFactors) {
+  torch::manual_seed(52);
+  const std::vector<FactorPair> host = {random_pair("long", 16, 9001, 5003, torch::kFloat)};
+  const auto device = clone_pairs(host);
+  LoraRite<QrBasis> on_host(host, with_engine(LoraRiteOptions(1e-2), Engine::Host));
+  LoraRite<QrBasis> on_device(device, with_engine(LoraRiteOptions(1e-2), Engine::Device));
+  run_steps(on_host, host, 0, 5);
+  run_steps(on_device, device, 0, 5);
+  EXPECT_LT(distance(host, device), 3e-6);
+}
+
+TEST(HostEngineTest, IsWhatAutomaticChoosesForFloatsOnACpu) {
+  torch::manual_seed(53);
+  const std::vector<FactorPair> host = {random_pair("q", 3, 9, 7, torch::kFloat)};
+  const auto chosen = clone_pairs(host), device = clone_pairs(host);
+  LoraRite<> first(host, with_engine(LoraRiteOptions(1e-2), Engine::Host)), second(chosen, LoraRiteOptions(1e-2));
+  LoraRite<> third(device, with_engine(LoraRiteOptions(1e-2), Engine::Device));
+  run_steps(first, host, 0, 3);
+  run_steps(second, chosen, 0, 3);
+  run_steps(third, device, 0, 3);
+  EXPECT_TRUE(equal_factors(host, chosen));
+  EXPECT_FALSE(equal_factors(device, chosen)) << "the engines round alike, so this test shows nothing";
+}
+
+TEST(HostEngineTest, ResultDoesNotDependOnTheNumberOfThreads) {
+  const auto run = [](int threads) {
+    const int before = at::get_num_threads();
+    at::set_num_threads(threads);
+    torch::manual_seed(54);
+    std::vector<FactorPair> pairs;
+    for (int i = 0; i < 5; ++i) pairs.push_back(random_pair(std::to_string(i), 8, 300, 20000, torch::kFloat));
+    LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).max_update_rms(0.1));
+    run_steps(optimizer, pairs, 0, 4);
+    at::set_num_threads(before);
+    return pairs;
+  };
+  const auto one = run(1), two = run(2), four = run(4);
+  EXPECT_TRUE(equal_factors(one, two));
+  EXPECT_TRUE(equal_factors(one, four));
+}
+
+TEST(HostEngineTest, LeavesOtherPairsToTheDeviceEngine) {
+  torch::manual_seed(55);
+  FactorPair strided = random_pair("strided", 3, 9, 7, torch::kFloat);
+  strided.a = torch::randn({9, 3}).t().requires_grad_();
+  for (const FactorPair& pair :
+       {strided, random_pair("double", 3, 9, 7, torch::kDouble), random_pair("half", 3, 9, 7, torch::kBFloat16)}) {
+    LoraRite<> automatic({pair}, LoraRiteOptions(1e-2));
+    run_steps(automatic, {pair}, 0, 1);
+    LoraRite<> forced({pair}, with_engine(LoraRiteOptions(1e-2), Engine::Host));
+    EXPECT_TRUE(mentions(error_of([&] { run_steps(forced, {pair}, 0, 1); }), pair.name));
+  }
+}
+
+TEST(HostEngineTest, TakesGradientsThatAreNotContiguous) {
+  torch::manual_seed(56);
+  const std::vector<FactorPair> plain = {random_pair("q", 4, 9, 7, torch::kFloat)};
+  const auto strided = clone_pairs(plain);
+  LoraRite<> first(plain, LoraRiteOptions(1e-2)), second(strided, LoraRiteOptions(1e-2));
+  for (int64_t step = 0; step < 3; ++step) {
+    set_gradients(plain, 70 + step);
+    strided[0].a.mutable_grad() = plain[0].a.grad().t().contiguous().t();
+    strided[0].b.mutable_grad() = plain[0].b.grad().t().contiguous().t();
+    first.step();
+    second.step();
+  }
+  EXPECT_TRUE(equal_factors(plain, strided));
+}
+
+TEST(HostEngineTest, CheckpointsGoFromEngineToEngine) {
+  for (const Engine writer : {Engine::Host, Engine::Device}) {
+    const Engine reader = writer == Engine::Host ? Engine::Device : Engine::Host;
+    torch::manual_seed(57);
+    const std::vector<FactorPair> pairs = {random_pair("q", 5, 40, 30, torch::kFloat)};
+    LoraRite<> written(pairs, with_engine(LoraRiteOptions(1e-2), writer));
+    run_steps(written, pairs, 0, 4);
+    const auto resumed_pairs = clone_pairs(pairs), edited_pairs = clone_pairs(pairs);
+    LoraRite<> resumed(resumed_pairs, with_engine(LoraRiteOptions(1e-2), reader));
+    std::stringstream stream(saved_bytes(written));
+    torch::load(resumed, stream);
+    run_steps(written, pairs, 4, 8);
+    run_steps(resumed, resumed_pairs, 4, 8);
+    EXPECT_LT(distance(resumed_pairs, pairs), 1e-6);
+  }
+}
+
+/// Steps two runs, of which one is edited in a way that its neighbour would notice if it happened there.
+double distance_after(void (*edit)(torch::Tensor&), Engine engine) {
+  torch::manual_seed(58);
+  const std::vector<FactorPair> pairs = {random_pair("q", 4, 300, 200, torch::kFloat)};
+  const auto reference = clone_pairs(pairs);
+  LoraRite<> optimizer(pairs, with_engine(LoraRiteOptions(5e-2), engine));
+  LoraRite<> expected(reference, with_engine(LoraRiteOptions(5e-2), Engine::Device));
+  run_steps(optimizer, pairs, 0, 4);
+  run_steps(expected, reference, 0, 4);
+  {
+    torch::NoGradGuard no_grad;
+    for (torch::Tensor b : {pairs[0].b, reference[0].b}) edit(b);
+  }
+  run_steps(optimizer, pairs, 4, 7);
+  run_steps(expected, reference, 4, 7);
+  return distance(pairs, reference);
+}
+
+TEST(HostEngineTest, NoticesEdits) {
+  EXPECT_LT(distance_after([](torch::Tensor& b) { b.mul_(3); }, Engine::Host), 1e-5);
+  EXPECT_LT(distance_after([](torch::Tensor& b) { b.copy_(b.flip(0).clone()); }, Engine::Host), 1e-5);
+  EXPECT_LT(distance_after([](torch::Tensor& b) { b.select(0, 17).add_(5); }, Engine::Host), 1e-5);
+  EXPECT_LT(distance_after([](torch::Tensor& b) { b.data().add_(1); }, Engine::Host), 1e-5) << "past the version";
+  EXPECT_LT(distance_after([](torch::Tensor& b) { b.set_data(2 * b.detach().clone()); }, Engine::Host), 1e-5);
+}
+
+TEST(HostEngineTest, SkipsAStepThatIsNotFinite) {
+  for (const float value : {NAN, INFINITY}) {
+    torch::manual_seed(59);
+    const std::vector<FactorPair> pairs = {random_pair("q", 4, 30, 20, torch::kFloat)};
+    LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2));
+    run_steps(optimizer, pairs, 0, 3);
+    const auto before = clone_pairs(pairs);
+    set_gradients(pairs, 80);
+    pairs[0].b.mutable_grad().select(0, 3).fill_(value);
+    optimizer.step();
+    EXPECT_TRUE(equal_factors(pairs, before));
+    EXPECT_EQ(optimizer.skipped_steps(), 1);
+    run_steps(optimizer, pairs, 4, 6);
+    EXPECT_FALSE(equal_factors(pairs, before));
+    EXPECT_EQ(optimizer.skipped_steps(), 1);
+  }
+}
+
+TEST(ParallelTasks, EachIsCalledOnceAndErrorsComeThrough) {
+  std::vector<std::atomic<int>> calls(1000);
+  engine::parallel_tasks(1000, [&](int64_t i) { ++calls[static_cast<size_t>(i)]; });
+  for (const auto& count : calls) EXPECT_EQ(count, 1);
+  EXPECT_THROW(engine::parallel_tasks(8, [](int64_t i) { TORCH_CHECK(i != 5, "five"); }), c10::Error);
+}
+
+}  // namespace
+}  // namespace lora_rite

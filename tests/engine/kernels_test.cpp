@@ -1,0 +1,232 @@
+// The host engine's loops, compiled for each instruction set, against Eigen.
+
+#include <gtest/gtest.h>
+#include <lora_rite/engine/kernels.hpp>
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <random>
+#include <vector>
+
+namespace lora_rite::engine::kernels {
+namespace {
+
+using Eigen::MatrixXd;
+
+std::vector<const Table*> tables() {
+  std::vector<const Table*> result = {&baseline()};
+  if (&best() != &baseline()) result.push_back(&best());
+  return result;
+}
+
+/// Doubles with the alignment that the kernels want of lanes.
+class Aligned {
+ public:
+  explicit Aligned(int64_t size) : blocks_(static_cast<size_t>((size + 3) / 4)) {}
+  double* data() { return blocks_.data()->numbers; }
+  const double* data() const { return blocks_.data()->numbers; }
+  double& operator[](int64_t i) { return data()[i]; }
+  double operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  struct alignas(32) Block {
+    double numbers[4];
+  };
+  std::vector<Block> blocks_;
+};
+
+Aligned lanes_of(const std::vector<MatrixXd>& matrices, int64_t stride) {
+  const int64_t r = matrices[0].rows();
+  Aligned lanes(r * stride * kLanes);
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t j = 0; j < r; ++j)
+        lanes[(i * stride + j) * kLanes + lane] = matrices[static_cast<size_t>(lane)](i, j);
+  return lanes;
+}
+
+MatrixXd matrix_of(const Aligned& lanes, int64_t r, int64_t stride, int64_t lane) {
+  MatrixXd result(r, r);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < r; ++j) result(i, j) = lanes[(i * stride + j) * kLanes + lane];
+  return result;
+}
+
+/// Gram matrices of every kind in one batch: well conditioned, graded over many orders of magnitude, rank-deficient
+/// with equal eigenvalues, zero.
+std::vector<MatrixXd> gram_matrices(int64_t r) {
+  std::vector<MatrixXd> result;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    MatrixXd x = MatrixXd::Random(2 * r, r);
+    if (lane == 1)
+      for (int64_t j = 0; j < r; ++j) x.col(j) *= std::pow(0.5, j);
+    if (lane == 2) x = MatrixXd::Identity(2 * r, r) * ((r + 1) / 2 == r ? 1 : 3), x.rightCols(r / 2).setZero();
+    if (lane == 3) x.setZero();
+    result.push_back(x.transpose() * x);
+  }
+  return result;
+}
+
+TEST(Kernels, EigenvectorsDiagonalise) {
+  std::srand(1);
+  for (const Table* table : tables()) {
+    for (const int64_t r : {1, 2, 3, 5, 8, 16, 33, 64}) {
+      for (const double scale : {1.0, 1e-140, 1e140}) {
+        const int64_t stride = r + 1;
+        auto matrices = gram_matrices(r);
+        for (auto& matrix : matrices) matrix *= scale;
+        Aligned work = lanes_of(matrices, stride), vectors(r * stride * kLanes);
+        Aligned values(r * kLanes), off(r * kLanes), alone(r * kLanes);
+        table->eigh(work.data(), r, stride, values.data(), off.data(), vectors.data());
+        Aligned again = lanes_of(matrices, stride);
+        table->eigh(again.data(), r, stride, alone.data(), off.data(), nullptr);
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const std::string where = std::string(table->name) + ", rank " + std::to_string(r) + ", lane " +
+                                    std::to_string(lane) + ", scale " + std::to_string(scale);
+          const MatrixXd& matrix = matrices[static_cast<size_t>(lane)];
+          const MatrixXd q = matrix_of(vectors, r, stride, lane).transpose();
+          Eigen::VectorXd lambda(r), lambda_alone(r);
+          for (int64_t i = 0; i < r; ++i) lambda(i) = values[i * kLanes + lane];
+          for (int64_t i = 0; i < r; ++i) lambda_alone(i) = alone[i * kLanes + lane];
+          const double tolerance = 20.0 * static_cast<double>(r) * 2.3e-16;
+          EXPECT_LT((q.transpose() * q - MatrixXd::Identity(r, r)).norm(), tolerance) << where;
+          EXPECT_LE((q * lambda.asDiagonal() * q.transpose() - matrix).norm(), tolerance * matrix.norm()) << where;
+          EXPECT_LE((lambda - lambda_alone).norm(), tolerance * matrix.norm()) << where;
+        }
+      }
+    }
+  }
+}
+
+TEST(Kernels, ProductsOfLanesAndTheirTransposes) {
+  std::srand(2);
+  for (const Table* table : tables()) {
+    for (const int64_t r : {1, 2, 3, 4, 6, 8, 9, 16, 31}) {
+      const int64_t stride = r + 1;
+      std::vector<MatrixXd> x, y;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        x.push_back(MatrixXd::Random(r, r));
+        y.push_back(MatrixXd::Random(r, r));
+      }
+      const Aligned left = lanes_of(x, stride), right = lanes_of(y, stride);
+      Aligned out(r * stride * kLanes);
+      for (const bool transposed_left : {false, true}) {
+        for (const bool transposed_right : {false, true}) {
+          const Operand a = transposed_left ? Operand{left.data(), 1, stride} : Operand{left.data(), stride, 1};
+          const Operand b = transposed_right ? Operand{right.data(), 1, stride} : Operand{right.data(), stride, 1};
+          table->multiply(a, b, r, stride, out.data());
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            MatrixXd p = x[static_cast<size_t>(lane)], q = y[static_cast<size_t>(lane)];
+            if (transposed_left) p.transposeInPlace();
+            if (transposed_right) q.transposeInPlace();
+            EXPECT_LT((matrix_of(out, r, stride, lane) - p * q).norm(), 1e-13 * static_cast<double>(r)) << table->name;
+          }
+        }
+      }
+    }
+  }
+}
+
+struct Random {
+  std::mt19937 generator{7};
+  std::vector<float> floats(int64_t size) {
+    std::normal_distribution<float> normal;
+    std::vector<float> result(static_cast<size_t>(size));
+    for (float& value : result) value = normal(generator);
+    return result;
+  }
+};
+
+/// A factor in memory as a tall matrix.
+MatrixXd tall(const std::vector<float>& data, const Shape& shape) {
+  MatrixXd result(shape.rows, shape.rank);
+  for (int64_t row = 0; row < shape.rows; ++row)
+    for (int64_t i = 0; i < shape.rank; ++i)
+      result(row, i) = data[static_cast<size_t>(shape.rank_first ? i * shape.rows + row : row * shape.rank + i)];
+  return result;
+}
+
+double relative(const MatrixXd& found, const MatrixXd& expected) {
+  return (found - expected).norm() / (expected.norm() + 1e-300);
+}
+
+TEST(Kernels, PassesOverTheRows) {
+  for (const Table* table : tables()) {
+    for (const bool rank_first : {true, false}) {
+      for (const int64_t rank : {1, 3, 4, 7, 8, 16, 20, 64}) {
+        for (const int64_t rows : {1, 5, 16, 63, 64, 300}) {
+          const std::string where = std::string(table->name) + ", rank " + std::to_string(rank) + ", rows " +
+                                    std::to_string(rows) + (rank_first ? ", A" : ", B");
+          const Shape shape = {rows, rank, rank_first};
+          const int64_t p = padded_rank(rank), b = block_rows(rank);
+          std::vector<double> memory(static_cast<size_t>(4 * p * b));
+          float* floats = reinterpret_cast<float*>(memory.data());
+          const Blocks blocks = {floats,
+                                 floats + p * b,
+                                 floats + 2 * p * b,
+                                 floats + 3 * p * b,
+                                 memory.data() + 2 * p * b,
+                                 memory.data() + 3 * p * b};
+          Random random;
+          std::vector<float> x = random.floats(rows * rank), n = random.floats(rows * rank);
+          const std::vector<float> g = random.floats(rows * rank);
+          std::vector<double> weights(static_cast<size_t>(rows + b));
+          for (size_t i = 0; i < weights.size(); ++i) weights[i] = 0.5 + 0.01 * static_cast<double>(i);
+          std::vector<float> momentum_map(static_cast<size_t>(p * p)), root(momentum_map);
+          std::vector<double> gradient_map(static_cast<size_t>(p * p));
+          MatrixXd mm(rank, rank), gm(rank, rank), rt(rank, rank);
+          const std::vector<float> entries = random.floats(3 * rank * rank);
+          for (int64_t i = 0; i < rank; ++i)
+            for (int64_t j = 0; j < rank; ++j) {
+              const size_t e = static_cast<size_t>(i * rank + j), square = static_cast<size_t>(rank * rank);
+              const size_t place = static_cast<size_t>(i * p + j);
+              mm(i, j) = momentum_map[place] = entries[e];
+              gm(i, j) = gradient_map[place] = entries[e + square];
+              rt(i, j) = root[place] = entries[e + 2 * square];
+            }
+          const MatrixXd x0 = tall(x, shape), n0 = tall(n, shape), g0 = tall(g, shape);
+
+          std::vector<double> gram(static_cast<size_t>(p * p)), cross(gram), weighted(static_cast<size_t>(p));
+          const auto square = [&](const std::vector<double>& sums, bool symmetric) {
+            MatrixXd result(rank, rank);
+            for (int64_t i = 0; i < rank; ++i)
+              for (int64_t j = 0; j < rank; ++j)
+                result(i, j) = sums[static_cast<size_t>(symmetric ? std::min(i, j) * p + std::max(i, j) : i * p + j)];
+            return result;
+          };
+          table->gram(g.data(), shape, 0, rows, blocks, gram.data());
+          EXPECT_LT(relative(square(gram, true), g0.transpose() * g0), 1e-13) << where;
+
+          const Maps maps = {momentum_map.data(), root.data(), gradient_map.data(), 0.9F, 0.1F, true, 0.5F};
+          const MatrixXd m = n0 * mm + g0 * gm;
+          EXPECT_NEAR(table->update_squares(n.data(), g.data(), shape, 0, rows, maps, blocks) / m.squaredNorm(), 1,
+                      1e-4)
+              << where;
+          std::fill(gram.begin(), gram.end(), 0.0);
+          table->apply(x.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,
+                       {gram.data(), cross.data(), weighted.data()});
+          const MatrixXd n1 = 0.5 * m * rt, x1 = 0.9 * x0 - 0.1 * n1;
+          EXPECT_LT(relative(tall(n, shape), n1), 1e-5) << where;
+          EXPECT_LT(relative(tall(x, shape), x1), 1e-5) << where;
+          const MatrixXd x2 = tall(x, shape), n2 = tall(n, shape);
+          EXPECT_LT(relative(square(gram, true), x2.transpose() * x2), 1e-13) << where;
+          EXPECT_LT(relative(square(cross, false), x2.transpose() * n2), 1e-12) << where;
+          Eigen::RowVectorXd sums = Eigen::RowVectorXd::Zero(rank);
+          for (int64_t row = 0; row < rows; ++row) sums += weights[static_cast<size_t>(row)] * x2.row(row);
+          for (int64_t i = 0; i < rank; ++i) EXPECT_NEAR(weighted[static_cast<size_t>(i)], sums(i), 1e-10) << where;
+
+          // What act 3 leaves is bit for bit what reading the rows again gives: a resumed run depends on it.
+          std::vector<double> gram_again(gram.size()), cross_again(gram.size()), weighted_again(weighted.size());
+          table->remember(x.data(), n.data(), weights.data(), shape, 0, rows, blocks,
+                          {gram_again.data(), cross_again.data(), weighted_again.data()});
+          EXPECT_EQ(gram, gram_again) << where;
+          EXPECT_EQ(cross, cross_again) << where;
+          EXPECT_EQ(weighted, weighted_again) << where;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lora_rite::engine::kernels
