@@ -33,7 +33,7 @@ void parallel_tasks(int64_t count, const Task& task) {
     places = std::make_unique<at::TensorIterator>(
         at::TensorIteratorConfig().set_check_mem_overlap(false).add_output(elements).add_input(elements).build());
   }
-  places->for_each([&](char**, const int64_t*, int64_t) { work(); }, /*grain_size=*/1);
+  places->for_each([&](char**, const int64_t*, int64_t, int64_t) { work(); }, /*grain_size=*/1);
 }
 
 }  // namespace lora_rite::engine
