@@ -439,7 +439,7 @@ LORA_RITE_INLINE void multiply_body(const Operand& x, const Operand& y, int64_t 
 
 // Vectors are never returned, which would be a question of the ABI; these two set `result`.
 LORA_RITE_INLINE void square_root(const Double4& x, Double4& result) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) result[lane] = std::sqrt(x[lane]);
+  result = Double4{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])};
 }
 LORA_RITE_INLINE void magnitude(const Double4& x, Double4& result) { result = x < 0 ? -x : x; }
 LORA_RITE_INLINE bool any(const Mask4& mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
