@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,19 +50,18 @@ class HostBatch final : public Batch {
       const int64_t block = kernels::block_rows(rank_);
       s.chunk_rows = std::max<int64_t>(1, kChunk / (padded_ * block)) * block;
       s.chunks = (s.shape.rows + s.chunk_rows - 1) / s.chunk_rows;
-      const size_t parts = static_cast<size_t>(count() * s.chunks), square = static_cast<size_t>(padded_ * padded_);
-      s.gradient_gram.resize(parts * square);
-      s.gram.resize(parts * square);
-      s.cross.resize(parts * square);
+      const size_t parts = static_cast<size_t>(count() * s.chunks);
+      s.gradient_gram.resize(parts * square());
+      s.products.resize(parts * 2 * square());
       s.weighted.resize(parts * static_cast<size_t>(padded_));
       s.gradients.resize(static_cast<size_t>(count()));
       s.seen.resize(static_cast<size_t>(count()));
       s.edited.resize(static_cast<size_t>(count()));
       s.unmagnified_squared.resize(static_cast<size_t>(count()));
-      s.maps.resize(static_cast<size_t>(count()) * 2 * square);
-      s.gradient_maps.resize(static_cast<size_t>(count()) * square);
+      s.momentum_maps.resize(static_cast<size_t>(count()) * square());
+      s.gradient_maps.resize(static_cast<size_t>(count()) * square());
     }
-    weights_ = column_weights(longest + kernels::block_rows(rank_), double_options());
+    weights_ = column_weights(longest, double_options());
     groups_.resize(static_cast<size_t>((2 * count() + kLanes - 1) / kLanes));
   }
 
@@ -88,7 +88,7 @@ class HostBatch final : public Batch {
       kernels::best().gram(s.gradients[i].template const_data_ptr<float>(), s.shape, first, end, workspace.blocks,
                            gram);
     });
-    for (Side& s : sides_) add_chunks(s, s.gradient_gram, square());
+    for (Side& s : sides_) add_chunks(s, 0, count(), s.gradient_gram, square());
     remember_rows(stale);
     for (const int64_t factor : stale) side_of(factor).edited[index_of(factor)] = sums_changed(factor);
     return true;
@@ -97,14 +97,13 @@ class HostBatch final : public Batch {
   at::Tensor finite() const override {  // a sum is finite only if every summand is
     double sum = 0;
     for (const Side& s : sides_) {
-      for (int64_t i = 0; i < count(); ++i) {
-        for (const auto* parts : {&s.gradient_gram, &s.gram, &s.cross}) {
-          const double* matrix = parts->data() + static_cast<size_t>(i * s.chunks) * square();
-          for (size_t e = 0; e < square(); ++e) sum += matrix[e] - matrix[e];
-        }
+      for (size_t i = 0; i < static_cast<size_t>(count()); ++i) {
+        const size_t part = i * static_cast<size_t>(s.chunks);
+        sum += not_finite(s.gradient_gram.data() + part * square(), square());
+        sum += not_finite(s.products.data() + part * 2 * square(), 2 * square());
       }
     }
-    return at::scalar_tensor(std::isfinite(sum), at::kBool);
+    return at::scalar_tensor(sum == 0, at::kBool);
   }
 
   at::Tensor unmagnify(const at::Tensor& proceed) override {
@@ -143,15 +142,11 @@ class HostBatch final : public Batch {
       s.momentum = state_.momentum[side].defined() ? state_.momentum[side].template data_ptr<float>() : nullptr;
     }
     parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) { decide(g, options, clip); });
-    std::vector<double> update_scales(static_cast<size_t>(2 * count()), 1.0);
-    if (options.max_update_rms() > 0) bound_updates(options.max_update_rms(), update_scales);
-    for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
-      move_rows(s, i, first, end, part, static_cast<float>(update_scales[factor_number(s, i)]));
-    });
+    if (options.max_update_rms() > 0) bound_updates(options.max_update_rms());
+    for_each_chunk(
+        [&](Side& s, size_t i, int64_t first, int64_t end, size_t part) { move_rows(s, i, first, end, part); });
     for (Side& s : sides_) {
-      add_chunks(s, s.gram, square());
-      add_chunks(s, s.cross, square());
-      add_chunks(s, s.weighted, static_cast<size_t>(padded_));
+      add_sums(s, 0, count());
       for (size_t i = 0; i < s.gradients.size(); ++i) {
         // Autograd must notice, as it would an in-place operator.
         if (s.gradients[i].defined()) tensor_of(factor_number(s, i)).unsafeGetTensorImpl()->bump_version();
@@ -198,34 +193,26 @@ class HostBatch final : public Batch {
   struct Side {
     kernels::Shape shape;
     int64_t chunk_rows, chunks;
-    std::vector<double> gradient_gram, gram, cross;  ///< GᵀG, XᵀX, XᵀN [k, chunks, p, p]
-    std::vector<double> weighted;                    ///< column sums with `weights_` [k, chunks, p]
-    std::vector<at::Tensor> gradients;               ///< undefined where there is none
-    std::vector<Glimpse> seen;                       ///< as the last step left the factors
-    std::vector<char> edited;                        ///< by someone else, since the last step
-    std::vector<double> unmagnified_squared;         ///< ‖Ḡ‖²
-    std::vector<float> maps;                         ///< momentum_map, R⁺ᵀ [k, 2, p, p]
-    std::vector<double> gradient_maps;               ///< gradient_map [k, p, p]
-    float keep = 1, rate = 0;                        ///< X ← keep · X − rate · N
-    float* momentum = nullptr;                       ///< [k, factor]
+    std::vector<double> gradient_gram;        ///< GᵀG [k, chunks, p, p]
+    std::vector<double> products;             ///< XᵀX | XᵀN [k, chunks, p, 2p]
+    std::vector<double> weighted;             ///< column sums with `weights_` [k, chunks, p]
+    std::vector<at::Tensor> gradients;        ///< undefined where there is none
+    std::vector<Glimpse> seen;                ///< as the last step left the factors
+    std::vector<char> edited;                 ///< by someone else, since the last step
+    std::vector<double> unmagnified_squared;  ///< ‖Ḡ‖²
+    std::vector<float> momentum_maps;         ///< N → N [k, p, p]
+    std::vector<double> gradient_maps;        ///< G → N [k, p, p]
+    float keep = 1, rate = 0;                 ///< X ← keep · X − rate · N
+    float* momentum = nullptr;                ///< [k, factor]
   };
-  using Group = rule::Unmagnified<LaneMatrix>;  ///< of four factors
+  using Group = rule::Unmagnified<LaneMatrix>;  ///< of eight factors
 
   struct Workspace {
     Buffer memory;
     kernels::Blocks blocks;
 
-    explicit Workspace(int64_t rank) : memory(static_cast<size_t>(4 * block_size(rank))) {
-      const int64_t size = block_size(rank);
-      float* floats = reinterpret_cast<float*>(memory.data());
-      blocks = {floats,
-                floats + size,
-                floats + 2 * size,
-                floats + 3 * size,
-                memory.data() + 2 * size,
-                memory.data() + 3 * size};
-    }
-    static int64_t block_size(int64_t rank) { return kernels::padded_rank(rank) * kernels::block_rows(rank); }
+    explicit Workspace(int64_t rank)
+        : memory(static_cast<size_t>(kernels::Blocks::size(rank))), blocks(kernels::Blocks::in(memory.data(), rank)) {}
   };
 
   size_t square() const { return static_cast<size_t>(padded_ * padded_); }
@@ -249,22 +236,37 @@ class HostBatch final : public Batch {
     });
   }
 
-  /// Adds a pair's parts, `size` numbers each, to its first one.
-  void add_chunks(const Side& s, std::vector<double>& parts, size_t size) const {
-    if (s.chunks == 1) return;
-    for (int64_t i = 0; i < count(); ++i) {
+  /// Adds the parts of pairs first … end − 1, `size` numbers each, to each pair's first one.
+  static void add_chunks(const Side& s, int64_t first, int64_t end, std::vector<double>& parts, size_t size) {
+    for (int64_t i = first; i < end; ++i) {
       double* total = parts.data() + static_cast<size_t>(i * s.chunks) * size;
-      for (size_t e = size; e < static_cast<size_t>(s.chunks) * size; ++e) total[e % size] += total[e];
+      for (int64_t chunk = 1; chunk < s.chunks; ++chunk) {
+        const double* part = total + static_cast<size_t>(chunk) * size;
+        for (size_t e = 0; e < size; ++e) total[e] += part[e];
+      }
     }
+  }
+  void add_sums(Side& s, int64_t first, int64_t end) const {
+    add_chunks(s, first, end, s.products, 2 * square());
+    add_chunks(s, first, end, s.weighted, static_cast<size_t>(padded_));
   }
 
   kernels::Sums clear_sums(Side& s, size_t part) const {
-    const kernels::Sums sums = {s.gram.data() + part * square(), s.cross.data() + part * square(),
+    const kernels::Sums sums = {s.products.data() + part * 2 * square(),
                                 s.weighted.data() + part * static_cast<size_t>(padded_)};
-    std::memset(sums.gram, 0, square() * sizeof(double));
-    std::memset(sums.cross, 0, square() * sizeof(double));
+    std::memset(sums.products, 0, 2 * square() * sizeof(double));
     std::memset(sums.weighted, 0, static_cast<size_t>(padded_) * sizeof(double));
     return sums;
+  }
+
+  /// Zero if all of these are finite, else NaN.
+  static double not_finite(const double* numbers, size_t size) {
+    std::array<double, 8> sums = {};  // side by side: one sum would wait for itself
+    size_t e = 0;
+    for (; e + sums.size() <= size; e += sums.size())
+      for (size_t k = 0; k < sums.size(); ++k) sums[k] += numbers[e + k] - numbers[e + k];
+    for (; e < size; ++e) sums[0] += numbers[e] - numbers[e];
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
   }
 
   /// XᵀX, XᵀN and column sums of these factors from their rows: what act 3 usually leaves behind.
@@ -284,41 +286,33 @@ class HostBatch final : public Batch {
                                  workspace.blocks,
                                  clear_sums(s, i * static_cast<size_t>(s.chunks) + static_cast<size_t>(chunk)));
       });
-      const size_t part = i * static_cast<size_t>(s.chunks);
-      for (int64_t chunk = 1; chunk < s.chunks; ++chunk) {
-        const size_t other = part + static_cast<size_t>(chunk);
-        for (size_t e = 0; e < square(); ++e) {
-          s.gram[part * square() + e] += s.gram[other * square() + e];
-          s.cross[part * square() + e] += s.cross[other * square() + e];
-        }
-        for (size_t e = 0; e < static_cast<size_t>(padded_); ++e)
-          s.weighted[part * static_cast<size_t>(padded_) + e] += s.weighted[other * static_cast<size_t>(padded_) + e];
-      }
+      add_sums(s, static_cast<int64_t>(i), static_cast<int64_t>(i) + 1);
     }
   }
 
   /// Squared norm of column j, and its weighted sum.
   std::pair<double, double> column_sums(const Side& s, size_t i, int64_t j) const {
     const size_t part = i * static_cast<size_t>(s.chunks);
-    return {s.gram[part * square() + static_cast<size_t>(j * padded_ + j)],
+    return {s.products[part * 2 * square() + static_cast<size_t>(j * 2 * padded_ + j)],
             s.weighted[part * static_cast<size_t>(padded_) + static_cast<size_t>(j)]};
   }
 
-  /// The remembered column sums [2, 2, k, r]: side, kind, pair, column.
-  double& known_sum(int64_t factor, int64_t kind, int64_t j) {
+  /// The remembered column sums [2, 2, k, r] (side, kind, pair, column) of a factor's first kind; k r further: the
+  /// second.
+  double* known_sums(int64_t factor) {
     const int64_t side = factor < count() ? 0 : 1;
-    return state_.column_sums.template data_ptr<double>()[((side * 2 + kind) * count() + factor % count()) * rank_ + j];
+    return state_.column_sums.template data_ptr<double>() + (side * 2 * count() + factor % count()) * rank_;
   }
 
   /// Do a factor's column sums differ from the remembered ones by more than round-off?
   bool sums_changed(int64_t factor) {
     const Side& s = side_of(factor);
+    const double* known = known_sums(factor);
     for (int64_t j = 0; j < rank_; ++j) {
       const auto [norm, weighted] = column_sums(s, index_of(factor), j);
-      const double known = known_sum(factor, 0, j);
-      if (std::abs(norm - known) > kRoundOff * known ||
-          std::abs(weighted - known_sum(factor, 1, j)) >
-              kRoundOff * std::sqrt(known * static_cast<double>(s.shape.rows)))
+      const double known_norm = known[j], known_weighted = known[count() * rank_ + j];
+      if (std::abs(norm - known_norm) > kRoundOff * known_norm ||
+          std::abs(weighted - known_weighted) > kRoundOff * std::sqrt(known_norm * static_cast<double>(s.shape.rows)))
         return true;
     }
     return false;
@@ -335,24 +329,24 @@ class HostBatch final : public Batch {
     const size_t side = factor < count() ? 0 : 1, index = index_of(factor);
     const Side &own = sides_[side], &partner = sides_[1 - side];
     const size_t own_part = index * static_cast<size_t>(own.chunks) * square();
-    const size_t part = index * static_cast<size_t>(partner.chunks) * square();
+    const double* products = partner.products.data() + index * static_cast<size_t>(partner.chunks) * 2 * square();
     const size_t place = (1 - side) * static_cast<size_t>(count()) + index;
     const bool edited = partner.edited[index] != 0;
     const double scale = edited ? 1 : state_.previous_scale.template const_data_ptr<double>()[place];
     const double rate = edited ? 0 : state_.previous_rate.template const_data_ptr<double>()[place];
     for (int64_t i = 0; i < rank_; ++i) {
       for (int64_t j = 0; j < rank_; ++j) {
-        const size_t upper = static_cast<size_t>(std::min(i, j) * padded_ + std::max(i, j));
-        const double gram = partner.gram[part + upper];
+        const int64_t row = std::min(i, j), column = std::max(i, j);
+        const double gram = products[row * 2 * padded_ + column];
         statistics.gram.at(i, j, lane) = gram;
-        statistics.cross.at(i, j, lane) =
-            scale * gram + rate * partner.cross[part + static_cast<size_t>(i * padded_ + j)];
-        statistics.gradient_gram.at(i, j, lane) = own.gradient_gram[own_part + upper];
+        statistics.cross.at(i, j, lane) = scale * gram + rate * products[(2 * i + 1) * padded_ + j];
+        statistics.gradient_gram.at(i, j, lane) =
+            own.gradient_gram[own_part + static_cast<size_t>(row * padded_ + column)];
       }
     }
   }
 
-  /// Act 2 for four factors: new moments go to the state, the maps for act 3 to their sides.
+  /// Act 2 for eight factors: new moments go to the state, the maps for act 3 to their sides.
   void decide(int64_t g, const LoraRiteOptions& options, double clip) {
     rule::Moments<LaneMatrix> old = {LaneMatrix(rank_), {}, LaneMatrix(rank_), {}};
     Lanes rows(1.0), has_gradient, partner_edited;
@@ -379,19 +373,21 @@ class HostBatch final : public Batch {
     }
     const auto decision = rule::decide<LaneMatrix>(old, groups_[static_cast<size_t>(g)], rows, Lanes(clip),
                                                    has_gradient, partner_edited, options);
+    // N = M R⁺ᵀ, both maps in one: βQᵀ R⁺ᵀ is close to β where the partner moved little, and G's map is a double one.
+    const LaneMatrix& new_root = decision.moments.inverse_root;
+    const LaneMatrix momentum_to_momentum = matmul(decision.momentum_map, transpose(new_root));
+    const LaneMatrix gradient_to_momentum = matmul(decision.gradient_map, transpose(new_root));
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t factor = first + lane;
-      float* momentum_map = side_of(factor).maps.data() + index_of(factor) * 2 * square();
-      float* root_transposed = momentum_map + square();
+      float* momentum_map = side_of(factor).momentum_maps.data() + index_of(factor) * square();
       double* gradient_map = side_of(factor).gradient_maps.data() + index_of(factor) * square();
       for (int64_t i = 0; i < rank_; ++i)
         for (int64_t j = 0; j < rank_; ++j) {
           const int64_t e = i * padded_ + j;
-          momentum_map[e] = narrow(decision.momentum_map.at(i, j, lane));
-          gradient_map[e] = decision.gradient_map.at(i, j, lane);
-          root_transposed[e] = narrow(decision.moments.inverse_root.at(j, i, lane));
+          momentum_map[e] = narrow(momentum_to_momentum.at(i, j, lane));
+          gradient_map[e] = gradient_to_momentum.at(i, j, lane);
           v[factor * size + i * rank_ + j] = decision.moments.second_moment.at(i, j, lane);
-          root[factor * size + i * rank_ + j] = decision.moments.inverse_root.at(i, j, lane);
+          root[factor * size + i * rank_ + j] = new_root.at(i, j, lane);
         }
       mass[factor] = decision.moments.escaped_mass[lane];
       step[factor] = decision.moments.step[lane];
@@ -404,48 +400,58 @@ class HostBatch final : public Batch {
     return static_cast<float>(std::min(std::max(value, -most), most));
   }
 
-  kernels::Maps maps_of(const Side& s, size_t i, float update_scale) const {
-    const float* maps = s.maps.data() + i * 2 * square();
-    return {maps,        maps + square(), s.gradient_maps.data() + i * square(),
-            s.keep,      s.rate,          s.gradients[i].defined(),
-            update_scale};
+  kernels::Maps maps_of(const Side& s, size_t i) const {
+    return {s.momentum_maps.data() + i * square(), s.gradient_maps.data() + i * square(), s.keep, s.rate,
+            s.gradients[i].defined()};
+  }
+  float* momentum_of(const Side& s, size_t i) const {
+    return s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_;
+  }
+  static const float* gradient_of(const Side& s, size_t i) {
+    return s.gradients[i].defined() ? s.gradients[i].template const_data_ptr<float>() : nullptr;
   }
 
   /// Act 3 for some rows of one factor.
-  void move_rows(Side& s, size_t i, int64_t first, int64_t end, size_t part, float update_scale) {
+  void move_rows(Side& s, size_t i, int64_t first, int64_t end, size_t part) {
     if (s.momentum == nullptr) return;
-    const kernels::Maps maps = maps_of(s, i, update_scale);
+    const kernels::Maps maps = maps_of(s, i);
     // A factor that rests keeps its sums; XᵀN is then not asked for, as its rate was 0.
     const kernels::Sums sums = maps.has_gradient ? clear_sums(s, part) : kernels::Sums{};
     const Workspace workspace(rank_);
     float* x = static_cast<float*>(tensor_of(factor_number(s, i)).unsafeGetTensorImpl()->mutable_data());
-    kernels::best().apply(x, s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_,
-                          maps.has_gradient ? s.gradients[i].template const_data_ptr<float>() : nullptr,
-                          weights_.template const_data_ptr<double>(), s.shape, first, end, maps, workspace.blocks,
-                          sums);
+    kernels::best().apply(x, momentum_of(s, i), gradient_of(s, i), weights_.template const_data_ptr<double>(), s.shape,
+                          first, end, maps, workspace.blocks, sums);
   }
 
-  /// Where the RMS of M exceeds `bound`: by what M is to be multiplied. One more pass over the rows.
-  void bound_updates(double bound, std::vector<double>& update_scales) {
-    std::array<std::vector<double>, 2> squares;
-    for (const size_t side : {0, 1}) squares[side].resize(static_cast<size_t>(count() * sides_[side].chunks));
+  /// Where the RMS of M exceeds `bound`, both maps are scaled so that it is `bound`. One more pass over the rows finds
+  /// ‖M‖² = tr(NᵀN YᵀY).
+  void bound_updates(double bound) {
+    std::array<std::vector<double>, 2> grams;
+    for (const size_t side : {0, 1}) grams[side].resize(static_cast<size_t>(count() * sides_[side].chunks) * square());
     for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
       if (s.momentum == nullptr) return;
       const Workspace workspace(rank_);
-      const kernels::Maps maps = maps_of(s, i, 1);
-      squares[&s == &sides_[0] ? 0 : 1][part] =
-          kernels::best().update_squares(s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_,
-                                         maps.has_gradient ? s.gradients[i].template const_data_ptr<float>() : nullptr,
-                                         s.shape, first, end, maps, workspace.blocks);
+      kernels::best().update_gram(momentum_of(s, i), gradient_of(s, i), s.shape, first, end, maps_of(s, i),
+                                  workspace.blocks, grams[&s == &sides_[0] ? 0 : 1].data() + part * square());
     });
-    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
-      const Side& s = side_of(factor);
-      double sum = 0;
-      for (int64_t chunk = 0; chunk < s.chunks; ++chunk)
-        sum += squares[factor < count() ? 0 : 1]
-                      [index_of(factor) * static_cast<size_t>(s.chunks) + static_cast<size_t>(chunk)];
-      const double rms = std::sqrt(sum / static_cast<double>(s.shape.rows * rank_));
-      update_scales[static_cast<size_t>(factor)] = rms > bound ? bound / rms : 1.0;
+    for (const size_t side : {0, 1}) {
+      Side& s = sides_[side];
+      const Side& partner = sides_[1 - side];
+      add_chunks(s, 0, count(), grams[side], square());
+      for (size_t i = 0; i < static_cast<size_t>(count()); ++i) {
+        const double* gram = grams[side].data() + i * static_cast<size_t>(s.chunks) * square();
+        const double* products = partner.products.data() + i * static_cast<size_t>(partner.chunks) * 2 * square();
+        double squared = 0;
+        for (int64_t a = 0; a < rank_; ++a)
+          for (int64_t b = a; b < rank_; ++b)
+            squared += (a == b ? 1 : 2) * gram[a * padded_ + b] * products[a * 2 * padded_ + b];
+        const double rms = std::sqrt(std::max(squared, 0.0) / static_cast<double>(s.shape.rows * rank_));
+        if (!(rms > bound)) continue;
+        for (size_t e = i * square(); e < (i + 1) * square(); ++e) {
+          s.momentum_maps[e] *= static_cast<float>(bound / rms);
+          s.gradient_maps[e] *= bound / rms;
+        }
+      }
     }
   }
 
@@ -486,10 +492,11 @@ class HostBatch final : public Batch {
       scale[factor] = moved ? 1 / static_cast<double>(s.keep) : 1;
       rate[factor] = moved ? static_cast<double>(s.rate) / static_cast<double>(s.keep) : 0;
       norm[factor] = std::sqrt(s.unmagnified_squared[i]);
+      double* known = known_sums(factor);
       for (int64_t j = 0; j < rank_; ++j) {
         const auto [squared, weighted] = column_sums(s, i, j);
-        known_sum(factor, 0, j) = squared;
-        known_sum(factor, 1, j) = weighted;
+        known[j] = squared;
+        known[count() * rank_ + j] = weighted;
       }
       s.seen[i] = Glimpse::of(tensor_of(factor));
       s.gradients[i] = at::Tensor();

@@ -11,13 +11,13 @@
 #include "lora_rite/algebra.hpp"
 #include "lora_rite/engine/kernels.hpp"
 
-/// The rule's vocabulary (`algebra.hpp`) for a CPU: four r×r matrices at once, one in each lane of a vector register.
+/// The rule's vocabulary (`algebra.hpp`) for a CPU: eight r×r matrices at once, each in a lane of vector registers.
 /// A single small matrix would leave the arithmetic units idle between the steps of its eigensolver.
 namespace lora_rite::engine {
 
 constexpr int64_t kLanes = kernels::kLanes;
 
-/// One number for each of the four matrices. As a flag: 0 is false.
+/// One number for each of the eight matrices. As a flag: 0 is false.
 struct Lanes {
   std::array<double, kLanes> lane;
 
@@ -126,7 +126,7 @@ class Buffer {
   size_t size_ = 0;
 };
 
-/// Four r×r matrices.
+/// Eight r×r matrices.
 class LaneMatrix {
  public:
   LaneMatrix() = default;
@@ -167,7 +167,7 @@ struct Transposed {
   kernels::Operand operand() const { return {matrix().data(), 1, matrix().stride()}; }
 };
 
-/// r eigenvalues of each of the four matrices.
+/// r eigenvalues of each of the eight matrices.
 class LaneValues {
  public:
   explicit LaneValues(int64_t rank) : rank_(rank), buffer_(static_cast<size_t>(rank * kLanes)) {}
@@ -253,18 +253,19 @@ inline Lanes trace_of(const LaneMatrix& m) {
 
 /// Eigenvalues in no order; the rows of what the solver returns are the eigenvectors.
 inline Spectrum<Transposed, LaneValues> eigh(const LaneMatrix& symmetric) {
-  LaneMatrix work = symmetric, vectors(symmetric.rank());
-  LaneValues values(symmetric.rank()), off(symmetric.rank());
-  kernels::best().eigh(work.data(), work.rank(), work.stride(), values.data(), off.data(), vectors.data());
+  LaneMatrix destroyed = symmetric, vectors(symmetric.rank());
+  LaneValues values(symmetric.rank()), work(kernels::eigh_work(symmetric.rank()));
+  kernels::best().eigh(destroyed.data(), destroyed.rank(), destroyed.stride(), values.data(), work.data(),
+                       vectors.data());
   return {std::move(values), transpose(std::move(vectors))};
 }
 inline const LaneMatrix& transpose(const Transposed& m) { return m.matrix(); }
 
 /// Eigenvalues, ascending.
 inline LaneValues eigenvalues(const LaneMatrix& symmetric) {
-  LaneMatrix work = symmetric;
-  LaneValues values(symmetric.rank()), off(symmetric.rank());
-  kernels::best().eigh(work.data(), work.rank(), work.stride(), values.data(), off.data(), nullptr);
+  LaneMatrix destroyed = symmetric;
+  LaneValues values(symmetric.rank()), work(kernels::eigh_work(symmetric.rank()));
+  kernels::best().eigh(destroyed.data(), destroyed.rank(), destroyed.stride(), values.data(), work.data(), nullptr);
   for (int64_t lane = 0; lane < kLanes; ++lane) {  // insertion sort: the values come nearly in order
     double* v = values.data() + lane;
     for (int64_t i = 1; i < values.rank(); ++i)
