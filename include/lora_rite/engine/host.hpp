@@ -47,16 +47,18 @@ class HostBatch final : public Batch {
       Side& s = sides_[side];
       s.shape = {(side == 0 ? pairs_[0].a : pairs_[0].b).numel() / rank_, rank_, /*rank_first=*/side == 0};
       longest = std::max(longest, s.shape.rows);
-      const int64_t block = kernels::block_rows(rank_);
-      s.chunk_rows = std::max<int64_t>(1, kChunk / (padded_ * block)) * block;
-      s.chunks = (s.shape.rows + s.chunk_rows - 1) / s.chunk_rows;
+      // Equal chunks: a short last one would cost as much as it saves.
+      s.chunks = std::max<int64_t>(1, s.shape.rows / std::max(kChunk / padded_, kChunkRanks * padded_));
+      s.chunk_rows = (s.shape.rows + s.chunks - 1) / s.chunks;
       const size_t parts = static_cast<size_t>(count() * s.chunks);
       s.gradient_gram.resize(parts * square());
       s.products.resize(parts * 2 * square());
       s.weighted.resize(parts * static_cast<size_t>(padded_));
       s.gradients.resize(static_cast<size_t>(count()));
       s.seen.resize(static_cast<size_t>(count()));
+      s.stale.resize(static_cast<size_t>(count()));
       s.edited.resize(static_cast<size_t>(count()));
+      s.finite.resize(static_cast<size_t>(count()));
       s.unmagnified_squared.resize(static_cast<size_t>(count()));
       s.momentum_maps.resize(static_cast<size_t>(count()) * square());
       s.gradient_maps.resize(static_cast<size_t>(count()) * square());
@@ -67,43 +69,43 @@ class HostBatch final : public Batch {
 
   bool observe(const LoraRiteOptions&) override {
     bool any = false;
-    std::vector<int64_t> stale;
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
-      Side& s = side_of(factor);
-      const size_t i = index_of(factor);
       const at::Tensor& gradient = tensor_of(factor).grad();
-      s.gradients[i] = gradient.defined() ? gradient.to(at::kFloat).contiguous() : at::Tensor();
+      const bool plain = !gradient.defined() || (gradient.scalar_type() == at::kFloat && gradient.is_contiguous());
+      side_of(factor).gradients[index_of(factor)] = plain ? gradient : gradient.to(at::kFloat).contiguous();
       any = any || gradient.defined();
     }
     if (!any) return false;
-    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
-      side_of(factor).edited[index_of(factor)] = false;
-      if (!(Glimpse::of(tensor_of(factor)) == side_of(factor).seen[index_of(factor)])) stale.push_back(factor);
-    }
     for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
       double* gram = s.gradient_gram.data() + part * square();
       std::memset(gram, 0, square() * sizeof(double));
       if (!s.gradients[i].defined()) return;
       const Workspace workspace(rank_);
-      kernels::best().gram(s.gradients[i].template const_data_ptr<float>(), s.shape, first, end, workspace.blocks,
-                           gram);
+      kernels::best().gram(gradient_of(s, i), s.shape, first, end, workspace.blocks, gram);
     });
-    for (Side& s : sides_) add_chunks(s, 0, count(), s.gradient_gram, square());
-    remember_rows(stale);
-    for (const int64_t factor : stale) side_of(factor).edited[index_of(factor)] = sums_changed(factor);
+    for_each_factor([&](Side& s, size_t i) {
+      add_chunks(s, i, s.gradient_gram, square());
+      s.stale[i] = !(Glimpse::of(tensor_of(factor_number(s, i))) == s.seen[i]);
+      s.edited[i] = false;
+    });
+    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
+      Side& s = side_of(factor);
+      if (!s.stale[index_of(factor)]) continue;
+      remember_rows(s, index_of(factor));
+      s.edited[index_of(factor)] = sums_changed(factor);
+    }
+    for_each_factor([&](Side& s, size_t i) {
+      s.finite[i] = all_finite(sums_of(s, i, s.gradient_gram, square()), square()) &&
+                    all_finite(sums_of(s, i, s.products, 2 * square()), 2 * square());
+    });
     return true;
   }
 
-  at::Tensor finite() const override {  // a sum is finite only if every summand is
-    double sum = 0;
-    for (const Side& s : sides_) {
-      for (size_t i = 0; i < static_cast<size_t>(count()); ++i) {
-        const size_t part = i * static_cast<size_t>(s.chunks);
-        sum += not_finite(s.gradient_gram.data() + part * square(), square());
-        sum += not_finite(s.products.data() + part * 2 * square(), 2 * square());
-      }
-    }
-    return at::scalar_tensor(sum == 0, at::kBool);
+  at::Tensor finite() const override {
+    bool finite = true;
+    for (const Side& s : sides_)
+      for (const char flag : s.finite) finite = finite && flag != 0;
+    return at::scalar_tensor(finite, at::kBool);
   }
 
   at::Tensor unmagnify(const at::Tensor& proceed) override {
@@ -145,12 +147,11 @@ class HostBatch final : public Batch {
     if (options.max_update_rms() > 0) bound_updates(options.max_update_rms());
     for_each_chunk(
         [&](Side& s, size_t i, int64_t first, int64_t end, size_t part) { move_rows(s, i, first, end, part); });
-    for (Side& s : sides_) {
-      add_sums(s, 0, count());
-      for (size_t i = 0; i < s.gradients.size(); ++i) {
-        // Autograd must notice, as it would an in-place operator.
-        if (s.gradients[i].defined()) tensor_of(factor_number(s, i)).unsafeGetTensorImpl()->bump_version();
-      }
+    for_each_factor([&](Side& s, size_t i) { add_sums(s, i); });
+    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
+      // Autograd must notice, as it would an in-place operator.
+      if (side_of(factor).gradients[index_of(factor)].defined())
+        tensor_of(factor).unsafeGetTensorImpl()->bump_version();
     }
     if (options.balance()) balance();
     finish_step(clip);
@@ -162,7 +163,8 @@ class HostBatch final : public Batch {
   }
 
  private:
-  static constexpr int64_t kChunk = 32768;  ///< elements of a factor that one thread takes at a time
+  // Rows that one thread takes at a time: some elements, and many times more than the sums that they leave behind.
+  static constexpr int64_t kChunk = 32768, kChunkRanks = 64;
 
   /// What of a factor is looked at in every step to notice that someone wrote to it: where it lies, its version
   /// counter, and, for who wrote past the counter, the bits of up to 64 of its elements. Where one of them differs, all
@@ -198,7 +200,9 @@ class HostBatch final : public Batch {
     std::vector<double> weighted;             ///< column sums with `weights_` [k, chunks, p]
     std::vector<at::Tensor> gradients;        ///< undefined where there is none
     std::vector<Glimpse> seen;                ///< as the last step left the factors
+    std::vector<char> stale;                  ///< is what is known of the rows perhaps no longer true?
     std::vector<char> edited;                 ///< by someone else, since the last step
+    std::vector<char> finite;                 ///< factor, momentum and gradient
     std::vector<double> unmagnified_squared;  ///< ‖Ḡ‖²
     std::vector<float> momentum_maps;         ///< N → N [k, p, p]
     std::vector<double> gradient_maps;        ///< G → N [k, p, p]
@@ -236,19 +240,28 @@ class HostBatch final : public Batch {
     });
   }
 
-  /// Adds the parts of pairs first … end − 1, `size` numbers each, to each pair's first one.
-  static void add_chunks(const Side& s, int64_t first, int64_t end, std::vector<double>& parts, size_t size) {
-    for (int64_t i = first; i < end; ++i) {
-      double* total = parts.data() + static_cast<size_t>(i * s.chunks) * size;
-      for (int64_t chunk = 1; chunk < s.chunks; ++chunk) {
-        const double* part = total + static_cast<size_t>(chunk) * size;
-        for (size_t e = 0; e < size; ++e) total[e] += part[e];
-      }
+  /// body(side, pair) for every factor, in parallel.
+  template <class Body>
+  void for_each_factor(const Body& body) {
+    parallel_tasks(2 * count(), [&](int64_t factor) { body(side_of(factor), index_of(factor)); });
+  }
+
+  /// Adds a pair's parts, `size` numbers each, to its first one.
+  static void add_chunks(const Side& s, size_t i, std::vector<double>& parts, size_t size) {
+    double* total = sums_of(s, i, parts, size);
+    for (int64_t chunk = 1; chunk < s.chunks; ++chunk) {
+      const double* part = total + static_cast<size_t>(chunk) * size;
+      for (size_t e = 0; e < size; ++e) total[e] += part[e];
     }
   }
-  void add_sums(Side& s, int64_t first, int64_t end) const {
-    add_chunks(s, first, end, s.products, 2 * square());
-    add_chunks(s, first, end, s.weighted, static_cast<size_t>(padded_));
+  void add_sums(Side& s, size_t i) const {
+    add_chunks(s, i, s.products, 2 * square());
+    add_chunks(s, i, s.weighted, static_cast<size_t>(padded_));
+  }
+  /// Where the sums of pair i lie in [k, chunks, size].
+  template <class Numbers>
+  static auto sums_of(const Side& s, size_t i, Numbers& parts, size_t size) {
+    return parts.data() + i * static_cast<size_t>(s.chunks) * size;
   }
 
   kernels::Sums clear_sums(Side& s, size_t part) const {
@@ -259,42 +272,35 @@ class HostBatch final : public Batch {
     return sums;
   }
 
-  /// Zero if all of these are finite, else NaN.
-  static double not_finite(const double* numbers, size_t size) {
+  static bool all_finite(const double* numbers, size_t size) {
     std::array<double, 8> sums = {};  // side by side: one sum would wait for itself
     size_t e = 0;
     for (; e + sums.size() <= size; e += sums.size())
       for (size_t k = 0; k < sums.size(); ++k) sums[k] += numbers[e + k] - numbers[e + k];
     for (; e < size; ++e) sums[0] += numbers[e] - numbers[e];
-    return std::accumulate(sums.begin(), sums.end(), 0.0);
+    return std::accumulate(sums.begin(), sums.end(), 0.0) == 0;  // else NaN
   }
 
-  /// XᵀX, XᵀN and column sums of these factors from their rows: what act 3 usually leaves behind.
-  void remember_rows(const std::vector<int64_t>& factors) {
-    for (const int64_t factor : factors) {
-      Side& s = side_of(factor);
-      const size_t i = index_of(factor);
-      const at::Tensor& momentum = state_.momentum[factor < count() ? 0 : 1];
-      const int64_t size = s.shape.rows * rank_;
-      const float* n =
-          momentum.defined() ? momentum.template const_data_ptr<float>() + static_cast<int64_t>(i) * size : nullptr;
-      const float* x = tensor_of(factor).template const_data_ptr<float>();
-      parallel_tasks(s.chunks, [&](int64_t chunk) {
-        const int64_t first = chunk * s.chunk_rows, end = std::min(first + s.chunk_rows, s.shape.rows);
-        const Workspace workspace(rank_);
-        kernels::best().remember(x, n, weights_.template const_data_ptr<double>(), s.shape, first, end,
-                                 workspace.blocks,
-                                 clear_sums(s, i * static_cast<size_t>(s.chunks) + static_cast<size_t>(chunk)));
-      });
-      add_sums(s, static_cast<int64_t>(i), static_cast<int64_t>(i) + 1);
-    }
+  /// XᵀX, XᵀN and column sums of a factor from its rows: what act 3 usually leaves behind.
+  void remember_rows(Side& s, size_t i) {
+    const at::Tensor& momentum = state_.momentum[&s == &sides_[0] ? 0 : 1];
+    const int64_t size = s.shape.rows * rank_;
+    const float* n =
+        momentum.defined() ? momentum.template const_data_ptr<float>() + static_cast<int64_t>(i) * size : nullptr;
+    const float* x = tensor_of(factor_number(s, i)).template const_data_ptr<float>();
+    parallel_tasks(s.chunks, [&](int64_t chunk) {
+      const int64_t first = chunk * s.chunk_rows, end = std::min(first + s.chunk_rows, s.shape.rows);
+      const Workspace workspace(rank_);
+      kernels::best().remember(x, n, weights_.template const_data_ptr<double>(), s.shape, first, end, workspace.blocks,
+                               clear_sums(s, i * static_cast<size_t>(s.chunks) + static_cast<size_t>(chunk)));
+    });
+    add_sums(s, i);
   }
 
   /// Squared norm of column j, and its weighted sum.
   std::pair<double, double> column_sums(const Side& s, size_t i, int64_t j) const {
-    const size_t part = i * static_cast<size_t>(s.chunks);
-    return {s.products[part * 2 * square() + static_cast<size_t>(j * 2 * padded_ + j)],
-            s.weighted[part * static_cast<size_t>(padded_) + static_cast<size_t>(j)]};
+    return {sums_of(s, i, s.products, 2 * square())[j * 2 * padded_ + j],
+            sums_of(s, i, s.weighted, static_cast<size_t>(padded_))[j]};
   }
 
   /// The remembered column sums [2, 2, k, r] (side, kind, pair, column) of a factor's first kind; k r further: the
@@ -328,8 +334,8 @@ class HostBatch final : public Batch {
     }
     const size_t side = factor < count() ? 0 : 1, index = index_of(factor);
     const Side &own = sides_[side], &partner = sides_[1 - side];
-    const size_t own_part = index * static_cast<size_t>(own.chunks) * square();
-    const double* products = partner.products.data() + index * static_cast<size_t>(partner.chunks) * 2 * square();
+    const double* gradient_gram = sums_of(own, index, own.gradient_gram, square());
+    const double* products = sums_of(partner, index, partner.products, 2 * square());
     const size_t place = (1 - side) * static_cast<size_t>(count()) + index;
     const bool edited = partner.edited[index] != 0;
     const double scale = edited ? 1 : state_.previous_scale.template const_data_ptr<double>()[place];
@@ -340,8 +346,7 @@ class HostBatch final : public Batch {
         const double gram = products[row * 2 * padded_ + column];
         statistics.gram.at(i, j, lane) = gram;
         statistics.cross.at(i, j, lane) = scale * gram + rate * products[(2 * i + 1) * padded_ + j];
-        statistics.gradient_gram.at(i, j, lane) =
-            own.gradient_gram[own_part + static_cast<size_t>(row * padded_ + column)];
+        statistics.gradient_gram.at(i, j, lane) = gradient_gram[row * padded_ + column];
       }
     }
   }
@@ -437,10 +442,10 @@ class HostBatch final : public Batch {
     for (const size_t side : {0, 1}) {
       Side& s = sides_[side];
       const Side& partner = sides_[1 - side];
-      add_chunks(s, 0, count(), grams[side], square());
       for (size_t i = 0; i < static_cast<size_t>(count()); ++i) {
-        const double* gram = grams[side].data() + i * static_cast<size_t>(s.chunks) * square();
-        const double* products = partner.products.data() + i * static_cast<size_t>(partner.chunks) * 2 * square();
+        add_chunks(s, i, grams[side], square());
+        const double* gram = sums_of(s, i, grams[side], square());
+        const double* products = sums_of(partner, i, partner.products, 2 * square());
         double squared = 0;
         for (int64_t a = 0; a < rank_; ++a)
           for (int64_t b = a; b < rank_; ++b)
@@ -459,7 +464,6 @@ class HostBatch final : public Batch {
   /// own coordinates and go along; R⁺ of a factor scales inversely. Pairs of which one factor is zero, or did not move,
   /// are left alone.
   void balance() {
-    std::vector<int64_t> scaled;
     for (size_t i = 0; i < static_cast<size_t>(count()); ++i) {
       std::array<double, 2> squared = {0, 0};
       for (const size_t side : {0, 1})
@@ -474,10 +478,9 @@ class HostBatch final : public Batch {
         state_.momentum[side][static_cast<int64_t>(i)].mul_(scales[side]);
         // Side s holds the root of its partner, which is scaled by 1 / scales[s].
         state_.moments.inverse_root[static_cast<int64_t>(side)][static_cast<int64_t>(i)].mul_(scales[side]);
-        scaled.push_back(static_cast<int64_t>(side) * count() + static_cast<int64_t>(i));
+        remember_rows(sides_[side], i);
       }
     }
-    remember_rows(scaled);
   }
 
   /// Remembers where the step left everything.
@@ -485,9 +488,8 @@ class HostBatch final : public Batch {
     double* scale = state_.previous_scale.template data_ptr<double>();
     double* rate = state_.previous_rate.template data_ptr<double>();
     double* norm = unmagnified_norm_.template data_ptr<double>();
-    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
-      Side& s = side_of(factor);
-      const size_t i = index_of(factor);
+    for_each_factor([&](Side& s, size_t i) {
+      const int64_t factor = factor_number(s, i);
       const bool moved = s.gradients[i].defined();
       scale[factor] = moved ? 1 / static_cast<double>(s.keep) : 1;
       rate[factor] = moved ? static_cast<double>(s.rate) / static_cast<double>(s.keep) : 0;
@@ -500,7 +502,7 @@ class HostBatch final : public Batch {
       }
       s.seen[i] = Glimpse::of(tensor_of(factor));
       s.gradients[i] = at::Tensor();
-    }
+    });
     clip_factor_.fill_(clip);
   }
 

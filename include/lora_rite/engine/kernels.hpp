@@ -50,12 +50,14 @@ inline constexpr Table table = {"baseline", gram, remember, apply, update_gram, 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+#define LORA_RITE_AVX2  // GCC's target pragma defines no __AVX2__
 namespace avx2 {
 #include "lora_rite/engine/kernels/tall.inc"
 // After it, for it uses its loads and stores.
 #include "lora_rite/engine/kernels/lanes.inc"
 inline constexpr Table table = {"avx2", gram, remember, apply, update_gram, multiply, eigh};
 }  // namespace avx2
+#undef LORA_RITE_AVX2
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
