@@ -176,8 +176,22 @@ class LoraRite : public torch::optim::Optimizer {
       if (groups_[i].others) groups_[i].others->step(adamw_options(i), proceed);
     }
     const at::Tensor skipped = negated(proceed).to(at::kLong);
-    skipped_ = skipped_.defined() ? skipped_.to(home) + skipped : skipped;
+    if (skipped_.defined() && skipped_.device() == home) {
+      skipped_.add_(skipped);  // in place: a recorded step counts, too
+    } else {
+      skipped_ = skipped_.defined() ? skipped_.to(home) + skipped : skipped;
+    }
     return loss;
+  }
+
+  /// Hands the learning rates to the device. Only a replay of a recorded step (`LoraRiteOptions::capturable`) needs it,
+  /// after a scheduler or a user changed them: `step` itself does it.
+  void upload_rates() {
+    at::NoGradGuard no_grad;
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      if (groups_[i].others) groups_[i].others->upload_rate(adamw_options(i));
+      for (const auto& batch : groups_[i].batches.all) batch->upload_rates(rite_options(i));
+    }
   }
 
   /// Steps that were skipped because a gradient or a factor was not finite. Reads from the device.
@@ -348,7 +362,9 @@ class LoraRite : public torch::optim::Optimizer {
         labels.push_back(detail::pair_label(group.pairs[i], g, i));
         detail::check_factor_pair(group.pairs[i], labels.back());
       }
-      group.batches = engine::Batches::of<Basis>(group.pairs, labels, rite_options(g).engine());
+      const LoraRiteOptions& options = rite_options(g);
+      group.batches =
+          engine::Batches::of<Basis>(group.pairs, labels, options.capturable() ? Engine::Device : options.engine());
     }
   }
 

@@ -60,6 +60,12 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   /// Engine for this group's tall data, chosen in the first step. Not part of a saved optimizer: it belongs to the
   /// machine.
   TORCH_ARG(Engine, engine) = Engine::Automatic;
+  /// A step that a CUDA graph can record (at::cuda::CUDAGraph): Engine::Device, with Cholesky factors and Newton–Schulz
+  /// products in place of eigenvalues, which also batch at every rank. The escaped mass is then bounded by a trace,
+  /// which makes steps a little shorter where several directions escape at once. See docs/algorithm.md. Record after a
+  /// few ordinary steps; before a replay `LoraRite::upload_rates()` hands over what a scheduler set. Chosen in the
+  /// first step, not part of a saved optimizer.
+  TORCH_ARG(bool, capturable) = false;
 
  public:
   double get_lr() const override { return lr(); }
@@ -123,6 +129,8 @@ inline void check_options(const LoraRiteOptions& options, const std::string& whe
               largest_rate * options.weight_decay(), ", expected < 1 (a step would turn the factors around)");
   TORCH_CHECK(options.engine() >= Engine::Automatic && options.engine() <= Engine::Host, where, ": engine is ",
               static_cast<int64_t>(options.engine()), ", expected Engine::Automatic, Engine::Device or Engine::Host");
+  TORCH_CHECK(!(options.capturable() && options.engine() == Engine::Host), where,
+              ": engine is Engine::Host, expected Engine::Device or Engine::Automatic for a capturable step");
 }
 
 }  // namespace detail

@@ -82,30 +82,34 @@ Number bias_corrected_decay(double beta, const Number& step, const Flag& has_gra
   return choose(has_gradient, decay, 1.0);
 }
 
-/// d = max(0, min( max_i (λ_i(V) − λ_i(PVPᵀ)), tr V − tr PVPᵀ )): second moment that the new basis no longer sees.
-template <class Matrix>
-Scalar<Matrix> escaping_mass(const Matrix& second_moment, const Matrix& transported) {
-  const auto largest_loss = largest_difference(eigenvalues(second_moment), eigenvalues(transported));
-  return at_least(at_most(largest_loss, trace_of(second_moment) - trace_of(transported)), 0.0);
-}
+/// How act 2 takes roots and compares spectra: by eigenvalues, to round-off. (`engine/capturable.hpp` has another way.)
+struct Eigenvalues {
+  /// d = max(0, min( max_i (λ_i(V) − λ_i(PVPᵀ)), tr V − tr PVPᵀ )): second moment that the new basis no longer sees.
+  template <class Matrix>
+  static Scalar<Matrix> escaping_mass(const Matrix& second_moment, const Matrix& transported) {
+    const auto largest_loss = largest_difference(eigenvalues(second_moment), eigenvalues(transported));
+    return at_least(at_most(largest_loss, trace_of(second_moment) - trace_of(transported)), 0.0);
+  }
 
-/// ((V + ρI)^{1/2} + εI)^{-1}, `root_shift` being added to ρ. V is positive semi-definite, so eigenvalues below the
-/// solver's round-off are held there: none is negative, and none makes a direction blow up.
-template <class Matrix>
-Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass, double eps, double root_shift) {
-  const double floor = static_cast<double>(rank_of(second_moment)) * std::numeric_limits<double>::epsilon();
-  const auto spectrum = eigh(second_moment);
-  const auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
-    const auto root = sqrt(at_least(value, largest * floor) + escaped_mass + root_shift) + eps;
-    return choose(root > 0.0, reciprocal(root), 0.0);  // V = 0 and ε = 0: nothing to scale
-  });
-  return matmul(scale_columns(spectrum.vectors, inverse), transpose(spectrum.vectors));
-}
+  /// ((V + ρI)^{1/2} + εI)^{-1}, `root_shift` being added to ρ. V is positive semi-definite, so eigenvalues below the
+  /// solver's round-off are held there: none is negative, and none makes a direction blow up.
+  template <class Matrix>
+  static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass, double eps,
+                               double root_shift) {
+    const double floor = static_cast<double>(rank_of(second_moment)) * std::numeric_limits<double>::epsilon();
+    const auto spectrum = eigh(second_moment);
+    const auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
+      const auto root = sqrt(at_least(value, largest * floor) + escaped_mass + root_shift) + eps;
+      return choose(root > 0.0, reciprocal(root), 0.0);  // V = 0 and ε = 0: nothing to scale
+    });
+    return matmul(scale_columns(spectrum.vectors, inverse), transpose(spectrum.vectors));
+  }
+};
 
 /// One step of the rule. `rows` is n, `clip_factor` is c, `partner_edited` tells where the partner was changed from
 /// outside: the old basis is gone there, so V keeps its place in the new one (P = I). `has_gradient` and
 /// `partner_edited` are flags, one for each matrix.
-template <class Matrix>
+template <class Roots = Eigenvalues, class Matrix>
 Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& now, const Scalar<Matrix>& rows,
                         const Scalar<Matrix>& clip_factor, const Scalar<Matrix>& has_gradient,
                         const Scalar<Matrix>& partner_edited, const LoraRiteOptions& options) {
@@ -119,11 +123,11 @@ Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& n
 
   // ρ ← β₂' (ρ + d),  V ← β₂' P V Pᵀ + (1−β₂') c² ḠᵀḠ / n
   Scalar<Matrix> escaped_mass = old.escaped_mass;
-  if (options.escape()) escaped_mass = beta2 * (escaped_mass + escaping_mass(old.second_moment, transported));
+  if (options.escape()) escaped_mass = beta2 * (escaped_mass + Roots::escaping_mass(old.second_moment, transported));
   const Scalar<Matrix> fresh = (1.0 - beta2) * clip_factor * clip_factor / rows;
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
-  const Matrix adaptive = preconditioner(second_moment, escaped_mass, options.eps(), options.eps_root());
+  const Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, options.eps(), options.eps_root());
   const Scalar<Matrix> length = (1.0 - beta1) * clip_factor * (options.maximize() ? -1.0 : 1.0);
   return {{std::move(second_moment), escaped_mass, now.inverse_root, step},
           transpose(now.change) * beta1,

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "lora_rite/choose.hpp"
+#include "lora_rite/engine/device_numbers.hpp"
 
 namespace lora_rite::engine {
 
@@ -69,13 +70,20 @@ class AdamWParameters {
       }
       // The fused kernels have no meta version, and a tensor without data has nothing to update.
       if (parameters[0].is_meta()) continue;
+      DeviceNumbers& rate = rates_[device_and_dtype.first];
+      rate.upload({options.lr()}, parameters[0].device());
       const at::Tensor skip = negated(proceed).to(parameters[0].device(), at::kFloat, /*non_blocking=*/true);
       at::_foreach_add_(steps, 1.0);
-      at::_fused_adamw_(parameters, gradients, means, squares, largest_squares, steps, options.lr(),
+      at::_fused_adamw_(parameters, gradients, means, squares, largest_squares, steps, rate.tensor()[0],
                         std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
                         options.eps(), options.amsgrad(), /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/skip);
       at::_foreach_sub_(steps, std::vector<at::Tensor>(steps.size(), skip));
     }
+  }
+
+  /// Hands the rate to the devices; `step` does it, but not the replay of a recorded one.
+  void upload_rate(const torch::optim::AdamWOptions& options) {
+    for (auto& [device, rate] : rates_) rate.upload({options.lr()}, at::Device(device));
   }
 
   void save(torch::serialize::OutputArchive& archive) const {
@@ -145,6 +153,7 @@ class AdamWParameters {
 
   std::vector<at::Tensor> parameters_;
   std::vector<State> state_;
+  std::map<std::string, DeviceNumbers> rates_;  ///< by device
 };
 
 }  // namespace lora_rite::engine

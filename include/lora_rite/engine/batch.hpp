@@ -53,6 +53,9 @@ class Batch {
   /// Where `proceed` is false everything stays bit for bit.
   virtual void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) = 0;
 
+  /// Hands the rates of `options` to the device, for a recorded step; an ordinary one does it itself.
+  virtual void upload_rates(const LoraRiteOptions&) {}
+
   int64_t count() const { return static_cast<int64_t>(pairs_.size()); }
   at::Device device() const { return device_; }
 

@@ -10,6 +10,8 @@
 
 #include "lora_rite/choose.hpp"
 #include "lora_rite/engine/batch.hpp"
+#include "lora_rite/engine/capturable.hpp"
+#include "lora_rite/engine/device_numbers.hpp"
 #include "lora_rite/engine/layout.hpp"
 #include "lora_rite/factor_pair.hpp"
 #include "lora_rite/options.hpp"
@@ -37,6 +39,7 @@ class DeviceBatch final : public Batch {
   }
 
   bool observe(const LoraRiteOptions& options) override {
+    capturable_ = options.capturable();
     std::array<std::vector<bool>, 2> has_gradient;
     bool any = false;
     for (const size_t side : {0, 1}) {
@@ -71,8 +74,7 @@ class DeviceBatch final : public Batch {
     std::array<at::Tensor, 2> coordinates, gram, cross, gradient_gram;
     for (const size_t side : {0, 1}) {
       const at::Tensor x = wide(tall(factors_[side], side));
-      if (dtype_ == at::kDouble)
-        coordinates[side] = Basis::inverse_root(finite_or_zero(inner_products(x, x)), cutoff());
+      if (dtype_ == at::kDouble) coordinates[side] = inverse_root(finite_or_zero(inner_products(x, x)));
       const at::Tensor in_coordinates = coordinates[side].defined() ? at::matmul(x, coordinates[side]) : x;
       gram[side] = inner_products(in_coordinates, in_coordinates);
       // (XC)ᵀ X_old with X_old = α X + γ N; an edited factor has no past.
@@ -111,21 +113,27 @@ class DeviceBatch final : public Batch {
     for (at::Tensor* matrix : {&statistics_.gram, &statistics_.cross, &statistics_.gradient_gram}) {
       *matrix = choose(proceed, *matrix, 0.0);
     }
-    unmagnified_ = rule::unmagnify<Basis>(statistics_, cutoff());
+    unmagnified_ = capturable_ ? rule::unmagnify<CholeskyRoot>(statistics_, cutoff())
+                               : rule::unmagnify<Basis>(statistics_, cutoff());
     statistics_ = {};
     fresh_norm_squared_ = unmagnified_.gradient_gram.diagonal(0, -2, -1).sum(-1).clamp_min(0);
     return fresh_norm_squared_.sum();
   }
 
+  void upload_rates(const LoraRiteOptions& options) override {
+    rates_.upload({options.lr(), options.lr() * options.lr_ratio_b()}, device_);
+  }
+
   void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
     // The transport of a side's moments depends on its partner.
     const at::Tensor partner_edited = at::stack({edited_[1], edited_[0]});
+    const auto decide =
+        capturable_ ? rule::decide<ProductRoots, at::Tensor> : rule::decide<rule::Eigenvalues, at::Tensor>;
     const rule::Decision<at::Tensor> decision =
-        rule::decide(state_.moments, unmagnified_, rows_, clip_factor, has_gradient_, partner_edited, options);
+        decide(state_.moments, unmagnified_, rows_, clip_factor, has_gradient_, partner_edited, options);
 
-    const double rate_a = options.lr(), rate_b = options.lr() * options.lr_ratio_b();
-    const at::Tensor moves = wide(has_gradient_);  // in double before a rate comes near it
-    const at::Tensor rate = at::stack({moves[0] * rate_a, moves[1] * rate_b});
+    upload_rates(options);
+    const at::Tensor rate = wide(has_gradient_) * rates_.tensor().view({2, 1, 1, 1});
     const at::Tensor keep = 1 - rate * options.weight_decay();
     std::array<at::Tensor, 2> moved, momentum;
     for (const size_t side : {0, 1}) {
@@ -193,6 +201,10 @@ class DeviceBatch final : public Batch {
     }
   }
 
+  at::Tensor inverse_root(const at::Tensor& gram) const {
+    return capturable_ ? CholeskyRoot::inverse_root(gram, cutoff()) : Basis::inverse_root(gram, cutoff());
+  }
+
   at::Tensor gather(size_t side) const {
     std::vector<at::Tensor> tensors;
     for (int64_t i = 0; i < count(); ++i) tensors.push_back(factor_of(i, side));
@@ -213,7 +225,7 @@ class DeviceBatch final : public Batch {
     return any ? at::stack(tensors) : at::Tensor();
   }
 
-  /// Uploads who has a gradient, if that changed: [2, k, 1, 1] bool.
+  /// Uploads who has a gradient, if that changed: [2, k, 1, 1] bool, and their indices.
   void set_has_gradient(const std::array<std::vector<bool>, 2>& has_gradient) {
     if (has_gradient == known_has_gradient_ && has_gradient_.defined()) return;
     at::Tensor flags = at::zeros({2, count(), 1, 1}, at::kBool);
@@ -222,6 +234,12 @@ class DeviceBatch final : public Batch {
       for (const bool flag : has_gradient[side]) *data++ = flag;
     }
     has_gradient_ = flags.to(device_);
+    for (const size_t side : {0, 1}) {
+      std::vector<int64_t> indices;
+      for (int64_t i = 0; i < count(); ++i)
+        if (has_gradient[side][i]) indices.push_back(i);
+      with_gradient_[side] = at::tensor(indices, at::kLong).to(device_);
+    }
     known_has_gradient_ = has_gradient;
   }
 
@@ -271,21 +289,20 @@ class DeviceBatch final : public Batch {
     at::Tensor stored = kept.to(dtype_);
     const std::vector<bool>& has_gradient = known_has_gradient_[side];
     std::vector<at::Tensor> destinations;
-    std::vector<int64_t> written;
-    for (int64_t i = 0; i < count(); ++i) {
-      if (!has_gradient[i]) continue;
-      destinations.push_back(factor_of(i, side));
-      written.push_back(i);
-    }
-    const bool all = static_cast<int64_t>(written.size()) == count();
-    write_slices(all ? stored : stored.index({at::tensor(written).to(device_)}), destinations);
+    for (int64_t i = 0; i < count(); ++i)
+      if (has_gradient[i]) destinations.push_back(factor_of(i, side));
+    const bool all = static_cast<int64_t>(destinations.size()) == count();
+    write_slices(all ? stored : stored.index_select(0, with_gradient_[side]), destinations);
     return column_sums(all ? stored : gather(side), side);
   }
 
   at::Tensor rows_;  ///< n of both sides [2, 1, 1, 1]
 
   std::array<std::vector<bool>, 2> known_has_gradient_;
-  at::Tensor has_gradient_;  ///< [2, k, 1, 1]
+  at::Tensor has_gradient_;                  ///< [2, k, 1, 1]
+  std::array<at::Tensor, 2> with_gradient_;  ///< indices of the pairs that have one
+  DeviceNumbers rates_;                      ///< of A and B [2]
+  bool capturable_ = false;
 
   // From act to act within one step.
   std::array<at::Tensor, 2> factors_;          ///< stacked, in the dtype that is stepped (float for a master copy)

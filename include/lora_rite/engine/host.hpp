@@ -376,8 +376,8 @@ class HostBatch final : public Batch {
       has_gradient[lane] = side_of(factor).gradients[index].defined() ? 1 : 0;
       partner_edited[lane] = sides_[factor < count() ? 1 : 0].edited[index];
     }
-    const auto decision = rule::decide<LaneMatrix>(old, groups_[static_cast<size_t>(g)], rows, Lanes(clip),
-                                                   has_gradient, partner_edited, options);
+    const auto decision = rule::decide<rule::Eigenvalues, LaneMatrix>(
+        old, groups_[static_cast<size_t>(g)], rows, Lanes(clip), has_gradient, partner_edited, options);
     // N = M R⁺ᵀ, both maps in one: βQᵀ R⁺ᵀ is close to β where the partner moved little, and G's map is a double one.
     const LaneMatrix& new_root = decision.moments.inverse_root;
     const LaneMatrix momentum_to_momentum = matmul(decision.momentum_map, transpose(new_root));

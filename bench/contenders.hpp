@@ -1,0 +1,91 @@
+// What the benchmarks set beside each other: optimizers on LoRA pairs of given shapes.
+#pragma once
+
+#include <torch/torch.h>
+#include <lora_rite/lora_rite.hpp>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace bench {
+
+using lora_rite::FactorPair;
+using lora_rite::LoraRiteOptions;
+
+/// `pairs` LoRA pairs on matrices in → out.
+struct Shape {
+  int64_t pairs, in, out, rank;
+  double target = 0;  ///< of LoRA-RITE's time to AdamW's; 0: none
+
+  int64_t parameters() const { return pairs * (in + out) * rank; }
+  std::string name() const {
+    return std::to_string(pairs) + "x" + std::to_string(in) + "x" + std::to_string(out) + "x" + std::to_string(rank);
+  }
+};
+
+inline std::vector<FactorPair> make_pairs(const std::vector<Shape>& shapes, torch::ScalarType dtype) {
+  torch::manual_seed(0);
+  std::vector<FactorPair> pairs;
+  const auto factor = [&](int64_t rows, int64_t columns) {
+    torch::Tensor x = torch::randn({rows, columns}).mul_(0.02).to(dtype).requires_grad_();
+    x.mutable_grad() = torch::randn({rows, columns}).mul_(1e-3).to(dtype);
+    return x;
+  };
+  for (const Shape& shape : shapes)
+    for (int64_t i = 0; i < shape.pairs; ++i)
+      pairs.push_back({"", factor(shape.rank, shape.in), factor(shape.out, shape.rank)});
+  return pairs;
+}
+
+inline std::vector<torch::Tensor> tensors(const std::vector<FactorPair>& pairs) {
+  std::vector<torch::Tensor> all;
+  for (const auto& pair : pairs) all.insert(all.end(), {pair.a, pair.b});
+  return all;
+}
+
+/// AdamW in one ATen call for all tensors, as torch.optim.AdamW(fused=True) makes it; LibTorch has no optimizer for it.
+struct FusedAdamW {
+  std::vector<torch::Tensor> parameters, gradients, means, squares, steps;
+
+  explicit FusedAdamW(const std::vector<FactorPair>& pairs) : parameters(tensors(pairs)) {
+    for (const auto& parameter : parameters) {
+      gradients.push_back(parameter.grad());
+      means.push_back(torch::zeros_like(parameter));
+      squares.push_back(torch::zeros_like(parameter));
+      steps.push_back(torch::zeros({}, torch::kFloat));
+    }
+  }
+  void step() {
+    torch::NoGradGuard guard;
+    for (auto& step : steps) step += 1;
+    at::_fused_adamw_(parameters, gradients, means, squares, {}, steps, 1e-4, 0.9, 0.999, 1e-2, 1e-8, false, false);
+  }
+};
+
+using Step = std::function<void()>;
+using Make = std::function<Step(std::vector<FactorPair>)>;
+
+/// A contender's state lives as long as its step.
+template <class Optimizer>
+Step step_of(std::shared_ptr<Optimizer> optimizer) {
+  return [optimizer] { optimizer->step(); };
+}
+
+template <class Basis = lora_rite::PolarBasis>
+Make rite(LoraRiteOptions options = LoraRiteOptions(1e-4)) {
+  return [options](std::vector<FactorPair> pairs) {
+    return step_of(std::make_shared<lora_rite::LoraRite<Basis>>(std::move(pairs), options));
+  };
+}
+inline Step adam(const std::vector<FactorPair>& pairs) {
+  return step_of(std::make_shared<torch::optim::Adam>(tensors(pairs), torch::optim::AdamOptions(1e-4)));
+}
+inline Step adamw(const std::vector<FactorPair>& pairs) {
+  return step_of(std::make_shared<torch::optim::AdamW>(tensors(pairs), torch::optim::AdamWOptions(1e-4)));
+}
+inline Step fused_adamw(const std::vector<FactorPair>& pairs) { return step_of(std::make_shared<FusedAdamW>(pairs)); }
+
+}  // namespace bench

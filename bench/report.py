@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Makes a report of what scripts/bench measured: report.py FOLDER writes FOLDER/report.md and the pictures beside it."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from datetime import date
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+INK, RITE, ADAMW, FUSED = "#333333", "#0b5fa5", "#f28e2b", "#9a9a9a"
+COLORS = {"rite": RITE, "adamw": ADAMW, "fused_adamw": FUSED, "adam": "#c9a227"}
+LABELS = {"rite": "LoRA-RITE", "adamw": "torch::optim::AdamW", "fused_adamw": "at::_fused_adamw_",
+          "adam": "torch::optim::Adam"}
+
+
+def load(folder: str, name: str) -> list[dict]:
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    widest = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "SSE"
+    return f"{len(names)} × {names[0] if names else model} ({widest})"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def shape_of(case: str) -> tuple[int, ...]:
+    return tuple(map(int, case.split("x")))
+
+
+def words(case: str) -> str:
+    pairs, width_in, width_out, rank = shape_of(case)
+    return f"{pairs} × ({width_in}, {width_out}) × {rank}"
+
+
+class Times:
+    """Medians by suite, case and contender."""
+
+    def __init__(self, results: list[dict]):
+        self.results = results
+
+    def cases(self, suite: str) -> list[str]:
+        return list(dict.fromkeys(r["case"] for r in self.results if r["suite"] == suite))
+
+    def of(self, suite: str, case: str) -> dict[str, dict]:
+        return {r["contender"]: r for r in self.results if r["suite"] == suite and r["case"] == case}
+
+
+def milliseconds(microseconds: float) -> str:
+    return f"{microseconds / 1e3:.3g}"
+
+
+def targets(times: Times, suite: str, peers: list[dict]) -> str:
+    rows = [["pairs × (in, out) × r", "LoRA-RITE ms", "AdamW ms", "fused AdamW ms", "÷ AdamW", "target", "÷ Adam",
+             "÷ fused", "pytorch_optimizer.LoRARite ms", "times faster"]]
+    for case in times.cases(suite):
+        run = times.of(suite, case)
+        rite = run["rite"]["median_us"]
+        peer = [p["median_us"] for p in peers if p["case"] == case and p["contender"].endswith("LoRARite")]
+        target = run["rite"]["target"]
+        rows.append([words(case), milliseconds(rite), milliseconds(run["adamw"]["median_us"]),
+                     milliseconds(run["fused_adamw"]["median_us"]), f"{rite / run['adamw']['median_us']:.2f}",
+                     f"{target:g}" if target else "", f"{rite / run['adam']['median_us']:.2f}",
+                     f"{rite / run['fused_adamw']['median_us']:.1f}",
+                     milliseconds(statistics.mean(peer)) if peer else "",
+                     f"{statistics.mean(peer) / rite:.0f}" if peer else ""])
+    return markdown(rows)
+
+
+def scaling(times: Times, suite: str, variable: str) -> str:
+    rows = [[variable, "factors' elements", "LoRA-RITE ms", "ns an element", "AdamW ms", "ns an element",
+             "operator calls a step", "AdamW's"]]
+    for case in times.cases(suite):
+        run = times.of(suite, case)
+        rite, adamw = run["rite"], run["adamw"]
+        rows.append([words(case), f"{rite['parameters']:,}", milliseconds(rite["median_us"]),
+                     f"{1e3 * rite['median_us'] / rite['parameters']:.1f}", milliseconds(adamw["median_us"]),
+                     f"{1e3 * adamw['median_us'] / adamw['parameters']:.1f}", str(rite["operator_calls"]),
+                     str(adamw["operator_calls"])])
+    return markdown(rows)
+
+
+def variants(times: Times) -> str:
+    rows = [["variant", "ms", "÷ AdamW of the same dtype"]]
+    for case in times.cases("variants"):
+        run = times.of("variants", case)
+        for name, result in run.items():
+            if name in ("adam", "adamw"):
+                continue
+            label = name.replace("rite", "LoRA-RITE") + ("" if case == "variants" else f", {result['dtype']}")
+            rows.append([label, milliseconds(result["median_us"]),
+                         f"{result['median_us'] / run['adamw']['median_us']:.2f}"])
+    return markdown(rows)
+
+
+def memory(results: list[dict]) -> str:
+    rows = [["pairs × (in, out) × r", "factors MB", "LoRA-RITE's state MB", "AdamW's MB", "ratio",
+             "peak of a step MB", "AdamW's MB"]]
+    for case in dict.fromkeys(r["case"] for r in results):
+        run = {r["contender"]: r for r in results if r["case"] == case}
+        rite, adamw = run["rite"], run["adamw"]
+        mb = lambda value: f"{value / 1e6:.1f}"
+        rows.append([words(case), mb(rite["factor_bytes"]), mb(rite["state_bytes"]), mb(adamw["state_bytes"]),
+                     f"{rite['state_bytes'] / adamw['state_bytes']:.2f}", mb(rite["peak_bytes"]),
+                     mb(adamw["peak_bytes"])])
+    return markdown(rows)
+
+
+def roofline(results: list[dict]) -> str:
+    rows = [["threads", "rank", "factor", "pass", "ns an element", "memory's limit", "arithmetic's limit",
+             "times the limit"]]
+    for r in results:
+        limit = max(r["memory_limit"], r["arithmetic_limit"])
+        rows.append([str(r["threads"]), str(r["rank"]), r["factor"], r["pass"], f"{r['nanoseconds']:.2f}",
+                     f"{r['memory_limit']:.2f}", f"{r['arithmetic_limit']:.2f}", f"{r['nanoseconds'] / limit:.1f}"])
+    return markdown(rows)
+
+
+def plain_axes(axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(colors=INK)
+
+
+def draw_targets(times: Times, path: str) -> None:
+    cases = times.cases("targets")[::-1]
+    figure, axes = plt.subplots(figsize=(7.5, 0.45 * len(cases) + 1))
+    for y, case in enumerate(cases):
+        run = times.of("targets", case)
+        ratio = run["rite"]["median_us"] / run["adamw"]["median_us"]
+        axes.barh(y, ratio, height=0.6, color=RITE)
+        axes.plot([run["rite"]["target"]] * 2, [y - 0.4, y + 0.4], color=INK, linewidth=2)
+        axes.text(ratio + 0.05, y, f"{ratio:.2f}", va="center", color=INK)
+    axes.axvline(1, color=ADAMW, linewidth=1)
+    axes.set_yticks(range(len(cases)), [words(case) for case in cases])
+    axes.set_xlabel("LoRA-RITE's step ÷ torch::optim::AdamW's (bar: target)", color=INK)
+    plain_axes(axes)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_scaling(times: Times, path: str) -> None:
+    panels = [("pairs", 0, "pairs of 256 × 256, r = 8"), ("width", 1, "in = out, 8 pairs, r = 16"),
+              ("ranks", 3, "rank, 32 pairs of 1024 × 1024")]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for panel, (suite, index, title) in zip(axes, panels):
+        cases = times.cases(suite)
+        for contender in ("adamw", "fused_adamw", "rite"):
+            runs = [times.of(suite, case).get(contender) for case in cases]
+            panel.plot([shape_of(case)[index] for case in cases],
+                       [1e3 * run["median_us"] / run["parameters"] for run in runs], color=COLORS[contender],
+                       marker="o", markersize=4, label=LABELS[contender])
+        panel.set_xscale("log", base=2 if suite != "pairs" else 10)
+        panel.set_yscale("log")
+        panel.set_xlabel(title, color=INK)
+        plain_axes(panel)
+    axes[0].set_ylabel("ns an element of the factors", color=INK)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = sys.argv[1]
+    times = Times(load(folder, "step_time.json"))
+    peers = load(folder, "peers-before.json") + load(folder, "peers-after.json")
+    draw_targets(times, os.path.join(folder, "targets.png"))
+    draw_scaling(times, os.path.join(folder, "scaling.png"))
+    text = [
+        "# Benchmarks",
+        f"Written by `scripts/bench` on {date.today().isoformat()}: {machine()}, medians of interleaved rounds in one "
+        "process; `-O2` without `-march`. Peers in Python ran before and after, means of both.",
+        "## A step, two threads", "![Ratios to AdamW](targets.png)", targets(times, "targets", peers),
+        "## One thread", targets(times, "one-thread", []),
+        "## Ranks", scaling(times, "ranks", "pairs × (in, out) × r"),
+        "## Number of pairs", "![Time of an element](scaling.png)", scaling(times, "pairs", "pairs × (in, out) × r"),
+        "## Width", scaling(times, "width", "pairs × (in, out) × r"),
+        "## Variants, 24 × (1024, 1024) × 16", variants(times),
+        "## Memory", memory(load(folder, "memory.json")),
+        "## How far from the machine's limits", "Limits: the bytes at the measured bandwidth, the operations at the rate "
+        "of the library's own matrix product.", roofline(load(folder, "roofline.json")),
+    ]
+    with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:
+        file.write("\n\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+// Time of one optimizer step, LoRA-RITE beside torch::optim's Adam and AdamW and ATen's fused AdamW, on tensors of the
+// same shapes.
+//
+// The contenders of a case run in one process in interleaved rounds, so that a slow minute of the machine meets each of
+// them; what counts is the ratio of their medians. All flags of Google Benchmark work, and some of our own: --help.
+
+#include <benchmark/benchmark.h>
+#include <torch/torch.h>
+#include <lora_rite/lora_rite.hpp>
+
+#include <ATen/record_function.h>
+
+#include <CLI/CLI.hpp>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "contenders.hpp"
+
+namespace {
+
+using namespace bench;
+
+/// Contenders that run interleaved on the same shapes.
+struct Case {
+  std::string name;
+  std::vector<Shape> shapes;
+  std::vector<std::pair<std::string, Make>> contenders;
+  int threads = 2;
+  torch::ScalarType dtype = torch::kFloat;
+};
+
+const std::vector<std::pair<std::string, Make>> usual = {
+    {"rite", rite()}, {"adam", adam}, {"adamw", adamw}, {"fused_adamw", fused_adamw}};
+
+/// The factors of a small language model: r = 16 on the matrices of 6 layers with d = 384.
+std::vector<Shape> minilm() { return {{24, 384, 384, 16}, {6, 384, 1536, 16}, {6, 1536, 384, 16}}; }
+
+std::vector<Case> suite(const std::string& name) {
+  std::vector<Case> cases;
+  const auto add = [&](const Shape& shape, int threads = 2) {
+    cases.push_back({shape.name(), {shape}, usual, threads});
+  };
+  if (name == "short") {
+    cases.push_back({"minilm", minilm(), usual});
+    add({24, 1024, 1024, 16, 0.7});
+  } else if (name == "targets" || name == "one-thread") {
+    const int threads = name == "targets" ? 2 : 1;
+    for (const Shape& shape : std::vector<Shape>{{126, 512, 512, 8, 0.25},
+                                                 {32, 2048, 2048, 8, 0.4},
+                                                 {24, 1024, 1024, 16, 0.7},
+                                                 {126, 2048, 2048, 16, 0.8},
+                                                 {16, 4096, 4096, 16, 1.0},
+                                                 {18, 2048, 16384, 16, 1.0},
+                                                 {32, 2048, 2048, 32, 1.5},
+                                                 {32, 2048, 2048, 64, 4.0}})
+      add(shape, threads);
+  } else if (name == "ranks") {
+    for (const int64_t rank : {1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100, 128}) add({32, 1024, 1024, rank});
+  } else if (name == "pairs") {
+    for (const int64_t pairs : {1, 10, 100, 1000, 10000}) add({pairs, 256, 256, 8});
+  } else if (name == "width") {
+    for (const int64_t d : {128, 512, 2048, 8192, 32768, 65536}) add({8, d, d, 16});
+  } else if (name == "variants") {
+    const Shape shape = {24, 1024, 1024, 16};
+    const LoraRiteOptions options(1e-4);
+    cases.push_back({"variants",
+                     {shape},
+                     {{"rite", rite()},
+                      {"rite, QrBasis", rite<lora_rite::QrBasis>()},
+                      {"rite, no escape", rite(LoraRiteOptions(options).escape(false))},
+                      {"rite, no clipping", rite(LoraRiteOptions(options).clip_unmagnified_norm(0))},
+                      {"rite, balance", rite(LoraRiteOptions(options).balance(true))},
+                      {"rite, max_update_rms", rite(LoraRiteOptions(options).max_update_rms(1))},
+                      {"rite, Engine::Device", rite(LoraRiteOptions(options).engine(lora_rite::Engine::Device))},
+                      {"adamw", adamw}}});
+    for (const auto dtype : {torch::kDouble, torch::kBFloat16})
+      cases.push_back({std::string("dtype ") + torch::toString(dtype),
+                       {shape},
+                       {{"rite", rite()}, {"adam", adam}, {"adamw", adamw}},
+                       2,
+                       dtype});
+  } else {
+    throw std::invalid_argument("unknown suite " + name);
+  }
+  return cases;
+}
+
+int64_t calls = 0;
+
+/// ATen operator calls of one step, nested ones included.
+int64_t operator_calls(const Step& step) {
+  calls = 0;
+  const auto handle = at::addGlobalCallback(
+      at::RecordFunctionCallback([](const at::RecordFunction&) -> std::unique_ptr<at::ObserverContext> {
+        ++calls;
+        return nullptr;
+      }).scopes({at::RecordScope::FUNCTION}));
+  step();
+  at::removeCallback(handle);
+  return calls;
+}
+
+/// The usual table, and the medians kept.
+struct Reporter : benchmark::ConsoleReporter {
+  std::map<std::string, double> medians;  ///< microseconds
+  void ReportRuns(const std::vector<Run>& runs) override {
+    for (const Run& run : runs)
+      if (run.aggregate_name == "median") medians[run.run_name.function_name] = run.GetAdjustedRealTime();
+    ConsoleReporter::ReportRuns(runs);
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> flags = {argv[0], "--benchmark_repetitions=9", "--benchmark_min_time=0.05",
+                                    "--benchmark_enable_random_interleaving=true",
+                                    "--benchmark_report_aggregates_only=true"};
+  flags.insert(flags.end(), argv + 1, argv + argc);
+  std::vector<char*> pointers;
+  for (std::string& flag : flags) pointers.push_back(flag.data());
+  int count = static_cast<int>(pointers.size());
+  benchmark::Initialize(&count, pointers.data());
+
+  CLI::App app("Times one optimizer step; flags of Google Benchmark (--benchmark_...) are taken too.");
+  std::vector<std::string> suites = {"short"};
+  std::string json_path;
+  double fail_above = 0;
+  bool list = false;
+  app.add_option("--suite", suites, "short, targets, one-thread, ranks, pairs, width, variants")->delimiter(',');
+  app.add_option("--json", json_path, "writes the medians and what belongs to them to this file");
+  app.add_option("--fail-above", fail_above, "exit status 1 if LoRA-RITE's time to AdamW's exceeds this × its target");
+  app.add_flag("--list", list, "prints the names of the cases and measures nothing");
+  CLI11_PARSE(app, count, pointers.data());
+
+  nlohmann::json results = nlohmann::json::array();
+  bool failed = false;
+  for (const std::string& suite_name : suites) {
+    for (const Case& c : suite(suite_name)) {
+      if (list) {
+        std::cout << c.name << '\n';
+        continue;
+      }
+      torch::set_num_threads(c.threads);
+      benchmark::ClearRegisteredBenchmarks();
+      std::map<std::string, int64_t> operators;
+      std::vector<Step> steps;
+      for (const auto& [contender, make] : c.contenders) {
+        steps.push_back(make(make_pairs(c.shapes, c.dtype)));
+        steps.back()();  // allocates the state
+        operators[contender] = operator_calls(steps.back());
+      }
+      for (size_t i = 0; i < steps.size(); ++i) {
+        benchmark::RegisterBenchmark((c.name + "/" + c.contenders[i].first).c_str(),
+                                     [step = &steps[i]](benchmark::State& state) {
+                                       for (auto _ : state) (*step)();
+                                     })
+            ->UseRealTime()
+            ->Unit(benchmark::kMicrosecond);
+      }
+      Reporter reporter;
+      benchmark::RunSpecifiedBenchmarks(&reporter);
+      int64_t parameters = 0;
+      for (const Shape& shape : c.shapes) parameters += shape.parameters();
+      const auto median = [&](const std::string& contender) {
+        const auto found = reporter.medians.find(c.name + "/" + contender);
+        return found == reporter.medians.end() ? 0.0 : found->second;
+      };
+      for (const auto& [contender, make] : c.contenders) {
+        if (median(contender) == 0) continue;  // a filter left it out
+        results.push_back({{"suite", suite_name},
+                           {"case", c.name},
+                           {"contender", contender},
+                           {"threads", c.threads},
+                           {"dtype", torch::toString(c.dtype)},
+                           {"parameters", parameters},
+                           {"target", c.shapes[0].target},
+                           {"median_us", median(contender)},
+                           {"operator_calls", operators[contender]}});
+      }
+      if (median("rite") == 0 || median("adamw") == 0) continue;
+      const double ratio = median("rite") / median("adamw"), target = c.shapes[0].target;
+      std::cout << c.name << ", " << c.threads << " threads: LoRA-RITE / AdamW = " << ratio;
+      if (median("adam") > 0) std::cout << ", / Adam = " << median("rite") / median("adam");
+      if (target > 0) std::cout << " (target " << target << ")";
+      std::cout << std::endl;
+      if (fail_above > 0 && target > 0 && ratio > fail_above * target) failed = true;
+    }
+  }
+  if (!json_path.empty()) std::ofstream(json_path) << results.dump(1) << '\n';
+  if (failed) std::cerr << "step_time: a ratio exceeds " << fail_above << " times its target\n";
+  return failed ? 1 : 0;
+}
