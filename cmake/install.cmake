@@ -6,7 +6,11 @@ set(_package_dir "${CMAKE_INSTALL_DATADIR}/cmake/lora_rite") # share/: headers f
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/lora_rite-config-version.cmake"
   COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 
-install(TARGETS lora_rite EXPORT lora_rite-targets INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+set(_targets lora_rite)
+if(LORA_RITE_BUILD_COMPILED)
+  list(APPEND _targets lora_rite_compiled)
+endif()
+install(TARGETS ${_targets} EXPORT lora_rite-targets INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(EXPORT lora_rite-targets NAMESPACE lora_rite:: DESTINATION "${_package_dir}")
 install(DIRECTORY include/lora_rite DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DOCDIR}")

@@ -206,7 +206,8 @@ class LoraRite : public torch::optim::Optimizer {
       for (size_t i = 0; i < group.pairs.size(); ++i) {
         PairDiagnostics entry;
         if (group.batches.places.empty()) {  // before the first step
-          entry = engine::DeviceBatch<Basis>({group.pairs[i]}, {group.pairs[i].name}).diagnose(0);
+          entry =
+              engine::make_batches<Basis>({group.pairs[i]}, {group.pairs[i].name}, Engine::Device).all[0]->diagnose(0);
         } else {
           entry = group.batches.all[group.batches.places[i].batch]->diagnose(group.batches.places[i].index);
         }
@@ -364,7 +365,7 @@ class LoraRite : public torch::optim::Optimizer {
       }
       const LoraRiteOptions& options = rite_options(g);
       group.batches =
-          engine::Batches::of<Basis>(group.pairs, labels, options.capturable() ? Engine::Device : options.engine());
+          engine::make_batches<Basis>(group.pairs, labels, options.capturable() ? Engine::Device : options.engine());
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include <ATen/record_function.h>
 #include <gtest/gtest.h>
+#include <lora_rite/engine/capturable.hpp>
 
 #include <map>
 
@@ -97,7 +98,7 @@ TEST(Capturable, FollowsTheUsualStep) {
         run_steps(exact, usual, step, step + 1);
         run_steps(capturable, recorded, step, step + 1);
       }
-      EXPECT_LT(product_distance(recorded, usual, start), dtype == torch::kDouble ? 1e-8 : 2e-5)
+      EXPECT_LT(product_distance(recorded, usual, start), dtype == torch::kDouble ? 1e-9 : 1e-5)
           << dtype << (from_zero ? " from B = 0" : "");
     }
   }
@@ -115,7 +116,7 @@ TEST(Capturable, EscapedMassIsBoundedFromAbove) {
   const double mass = exact.diagnostics()[0].a.escaped_mass, bound = capturable.diagnostics()[0].a.escaped_mass;
   EXPECT_GE(bound, mass);
   EXPECT_GT(mass, 0);
-  EXPECT_LT(product_distance(recorded, usual, start), 0.2);
+  EXPECT_LT(product_distance(recorded, usual, start), 1e-3);
 }
 
 TEST(Capturable, IsInvariant) {
@@ -170,15 +171,17 @@ TEST(Capturable, CallsNothingThatWaits) {
     at::removeCallback(handle);
     return operators;
   };
-  auto few = calls_of_a_step(2);
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);  // calls are counted on one thread
+  auto few = calls_of_a_step(2), more = calls_of_a_step(32);
+  at::set_num_threads(threads);
   EXPECT_GT(few.count("aten::linalg_cholesky_ex"), 0U) << "the record is empty";
   for (const char* waiting : {"aten::linalg_eigh", "aten::_linalg_eigh", "aten::linalg_eigvalsh", "aten::linalg_qr",
                               "aten::linalg_svd", "aten::linalg_cholesky", "aten::linalg_inv", "aten::item",
                               "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::lift_fresh"}) {
     EXPECT_EQ(few.count(waiting), 0U) << waiting;
   }
-  auto more = calls_of_a_step(32);
-  for (auto* record : {&few, &more}) record->erase("aten::as_strided");  // a view; a CPU's threads make some
+  for (auto* record : {&few, &more}) record->erase("aten::as_strided");  // a view, no work for a device
   EXPECT_EQ(more, few);
 }
 

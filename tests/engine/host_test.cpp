@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <lora_rite/engine/parallel.hpp>
 
 #include <functional>
 

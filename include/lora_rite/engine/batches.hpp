@@ -1,14 +1,13 @@
 #pragma once
 
-#include <map>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "lora_rite/basis.hpp"
 #include "lora_rite/engine/batch.hpp"
-#include "lora_rite/engine/device.hpp"
-#include "lora_rite/engine/host.hpp"
+#include "lora_rite/factor_pair.hpp"
+#include "lora_rite/options.hpp"
 
 namespace lora_rite::engine {
 
@@ -20,42 +19,21 @@ struct Batches {
   };
   std::vector<std::unique_ptr<Batch>> all;
   std::vector<Place> places;
-
-  /// Pairs that agree in shapes, dtype, device and engine share a batch. `labels[i]` names pair i in messages. Throws
-  /// c10::Error naming the pair if `engine` is Host and the pair is none for it.
-  template <class Basis>
-  static Batches of(const std::vector<FactorPair>& pairs, const std::vector<std::string>& labels, Engine engine) {
-    struct Members {
-      bool on_host;
-      std::vector<FactorPair> pairs;
-      std::vector<std::string> labels;
-    };
-    std::map<std::string, size_t> known;
-    std::vector<Members> members;
-    Batches result;
-    for (size_t i = 0; i < pairs.size(); ++i) {
-      const auto& [name, a, b] = pairs[i];
-      const bool possible = HostBatch<Basis>::takes(pairs[i]);
-      TORCH_CHECK(possible || engine != Engine::Host, labels[i], " is ", a.scalar_type(), a.sizes(), " and ",
-                  b.scalar_type(), b.sizes(), " on ", a.device(),
-                  ", expected contiguous float factors on a CPU for Engine::Host; use Engine::Automatic");
-      const bool on_host = possible && engine != Engine::Device;
-      const std::string key = c10::str(on_host, a.sizes(), b.sizes(), a.scalar_type(), a.device());
-      const size_t batch = known.emplace(key, members.size()).first->second;
-      if (batch == members.size()) members.push_back({on_host, {}, {}});
-      result.places.push_back({batch, static_cast<int64_t>(members[batch].pairs.size())});
-      members[batch].pairs.push_back(pairs[i]);
-      members[batch].labels.push_back(labels[i]);
-    }
-    for (auto& [on_host, batch_pairs, batch_labels] : members) {
-      if (on_host) {
-        result.all.push_back(std::make_unique<HostBatch<Basis>>(std::move(batch_pairs), std::move(batch_labels)));
-      } else {
-        result.all.push_back(std::make_unique<DeviceBatch<Basis>>(std::move(batch_pairs), std::move(batch_labels)));
-      }
-    }
-    return result;
-  }
 };
 
+/// Pairs that agree in shapes, dtype, device and engine share a batch. `labels[i]` names pair i in messages. Throws
+/// c10::Error naming the pair if `engine` is Host and the pair is none for it.
+template <class Basis>
+Batches make_batches(const std::vector<FactorPair>& pairs, const std::vector<std::string>& labels, Engine engine);
+
 }  // namespace lora_rite::engine
+
+#ifdef LORA_RITE_COMPILED  // the target lora_rite::compiled holds the engines; other bases include make_batches.hpp
+namespace lora_rite::engine {
+extern template Batches make_batches<PolarBasis>(const std::vector<FactorPair>&, const std::vector<std::string>&,
+                                                 Engine);
+extern template Batches make_batches<QrBasis>(const std::vector<FactorPair>&, const std::vector<std::string>&, Engine);
+}  // namespace lora_rite::engine
+#else
+#include "lora_rite/engine/make_batches.hpp"
+#endif
