@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/torch.h>
+#include <lora_rite/baselines/registry.hpp>
 #include <lora_rite/lora_rite.hpp>
 
 #include <functional>
@@ -80,11 +81,11 @@ Make rite(LoraRiteOptions options = LoraRiteOptions(1e-4)) {
     return step_of(std::make_shared<lora_rite::LoraRite<Basis>>(std::move(pairs), options));
   };
 }
-inline Step adam(const std::vector<FactorPair>& pairs) {
-  return step_of(std::make_shared<torch::optim::Adam>(tensors(pairs), torch::optim::AdamOptions(1e-4)));
-}
-inline Step adamw(const std::vector<FactorPair>& pairs) {
-  return step_of(std::make_shared<torch::optim::AdamW>(tensors(pairs), torch::optim::AdamWOptions(1e-4)));
+/// By its name in the registry.
+inline Make named(const std::string& name) {
+  return [name](std::vector<FactorPair> pairs) {
+    return step_of(std::shared_ptr<torch::optim::Optimizer>(lora_rite::make_optimizer(name, std::move(pairs), 1e-4)));
+  };
 }
 inline Step fused_adamw(const std::vector<FactorPair>& pairs) { return step_of(std::make_shared<FusedAdamW>(pairs)); }
 

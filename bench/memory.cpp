@@ -49,7 +49,7 @@ Memory measure(const Shape& shape, const Make& make) {
 int main(int argc, char** argv) {
   const std::vector<Shape> shapes = {
       {126, 512, 512, 8}, {126, 2048, 2048, 16}, {32, 2048, 2048, 32}, {32, 2048, 2048, 64}};
-  const std::vector<std::pair<std::string, Make>> contenders = {{"rite", rite()}, {"adamw", adamw}};
+  const std::vector<std::pair<std::string, Make>> contenders = {{"rite", rite()}, {"adamw", named("adamw")}};
   nlohmann::json results = nlohmann::json::array();
   for (const Shape& shape : shapes) {
     for (const auto& [name, make] : contenders) {

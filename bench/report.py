@@ -70,17 +70,26 @@ def milliseconds(microseconds: float) -> str:
     return f"{microseconds / 1e3:.3g}"
 
 
-def targets(times: Times, suite: str, peers: list[dict]) -> str:
-    rows = [["pairs × (in, out) × r", "LoRA-RITE ms", "AdamW ms", "fused AdamW ms", "÷ AdamW", "target", "÷ Adam",
-             "÷ fused", "pytorch_optimizer.LoRARite ms", "times faster"]]
+def passes_limit(limits: list[dict], threads: int, rank: int, parameters: int) -> float:
+    """Microseconds that the passes over the rows take at the machine's limits, nothing else counted."""
+    passes = [max(r["memory_limit"], r["arithmetic_limit"]) for r in limits
+              if r["threads"] == threads and r["rank"] == rank and r["factor"] == "A"]
+    return 1e-3 * parameters * sum(passes)
+
+
+def targets(times: Times, suite: str, peers: list[dict], limits: list[dict]) -> str:
+    rows = [["pairs × (in, out) × r", "LoRA-RITE ms", "AdamW ms", "fused AdamW ms", "÷ AdamW", "target",
+             "passes at the limit ÷ AdamW", "÷ Adam", "÷ fused", "pytorch_optimizer.LoRARite ms", "times faster"]]
     for case in times.cases(suite):
         run = times.of(suite, case)
         rite = run["rite"]["median_us"]
         peer = [p["median_us"] for p in peers if p["case"] == case and p["contender"].endswith("LoRARite")]
-        target = run["rite"]["target"]
+        target = run["rite"]["target"] if suite == "targets" else 0
+        limit = passes_limit(limits, run["rite"]["threads"], shape_of(case)[3], run["rite"]["parameters"])
         rows.append([words(case), milliseconds(rite), milliseconds(run["adamw"]["median_us"]),
                      milliseconds(run["fused_adamw"]["median_us"]), f"{rite / run['adamw']['median_us']:.2f}",
-                     f"{target:g}" if target else "", f"{rite / run['adam']['median_us']:.2f}",
+                     f"{target:g}" if target else "", f"{limit / run['adamw']['median_us']:.2f}",
+                     f"{rite / run['adam']['median_us']:.2f}",
                      f"{rite / run['fused_adamw']['median_us']:.1f}",
                      milliseconds(statistics.mean(peer)) if peer else "",
                      f"{statistics.mean(peer) / rite:.0f}" if peer else ""])
@@ -110,6 +119,15 @@ def variants(times: Times) -> str:
             label = name.replace("rite", "LoRA-RITE") + ("" if case == "variants" else f", {result['dtype']}")
             rows.append([label, milliseconds(result["median_us"]),
                          f"{result['median_us'] / run['adamw']['median_us']:.2f}"])
+    return markdown(rows)
+
+
+def optimizers(times: Times) -> str:
+    rows = [["optimizer", "ms", "÷ AdamW", "operator calls"]]
+    run = times.of("optimizers", "optimizers")
+    for name, result in sorted(run.items(), key=lambda item: item[1]["median_us"]):
+        rows.append([name, milliseconds(result["median_us"]), f"{result['median_us'] / run['adamw']['median_us']:.2f}",
+                     str(result["operator_calls"])])
     return markdown(rows)
 
 
@@ -188,21 +206,26 @@ def main() -> None:
     folder = sys.argv[1]
     times = Times(load(folder, "step_time.json"))
     peers = load(folder, "peers-before.json") + load(folder, "peers-after.json")
+    limits = load(folder, "roofline.json")
     draw_targets(times, os.path.join(folder, "targets.png"))
     draw_scaling(times, os.path.join(folder, "scaling.png"))
     text = [
         "# Benchmarks",
         f"Written by `scripts/bench` on {date.today().isoformat()}: {machine()}, medians of interleaved rounds in one "
         "process; `-O2` without `-march`. Peers in Python ran before and after, means of both.",
-        "## A step, two threads", "![Ratios to AdamW](targets.png)", targets(times, "targets", peers),
-        "## One thread", targets(times, "one-thread", []),
+        "## A step, two threads", "The passes at the limit: what the passes over the rows would cost if they ran at the rate of "
+        "the library's own double matrix product, or at the memory's bandwidth, and the r×r part were free (last table).",
+        "![Ratios to AdamW](targets.png)", targets(times, "targets", peers, limits),
+        "## One thread", targets(times, "one-thread", [], limits),
         "## Ranks", scaling(times, "ranks", "pairs × (in, out) × r"),
         "## Number of pairs", "![Time of an element](scaling.png)", scaling(times, "pairs", "pairs × (in, out) × r"),
         "## Width", scaling(times, "width", "pairs × (in, out) × r"),
         "## Variants, 24 × (1024, 1024) × 16", variants(times),
+        "## Other optimizers, 24 × (1024, 1024) × 16", "By their names in `make_optimizer`, with their own defaults.",
+        optimizers(times),
         "## Memory", memory(load(folder, "memory.json")),
         "## How far from the machine's limits", "Limits: the bytes at the measured bandwidth, the operations at the rate "
-        "of the library's own matrix product.", roofline(load(folder, "roofline.json")),
+        "of the library's own matrix product.", roofline(limits),
     ]
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:
         file.write("\n\n".join(text) + "\n")

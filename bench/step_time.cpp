@@ -36,7 +36,7 @@ struct Case {
 };
 
 const std::vector<std::pair<std::string, Make>> usual = {
-    {"rite", rite()}, {"adam", adam}, {"adamw", adamw}, {"fused_adamw", fused_adamw}};
+    {"rite", rite()}, {"adam", named("adam")}, {"adamw", named("adamw")}, {"fused_adamw", fused_adamw}};
 
 /// The factors of a small language model: r = 16 on the matrices of 6 layers with d = 384.
 std::vector<Shape> minilm() { return {{24, 384, 384, 16}, {6, 384, 1536, 16}, {6, 1536, 384, 16}}; }
@@ -66,6 +66,11 @@ std::vector<Case> suite(const std::string& name) {
     for (const int64_t pairs : {1, 10, 100, 1000, 10000}) add({pairs, 256, 256, 8});
   } else if (name == "width") {
     for (const int64_t d : {128, 512, 2048, 8192, 32768, 65536}) add({8, d, d, 16});
+  } else if (name == "optimizers") {
+    Case all = {"optimizers", {{24, 1024, 1024, 16}}, {}};
+    for (const std::string& optimizer : lora_rite::optimizer_names())
+      all.contenders.push_back({optimizer, named(optimizer)});
+    cases.push_back(std::move(all));
   } else if (name == "variants") {
     const Shape shape = {24, 1024, 1024, 16};
     const LoraRiteOptions options(1e-4);
@@ -78,11 +83,11 @@ std::vector<Case> suite(const std::string& name) {
                       {"rite, balance", rite(LoraRiteOptions(options).balance(true))},
                       {"rite, max_update_rms", rite(LoraRiteOptions(options).max_update_rms(1))},
                       {"rite, Engine::Device", rite(LoraRiteOptions(options).engine(lora_rite::Engine::Device))},
-                      {"adamw", adamw}}});
+                      {"adamw", named("adamw")}}});
     for (const auto dtype : {torch::kDouble, torch::kBFloat16})
       cases.push_back({std::string("dtype ") + torch::toString(dtype),
                        {shape},
-                       {{"rite", rite()}, {"adam", adam}, {"adamw", adamw}},
+                       {{"rite", rite()}, {"adam", named("adam")}, {"adamw", named("adamw")}},
                        2,
                        dtype});
   } else {
@@ -133,7 +138,8 @@ int main(int argc, char** argv) {
   std::string json_path;
   double fail_above = 0;
   bool list = false;
-  app.add_option("--suite", suites, "short, targets, one-thread, ranks, pairs, width, variants")->delimiter(',');
+  app.add_option("--suite", suites, "short, targets, one-thread, ranks, pairs, width, variants, optimizers")
+      ->delimiter(',');
   app.add_option("--json", json_path, "writes the medians and what belongs to them to this file");
   app.add_option("--fail-above", fail_above, "exit status 1 if LoRA-RITE's time to AdamW's exceeds this × its target");
   app.add_flag("--list", list, "prints the names of the cases and measures nothing");

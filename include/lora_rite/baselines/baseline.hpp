@@ -1,0 +1,195 @@
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/optim/optimizer.h>
+#include <torch/optim/serialize.h>
+#include <torch/serialize/archive.h>
+
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+/// Optimizers that torch::optim lacks and that a LoRA optimizer is compared with. Each follows its paper; the formula
+/// stands in its header.
+namespace lora_rite::baselines {
+
+/// What is remembered of a parameter: the steps it made, and tensors by name.
+struct State : public torch::optim::OptimizerCloneableParamState<State> {
+  int64_t step = 0;
+  std::map<std::string, at::Tensor> tensors;
+
+  void serialize(torch::serialize::OutputArchive& archive) const override {
+    archive.write("step", c10::IValue(step));
+    // A tensor here is a slice of a batch: without a copy the whole batch would be written with each.
+    for (const auto& [name, tensor] : tensors) archive.write("tensor." + name, tensor.clone(), /*is_buffer=*/true);
+  }
+  void serialize(torch::serialize::InputArchive& archive) override {
+    const std::string prefix = "tensor.";
+    for (const std::string& key : archive.keys()) {
+      if (key == "step") {
+        c10::IValue value;
+        archive.read(key, value);
+        step = value.toInt();
+      } else if (key.rfind(prefix, 0) == 0) {
+        archive.read(key, tensors[key.substr(prefix.size())], /*is_buffer=*/true);
+      }
+    }
+  }
+};
+
+/// Parameters of one shape, dtype, device and number of steps: k of them, stepped by the same operators.
+class Batch {
+ public:
+  /// β's bias correction 1 − β^t.
+  double bias_correction(double beta) const { return 1 - std::pow(beta, static_cast<double>(step)); }
+
+  /// The state `name` of all parameters [k, sizes], to be changed in place; zeros at first. The slices are the states'
+  /// tensors.
+  at::Tensor state(const std::string& name, at::IntArrayRef sizes) {
+    const int64_t count = static_cast<int64_t>(states.size());
+    std::vector<int64_t> all = sizes.vec();
+    all.insert(all.begin(), count);
+    at::Tensor& first = states[0]->tensors[name];
+    int64_t size = 1;
+    for (const int64_t s : sizes) size *= s;
+    bool one_batch = first.defined() && first.is_contiguous();
+    for (int64_t i = 0; i < count && one_batch; ++i) {
+      const at::Tensor& slice = states[static_cast<size_t>(i)]->tensors[name];
+      one_batch =
+          slice.defined() && slice.is_alias_of(first) && slice.storage_offset() == first.storage_offset() + i * size;
+    }
+    if (one_batch) {
+      std::vector<int64_t> strides = first.strides().vec();
+      strides.insert(strides.begin(), size);
+      return first.as_strided(all, strides, first.storage_offset());
+    }
+    at::Tensor batch = at::zeros(all, gradient.options());
+    for (int64_t i = 0; i < count; ++i) {
+      at::Tensor& slice = states[static_cast<size_t>(i)]->tensors[name];
+      if (slice.defined()) batch[i].copy_(slice);
+      slice = batch[i];
+    }
+    return batch;
+  }
+  at::Tensor state(const std::string& name) { return state(name, gradient.sizes().slice(1)); }
+
+  at::Tensor parameter() const { return at::stack(parameters); }
+
+  /// parameter ← parameter · keep − update [k, shape]
+  void move(double keep, const at::Tensor& update) {
+    if (keep != 1) at::_foreach_mul_(parameters, keep);
+    at::_foreach_sub_(parameters, update.unbind(0));
+  }
+
+  std::vector<at::Tensor> parameters;
+  at::Tensor gradient;  ///< [k, shape]
+  std::vector<State*> states;
+  int64_t step = 0;  ///< t, this one included
+};
+
+/// torch::optim::Optimizer over batches of equal parameters. Parameters without a gradient rest.
+template <class Options>
+class Baseline : public torch::optim::Optimizer {
+ public:
+  /// LibTorch's add_param_group loses options that are not its own (from 2.10 on), so they are set again.
+  void add_param_group(const torch::optim::OptimizerParamGroup& group) {
+    const auto& options = static_cast<const Options&>(group.has_options() ? group.options() : defaults());
+    options.check();
+    Optimizer::add_param_group(torch::optim::OptimizerParamGroup(group.params(), std::make_unique<Options>(options)));
+    param_groups_.back().set_options(std::make_unique<Options>(options));
+  }
+
+  torch::Tensor step(LossClosure closure = nullptr) override {
+    torch::Tensor loss;
+    if (closure) {
+      at::AutoGradMode enable_grad(true);
+      loss = closure();
+    }
+    at::NoGradGuard no_grad;
+    for (auto& group : param_groups_) {
+      const auto& options = static_cast<const Options&>(group.options());
+      options.check();
+      const std::vector<at::Tensor> gradients = this->gradients(group, options);
+      std::map<std::string, std::vector<size_t>> batches;
+      for (size_t i = 0; i < gradients.size(); ++i) {
+        if (!gradients[i].defined()) continue;
+        const at::Tensor& parameter = group.params()[i];
+        TORCH_CHECK(gradients[i].layout() == at::kStrided, "the gradient of parameter ", i, " has layout ",
+                    gradients[i].layout(), ", expected a dense one");
+        batches[c10::str(parameter.sizes(), parameter.scalar_type(), parameter.device(), state_of(parameter).step)]
+            .push_back(i);
+      }
+      for (const auto& [key, indices] : batches) {
+        Batch batch;
+        std::vector<at::Tensor> of_batch;
+        for (const size_t i : indices) {
+          batch.parameters.push_back(group.params()[i]);
+          of_batch.push_back(gradients[i]);
+          batch.states.push_back(&state_of(group.params()[i]));
+          ++batch.states.back()->step;
+        }
+        batch.step = batch.states[0]->step;
+        batch.gradient = at::stack(of_batch);
+        update(options, batch);
+      }
+    }
+    return loss;
+  }
+
+  void save(torch::serialize::OutputArchive& archive) const override {
+    torch::optim::serialize<State, Options>(archive, *this);
+  }
+  void load(torch::serialize::InputArchive& archive) override {
+    torch::optim::serialize<State, Options>(archive, *this);
+  }
+
+ protected:
+  Baseline(const std::vector<torch::optim::OptimizerParamGroup>& groups, const Options& defaults)
+      : Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::make_unique<Options>(defaults)) {
+    for (const auto& group : groups) add_param_group(group);
+  }
+
+  /// The gradients that the rule sees, undefined where there is none.
+  virtual std::vector<at::Tensor> gradients(const torch::optim::OptimizerParamGroup& group, const Options&) {
+    std::vector<at::Tensor> result;
+    for (const auto& parameter : group.params()) result.push_back(parameter.grad());
+    return result;
+  }
+
+  /// One step of a batch.
+  virtual void update(const Options& options, Batch& batch) = 0;
+
+ private:
+  State& state_of(const at::Tensor& parameter) {
+    auto& state = state_[parameter.unsafeGetTensorImpl()];
+    if (!state) state = std::make_unique<State>();
+    return static_cast<State&>(*state);
+  }
+};
+
+/// Adam's direction m̂ / (√v̂ + ε) for a batch; the moments are the states exp_avg and exp_avg_sq.
+inline at::Tensor adam_direction(Batch& batch, const at::Tensor& gradient, double beta1, double beta2, double eps) {
+  at::Tensor mean = batch.state("exp_avg"), square = batch.state("exp_avg_sq");
+  mean.lerp_(gradient, 1 - beta1);
+  square.mul_(beta2).addcmul_(gradient, gradient, 1 - beta2);
+  return (mean / batch.bias_correction(beta1)) / ((square / batch.bias_correction(beta2)).sqrt_().add_(eps));
+}
+
+/// Tensors [k, shape] as matrices [k, m, n]: the first dimension of a parameter against all others.
+inline at::Tensor matrices(const at::Tensor& batch) {
+  return batch.dim() <= 2 ? batch.unsqueeze(-1) : batch.flatten(2);
+}
+
+/// Throws c10::Error naming the option, what was found and what was expected.
+inline void check_at_least_zero(const char* name, double value) {
+  TORCH_CHECK(value >= 0 && std::isfinite(value), name, " is ", value, ", expected a finite number ≥ 0");
+}
+inline void check_decay_rate(const char* name, double value) {
+  TORCH_CHECK(value >= 0 && value < 1, name, " is ", value, ", expected a number in [0, 1)");
+}
+
+}  // namespace lora_rite::baselines

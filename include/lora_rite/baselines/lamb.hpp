@@ -1,0 +1,70 @@
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include "lora_rite/baselines/baseline.hpp"
+
+namespace lora_rite::baselines {
+
+struct LambOptions : public torch::optim::OptimizerCloneableOptions<LambOptions> {
+  using betas_t = std::tuple<double, double>;
+  explicit LambOptions(double lr = 1e-3) : lr_(lr) {}
+
+  TORCH_ARG(double, lr) = 1e-3;  ///< ≥ 0
+  TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
+  TORCH_ARG(double, eps) = 1e-6;          ///< ≥ 0
+  TORCH_ARG(double, weight_decay) = 0.0;  ///< λ ≥ 0, inside the trust ratio
+
+ public:
+  double get_lr() const override { return lr(); }
+  void set_lr(const double value) override { lr(value); }
+  void check() const {
+    check_at_least_zero("lr", lr());
+    check_decay_rate("betas[0]", std::get<0>(betas()));
+    check_decay_rate("betas[1]", std::get<1>(betas()));
+    check_at_least_zero("eps", eps());
+    check_at_least_zero("weight_decay", weight_decay());
+  }
+  void serialize(torch::serialize::OutputArchive& archive) const override {
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(betas);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
+  }
+  void serialize(torch::serialize::InputArchive& archive) override {
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(betas_t, betas);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
+  }
+};
+
+/// LAMB (You et al., "Large Batch Optimization for Deep Learning", ICLR 2020, Algorithm 2): Adam's direction
+/// u = m̂ / (√v̂ + ε) + λx, scaled to the norm of the parameter: x ← x − η ‖x‖ / ‖u‖ u. Where either norm is 0 the ratio
+/// is 1.
+class Lamb : public Baseline<LambOptions> {
+ public:
+  explicit Lamb(const std::vector<torch::optim::OptimizerParamGroup>& groups, LambOptions defaults = LambOptions())
+      : Baseline(groups, defaults) {}
+  explicit Lamb(std::vector<torch::Tensor> parameters, LambOptions defaults = LambOptions())
+      : Lamb({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults) {}
+
+ protected:
+  void update(const LambOptions& options, Batch& batch) override {
+    const auto [beta1, beta2] = options.betas();
+    const at::Tensor x = batch.parameter();
+    const at::Tensor u =
+        adam_direction(batch, batch.gradient, beta1, beta2, options.eps()) + options.weight_decay() * x;
+    const auto norms = [](const at::Tensor& t) {
+      std::vector<int64_t> ones(static_cast<size_t>(t.dim()), 1);
+      ones[0] = t.size(0);
+      return t.flatten(1).norm(2, -1).view(ones);
+    };
+    const at::Tensor of_x = norms(x), of_u = norms(u);
+    const at::Tensor trust = at::where(of_x.gt(0).logical_and(of_u.gt(0)), of_x / of_u, at::ones_like(of_x));
+    batch.move(1, options.lr() * trust * u);
+  }
+};
+
+}  // namespace lora_rite::baselines

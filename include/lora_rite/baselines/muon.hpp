@@ -1,0 +1,80 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "lora_rite/baselines/baseline.hpp"
+
+namespace lora_rite::baselines {
+
+struct MuonOptions : public torch::optim::OptimizerCloneableOptions<MuonOptions> {
+  explicit MuonOptions(double lr = 1e-3) : lr_(lr) {}
+
+  TORCH_ARG(double, lr) = 1e-3;           ///< ≥ 0
+  TORCH_ARG(double, momentum) = 0.95;     ///< μ, in [0, 1)
+  TORCH_ARG(bool, nesterov) = true;       ///< look ahead by one more step of the momentum
+  TORCH_ARG(double, weight_decay) = 0.0;  ///< ≥ 0, decoupled
+  TORCH_ARG(int64_t, steps) = 5;          ///< Newton–Schulz steps, ≥ 1
+
+ public:
+  double get_lr() const override { return lr(); }
+  void set_lr(const double value) override { lr(value); }
+  void check() const {
+    check_at_least_zero("lr", lr());
+    check_decay_rate("momentum", momentum());
+    check_at_least_zero("weight_decay", weight_decay());
+    TORCH_CHECK(steps() >= 1, "steps is ", steps(), ", expected at least 1");
+  }
+  void serialize(torch::serialize::OutputArchive& archive) const override {
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(momentum);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(nesterov);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(steps);
+  }
+  void serialize(torch::serialize::InputArchive& archive) override {
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, momentum);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, nesterov);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, steps);
+  }
+};
+
+/// Muon (Jordan et al. 2024): the momentum M ← μM + (1−μ)G, its singular values made about 1 by a quintic Newton–Schulz
+/// iteration: x ← (1−ηλ) x − η √max(1, m/n) NS(M). As in torch.optim.Muon, but in the parameter's dtype instead of
+/// bfloat16.
+class Muon : public Baseline<MuonOptions> {
+ public:
+  explicit Muon(const std::vector<torch::optim::OptimizerParamGroup>& groups, MuonOptions defaults = MuonOptions())
+      : Baseline(groups, defaults) {}
+  explicit Muon(std::vector<torch::Tensor> parameters, MuonOptions defaults = MuonOptions())
+      : Muon({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults) {}
+
+  /// Each matrix [k, m, n] with its singular values moved into about [0.7, 1.2].
+  static at::Tensor orthogonalized(const at::Tensor& batch, int64_t steps) {
+    constexpr double kA = 3.4445, kB = -4.7750, kC = 2.0315;  // steepest at 0, for few steps
+    const bool tall = batch.size(1) > batch.size(2);
+    at::Tensor x = tall ? batch.mT() : batch;
+    x = x / x.flatten(1).norm(2, -1).clamp_min(1e-7).view({-1, 1, 1});
+    for (int64_t i = 0; i < steps; ++i) {
+      const at::Tensor gram = at::matmul(x, x.mT());
+      x = kA * x + at::matmul(kB * gram + kC * at::matmul(gram, gram), x);
+    }
+    return tall ? x.mT() : x;
+  }
+
+ protected:
+  void update(const MuonOptions& options, Batch& batch) override {
+    at::Tensor momentum = batch.state("momentum");
+    momentum.lerp_(batch.gradient, 1 - options.momentum());
+    const at::Tensor ahead = options.nesterov() ? batch.gradient.lerp(momentum, options.momentum()) : momentum;
+    const at::Tensor m = matrices(ahead);
+    const double shape = std::sqrt(std::max(1.0, static_cast<double>(m.size(1)) / static_cast<double>(m.size(2))));
+    const at::Tensor direction = orthogonalized(m, options.steps()).reshape(ahead.sizes());
+    batch.move(1 - options.lr() * options.weight_decay(), options.lr() * shape * direction);
+  }
+};
+
+}  // namespace lora_rite::baselines

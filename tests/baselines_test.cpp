@@ -1,0 +1,237 @@
+// The baselines against other people's implementations of them (tests/golden/generate_baselines.py), and what all of
+// them must do as torch::optim::Optimizers.
+
+#include <gtest/gtest.h>
+#include <lora_rite/baselines/registry.hpp>
+
+#include <fstream>
+#include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "support/pairs.hpp"
+
+namespace lora_rite {
+namespace {
+
+using baselines::Lamb;
+using baselines::LambOptions;
+using baselines::LoraPlus;
+using baselines::Muon;
+using baselines::MuonOptions;
+using baselines::ScaledAdam;
+using baselines::ScaledAdamOptions;
+using baselines::Shampoo;
+using baselines::ShampooOptions;
+using baselines::Soap;
+using baselines::SoapOptions;
+using testing::clone_pairs;
+using testing::equal_factors;
+using testing::error_of;
+using testing::mentions;
+using testing::random_pair;
+using testing::run_steps;
+
+using Factors = std::vector<torch::Tensor>;
+using Make = std::function<std::unique_ptr<torch::optim::Optimizer>(const Factors&)>;
+
+const std::map<std::string, Make>& golden_cases() {
+  static const std::map<std::string, Make> cases = {
+      {"lamb",
+       [](const Factors& x) {
+         return std::make_unique<Lamb>(x, LambOptions(0.02).betas({0.9, 0.99}).eps(1e-6).weight_decay(0.1));
+       }},
+      {"lamb_no_decay", [](const Factors& x) { return std::make_unique<Lamb>(x, LambOptions(0.02)); }},
+      {"muon", [](const Factors& x) { return std::make_unique<Muon>(x, MuonOptions(0.02).weight_decay(0.1)); }},
+      {"muon_plain",
+       [](const Factors& x) {
+         return std::make_unique<Muon>(x, MuonOptions(0.02).momentum(0.8).nesterov(false).steps(3));
+       }},
+      {"shampoo",
+       [](const Factors& x) {
+         return std::make_unique<Shampoo>(
+             x, ShampooOptions(0.1).betas({0.0, 1.0}).eps(1e-6).interval(1).graft_adam(false));
+       }},
+      {"soap",
+       [](const Factors& x) {
+         return std::make_unique<Soap>(x, SoapOptions(0.02).shampoo_beta(0.9).weight_decay(0.1).interval(4));
+       }},
+      {"scaled_adam",
+       [](const Factors& x) {
+         return std::make_unique<ScaledAdam>(std::vector<FactorPair>{{"", x[0], x[1]}},
+                                             ScaledAdamOptions(0.02).weight_decay(0.1).damping(1e-2));
+       }},
+  };
+  return cases;
+}
+
+class BaselineGolden : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(BaselineGolden, FollowsTheOtherImplementation) {
+  std::ifstream file(std::string(LORA_RITE_TEST_DATA_DIR) + "/golden/baselines.json");
+  const nlohmann::json golden = nlohmann::json::parse(file);
+  const auto tensors = [&](const nlohmann::json& numbers) {
+    Factors result;
+    for (size_t i = 0; i < numbers.size(); ++i)
+      result.push_back(torch::tensor(numbers[i].get<std::vector<double>>(), torch::kDouble)
+                           .view(golden["shapes"][i].get<std::vector<int64_t>>()));
+    return result;
+  };
+  Factors factors = tensors(golden["start"]);
+  for (auto& factor : factors) factor.requires_grad_();
+  const auto optimizer = golden_cases().at(GetParam())(factors);
+  const auto& checkpoints = golden["cases"][GetParam()];
+  size_t seen = 0;
+  for (size_t step = 1; step <= golden["gradients"].size(); ++step) {
+    const Factors gradients = tensors(golden["gradients"][step - 1]);
+    for (size_t i = 0; i < factors.size(); ++i) factors[i].mutable_grad() = gradients[i];
+    optimizer->step();
+    if (!checkpoints.contains(std::to_string(step))) continue;
+    ++seen;
+    const Factors expected = tensors(checkpoints[std::to_string(step)]);
+    for (size_t i = 0; i < factors.size(); ++i) {
+      EXPECT_LT((factors[i] - expected[i]).norm().item<double>(), 1e-9 * expected[i].norm().item<double>())
+          << "factor " << i << ", step " << step;
+    }
+  }
+  EXPECT_EQ(seen, 5U);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, BaselineGolden,
+                         ::testing::Values("lamb", "lamb_no_decay", "muon", "muon_plain", "shampoo", "soap",
+                                           "scaled_adam"),
+                         [](const auto& info) { return info.param; });
+
+class EveryOptimizer : public ::testing::TestWithParam<std::string> {};
+
+std::vector<FactorPair> some_pairs(torch::Dtype dtype = torch::kFloat) {
+  torch::manual_seed(81);
+  std::vector<FactorPair> pairs;
+  for (int i = 0; i < 3; ++i) pairs.push_back(random_pair("pair" + std::to_string(i), 4, 12 + i / 2, 10, dtype));
+  return pairs;
+}
+
+/// Least squares on ΔW: every optimizer must get somewhere.
+TEST_P(EveryOptimizer, LowersALoss) {
+  torch::manual_seed(82);
+  std::vector<FactorPair> pairs = {random_pair("pair", 4, 12, 10, torch::kFloat)};
+  const torch::Tensor target = torch::randn({10, 12});
+  const auto optimizer = make_optimizer(GetParam(), pairs, GetParam() == "sgd" ? 0.1 : 0.01);
+  const auto loss = [&] { return (torch::matmul(pairs[0].b, pairs[0].a) - target).square().mean(); };
+  const double before = loss().item<double>();
+  for (int step = 0; step < 200; ++step) {
+    optimizer->zero_grad();
+    loss().backward();
+    optimizer->step();
+  }
+  EXPECT_LT(loss().item<double>(), 0.8 * before);
+}
+
+TEST_P(EveryOptimizer, ResumesFromItsCheckpoint) {
+  const auto straight = some_pairs(), interrupted = clone_pairs(straight);
+  const auto first = make_optimizer(GetParam(), straight, 0.01), second = make_optimizer(GetParam(), interrupted, 0.01);
+  run_steps(*first, straight, 0, 14);
+  run_steps(*second, interrupted, 0, 7);
+  std::stringstream stream;
+  torch::save(*second, stream);
+  const auto resumed = make_optimizer(GetParam(), interrupted, 0.5);
+  torch::load(*resumed, stream);
+  run_steps(*resumed, interrupted, 7, 14);
+  EXPECT_TRUE(equal_factors(straight, interrupted));
+}
+
+TEST_P(EveryOptimizer, FollowsAScheduler) {
+  const auto scheduled = some_pairs(), constant = clone_pairs(scheduled);
+  const auto first = make_optimizer(GetParam(), scheduled, 0.5), second = make_optimizer(GetParam(), constant, 0.01);
+  for (size_t g = 0; g < first->param_groups().size(); ++g)
+    first->param_groups()[g].options().set_lr(second->param_groups()[g].options().get_lr());
+  run_steps(*first, scheduled, 0, 3);
+  run_steps(*second, constant, 0, 3);
+  EXPECT_TRUE(equal_factors(scheduled, constant));
+}
+
+TEST_P(EveryOptimizer, AFactorWithoutAGradientRests) {
+  const auto pairs = some_pairs();
+  const auto optimizer = make_optimizer(GetParam(), pairs, 0.01);
+  run_steps(*optimizer, pairs, 0, 2);
+  const torch::Tensor before = pairs[1].a.detach().clone(), other = pairs[0].a.detach().clone();
+  testing::set_gradients(pairs, 5);
+  torch::Tensor(pairs[1].a).mutable_grad() = torch::Tensor();
+  optimizer->step();
+  EXPECT_TRUE(torch::equal(pairs[1].a, before));
+  EXPECT_FALSE(torch::equal(pairs[0].a, other));
+}
+
+INSTANTIATE_TEST_SUITE_P(Names, EveryOptimizer, ::testing::ValuesIn(optimizer_names()), [](const auto& info) {
+  std::string name = info.param;
+  for (char& c : name) c = c == '-' ? '_' : c == '+' ? 'p' : c;
+  return name;
+});
+
+TEST(Baselines, TheRegistryHasTheNames) {
+  EXPECT_EQ(optimizer_names(),
+            (std::vector<std::string>{"rite", "rite-qr", "adam", "adamw", "adagrad", "rmsprop", "sgd", "shampoo",
+                                      "lamb", "lora+", "scaled-adam", "muon", "soap"}));
+  const std::string message = error_of([] { make_optimizer("adamm", some_pairs(), 1e-3); });
+  EXPECT_TRUE(mentions(message, "'adamm'"));
+  for (const std::string& name : optimizer_names()) EXPECT_TRUE(mentions(message, name));
+}
+
+TEST(Baselines, AGraftedShampooStepHasTheNormOfAdams) {
+  const auto grafted = some_pairs(torch::kDouble), adam = clone_pairs(grafted), plain = clone_pairs(grafted);
+  const auto start = clone_pairs(grafted);
+  const auto factors = [](const std::vector<FactorPair>& pairs) { return Factors{pairs[0].a, pairs[0].b}; };
+  Shampoo with(factors(grafted), ShampooOptions(0.01).interval(1));
+  Shampoo without(factors(plain), ShampooOptions(0.01).interval(1).graft_adam(false));
+  torch::optim::Adam reference(factors(adam), torch::optim::AdamOptions(0.01));
+  run_steps(with, grafted, 0, 1);
+  run_steps(without, plain, 0, 1);
+  run_steps(reference, adam, 0, 1);
+  for (const bool of_a : {true, false}) {
+    const auto step = [&](const std::vector<FactorPair>& pairs) {
+      return of_a ? pairs[0].a - start[0].a : pairs[0].b - start[0].b;
+    };
+    EXPECT_NEAR((step(grafted).norm() / step(adam).norm()).item<double>(), 1, 1e-9);
+    const auto cosine = (step(grafted) * step(plain)).sum() / (step(grafted).norm() * step(plain).norm());
+    EXPECT_NEAR(cosine.item<double>(), 1, 1e-9);
+  }
+}
+
+TEST(Baselines, LongSidesGoWithoutAPreconditioner) {
+  const auto one_sided = some_pairs(torch::kDouble), by_hand = clone_pairs(one_sided);
+  Shampoo optimizer(
+      {one_sided[0].a},
+      ShampooOptions(0.1).betas({0.0, 1.0}).eps(1e-6).interval(1).graft_adam(false).max_preconditioner_dim(4));
+  testing::set_gradients(one_sided, 3);
+  const torch::Tensor g = one_sided[0].a.grad();
+  optimizer.step();
+  const auto [values, vectors] = torch::linalg_eigh(torch::matmul(g, g.t()) + 1e-6 * torch::eye(4, torch::kDouble));
+  const torch::Tensor root = torch::matmul(vectors * values.rsqrt(), vectors.t());
+  EXPECT_LT((one_sided[0].a - (by_hand[0].a - 0.1 * torch::matmul(root, g))).norm().item<double>(), 1e-12);
+}
+
+TEST(Baselines, LoraPlusIsAdamWithTwoRates) {
+  const auto plus = some_pairs(), a_only = clone_pairs(plus), b_only = clone_pairs(plus);
+  LoraPlus optimizer(plus, torch::optim::AdamOptions(1e-3), 8);
+  const auto slow = make_optimizer("adam", a_only, 1e-3), fast = make_optimizer("adam", b_only, 8e-3);
+  run_steps(optimizer, plus, 0, 3);
+  run_steps(*slow, a_only, 0, 3);
+  run_steps(*fast, b_only, 0, 3);
+  for (size_t i = 0; i < plus.size(); ++i) {
+    EXPECT_TRUE(torch::equal(plus[i].a, a_only[i].a));
+    EXPECT_TRUE(torch::equal(plus[i].b, b_only[i].b));
+  }
+  EXPECT_TRUE(mentions(error_of([&] { LoraPlus(plus, torch::optim::AdamOptions(1e-3), 0); }), "ratio is 0"));
+}
+
+TEST(Baselines, OptionsOutOfRangeAreNamed) {
+  const Factors x = {some_pairs()[0].a};
+  EXPECT_TRUE(mentions(error_of([&] { Lamb(x, LambOptions(-1)); }), "lr is -1"));
+  EXPECT_TRUE(mentions(error_of([&] { Muon(x, MuonOptions().momentum(1)); }), "momentum is 1"));
+  EXPECT_TRUE(mentions(error_of([&] { Shampoo(x, ShampooOptions().interval(0)); }), "interval is 0"));
+  EXPECT_TRUE(mentions(error_of([&] { Soap(x, SoapOptions().shampoo_beta(2)); }), "shampoo_beta is 2"));
+  EXPECT_TRUE(mentions(error_of([&] { ScaledAdam(some_pairs(), ScaledAdamOptions().damping(0)); }), "damping is 0"));
+}
+
+}  // namespace
+}  // namespace lora_rite
