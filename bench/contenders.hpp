@@ -41,17 +41,12 @@ inline std::vector<FactorPair> make_pairs(const std::vector<Shape>& shapes, torc
   return pairs;
 }
 
-inline std::vector<torch::Tensor> tensors(const std::vector<FactorPair>& pairs) {
-  std::vector<torch::Tensor> all;
-  for (const auto& pair : pairs) all.insert(all.end(), {pair.a, pair.b});
-  return all;
-}
-
 /// AdamW in one ATen call for all tensors, as torch.optim.AdamW(fused=True) makes it; LibTorch has no optimizer for it.
 struct FusedAdamW {
   std::vector<torch::Tensor> parameters, gradients, means, squares, steps;
 
-  explicit FusedAdamW(const std::vector<FactorPair>& pairs) : parameters(tensors(pairs)) {
+  explicit FusedAdamW(const std::vector<FactorPair>& pairs)
+      : parameters(lora_rite::detail::alternating_factors(pairs)) {
     for (const auto& parameter : parameters) {
       gradients.push_back(parameter.grad());
       means.push_back(torch::zeros_like(parameter));

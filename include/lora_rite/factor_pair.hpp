@@ -128,5 +128,12 @@ inline std::string pair_label(const FactorPair& pair, size_t group, size_t index
   return "pair " + std::to_string(index) + " of group " + std::to_string(group);
 }
 
+/// a₀, b₀, a₁, b₁, …
+inline std::vector<at::Tensor> alternating_factors(const std::vector<FactorPair>& pairs) {
+  std::vector<at::Tensor> factors;
+  for (const auto& pair : pairs) factors.insert(factors.end(), {pair.a, pair.b});
+  return factors;
+}
+
 }  // namespace detail
 }  // namespace lora_rite

@@ -1,12 +1,10 @@
 // A step that a CUDA graph can record: how close it comes to the usual one, and that nothing in it waits for the
 // device.
 
-#include <ATen/record_function.h>
 #include <gtest/gtest.h>
 #include <lora_rite/engine/capturable.hpp>
 
-#include <map>
-
+#include "support/operators.hpp"
 #include "support/pairs.hpp"
 
 namespace lora_rite {
@@ -16,6 +14,7 @@ using testing::clone_pairs;
 using testing::equal_factors;
 using testing::error_of;
 using testing::mentions;
+using testing::operators_of;
 using testing::random_pair;
 using testing::run_steps;
 using testing::set_gradients;
@@ -146,8 +145,6 @@ TEST(Capturable, IsInvariant) {
   EXPECT_LT(product_distance(second, first, start), 1e-9);
 }
 
-std::map<std::string, int64_t> operators;  ///< and how often they are called
-
 /// Nothing in the step reads from the device, loops over matrices or waits: what runs is counted and named. On a CPU,
 /// for solve_triangular has no meta kernel.
 TEST(Capturable, CallsNothingThatWaits) {
@@ -161,15 +158,7 @@ TEST(Capturable, CallsNothingThatWaits) {
     }
     LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).capturable(true).max_update_rms(1).balance(true));
     optimizer.step();  // allocates, uploads
-    operators.clear();
-    const auto handle = at::addThreadLocalCallback(
-        at::RecordFunctionCallback([](const at::RecordFunction& call) -> std::unique_ptr<at::ObserverContext> {
-          ++operators[call.name()];
-          return nullptr;
-        }).scopes({at::RecordScope::FUNCTION}));
-    optimizer.step();
-    at::removeCallback(handle);
-    return operators;
+    return operators_of([&] { optimizer.step(); });
   };
   const int threads = at::get_num_threads();
   at::set_num_threads(1);  // calls are counted on one thread

@@ -1,24 +1,16 @@
-#include <ATen/record_function.h>
 #include <gtest/gtest.h>
 
+#include "support/operators.hpp"
 #include "support/pairs.hpp"
 
 namespace lora_rite {
 namespace {
 
-int64_t calls = 0;
-
 /// Number of ATen operator calls, nested ones included, while `function` runs.
 template <class Function>
-int64_t operator_calls(Function function) {
-  calls = 0;
-  const auto handle = at::addThreadLocalCallback(
-      at::RecordFunctionCallback([](const at::RecordFunction&) -> std::unique_ptr<at::ObserverContext> {
-        ++calls;
-        return nullptr;
-      }).scopes({at::RecordScope::FUNCTION}));
-  function();
-  at::removeCallback(handle);
+int64_t operator_calls(const Function& function) {
+  int64_t calls = 0;
+  for (const auto& [name, times] : testing::operators_of(function)) calls += times;
   return calls;
 }
 

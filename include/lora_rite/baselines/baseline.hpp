@@ -184,6 +184,13 @@ inline at::Tensor matrices(const at::Tensor& batch) {
   return batch.dim() <= 2 ? batch.unsqueeze(-1) : batch.flatten(2);
 }
 
+/// Norm of each of k tensors [k, shape], shaped to be multiplied with them [k, 1, …].
+inline at::Tensor norms(const at::Tensor& batch) {
+  std::vector<int64_t> ones(static_cast<size_t>(batch.dim()), 1);
+  ones[0] = batch.size(0);
+  return batch.flatten(1).norm(2, -1).view(ones);
+}
+
 /// Throws c10::Error naming the option, what was found and what was expected.
 inline void check_at_least_zero(const char* name, double value) {
   TORCH_CHECK(value >= 0 && std::isfinite(value), name, " is ", value, ", expected a finite number ≥ 0");

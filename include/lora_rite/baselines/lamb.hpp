@@ -56,11 +56,6 @@ class Lamb : public Baseline<LambOptions> {
     const at::Tensor x = batch.parameter();
     const at::Tensor u =
         adam_direction(batch, batch.gradient, beta1, beta2, options.eps()) + options.weight_decay() * x;
-    const auto norms = [](const at::Tensor& t) {
-      std::vector<int64_t> ones(static_cast<size_t>(t.dim()), 1);
-      ones[0] = t.size(0);
-      return t.flatten(1).norm(2, -1).view(ones);
-    };
     const at::Tensor of_x = norms(x), of_u = norms(u);
     const at::Tensor trust = at::where(of_x.gt(0).logical_and(of_u.gt(0)), of_x / of_u, at::ones_like(of_x));
     batch.move(1, options.lr() * trust * u);

@@ -57,7 +57,7 @@ class Muon : public Baseline<MuonOptions> {
     constexpr double kA = 3.4445, kB = -4.7750, kC = 2.0315;  // steepest at 0, for few steps
     const bool tall = batch.size(1) > batch.size(2);
     at::Tensor x = tall ? batch.mT() : batch;
-    x = x / x.flatten(1).norm(2, -1).clamp_min(1e-7).view({-1, 1, 1});
+    x = x / norms(x).clamp_min(1e-7);
     for (int64_t i = 0; i < steps; ++i) {
       const at::Tensor gram = at::matmul(x, x.mT());
       x = kA * x + at::matmul(kB * gram + kC * at::matmul(gram, gram), x);

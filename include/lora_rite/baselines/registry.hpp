@@ -25,17 +25,11 @@ namespace detail {
 
 using MakeOptimizer = std::function<std::unique_ptr<torch::optim::Optimizer>(std::vector<FactorPair>, double)>;
 
-inline std::vector<torch::Tensor> factors_of(const std::vector<FactorPair>& pairs) {
-  std::vector<torch::Tensor> factors;
-  for (const auto& pair : pairs) factors.insert(factors.end(), {pair.a, pair.b});
-  return factors;
-}
-
 /// An optimizer that takes all factors alike, with its own defaults but the rate.
 template <class Optimizer, class Options>
 MakeOptimizer over_factors() {
   return [](const std::vector<FactorPair>& pairs, double lr) {
-    return std::make_unique<Optimizer>(factors_of(pairs), Options(lr));
+    return std::make_unique<Optimizer>(alternating_factors(pairs), Options(lr));
   };
 }
 

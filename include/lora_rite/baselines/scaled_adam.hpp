@@ -55,7 +55,7 @@ class ScaledAdam : public Baseline<ScaledAdamOptions> {
  public:
   /// One group of these pairs. Throws c10::Error naming a pair that does not fit together.
   explicit ScaledAdam(const std::vector<FactorPair>& pairs, ScaledAdamOptions options = ScaledAdamOptions())
-      : Baseline({torch::optim::OptimizerParamGroup(alternating(pairs))}, options) {
+      : Baseline({torch::optim::OptimizerParamGroup(detail::alternating_factors(pairs))}, options) {
     for (size_t i = 0; i < pairs.size(); ++i) detail::check_factor_pair(pairs[i], detail::pair_label(pairs[i], 0, i));
   }
 
@@ -97,13 +97,6 @@ class ScaledAdam : public Baseline<ScaledAdamOptions> {
     const auto [beta1, beta2] = options.betas();
     batch.move(1 - options.lr() * options.weight_decay(),
                options.lr() * adam_direction(batch, batch.gradient, beta1, beta2, options.eps()));
-  }
-
- private:
-  static std::vector<at::Tensor> alternating(const std::vector<FactorPair>& pairs) {
-    std::vector<at::Tensor> factors;
-    for (const auto& pair : pairs) factors.insert(factors.end(), {pair.a, pair.b});
-    return factors;
   }
 };
 

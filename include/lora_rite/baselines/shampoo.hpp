@@ -96,10 +96,7 @@ class Shampoo : public Baseline<ShampooOptions> {
     if (options.graft_adam() || !(left || right)) {
       const at::Tensor adam = adam_direction(batch, batch.gradient, beta1, std::min(beta2, 0.999), options.graft_eps());
       if (left || right) {
-        std::vector<int64_t> ones(static_cast<size_t>(adam.dim()), 1);
-        ones[0] = adam.size(0);
-        const auto norm = [&](const at::Tensor& t) { return t.flatten(1).norm(2, -1).view(ones); };
-        direction = direction * (norm(adam) / norm(direction).clamp_min(1e-30));
+        direction = direction * (norms(adam) / norms(direction).clamp_min(1e-30));
       } else {
         direction = adam;
       }

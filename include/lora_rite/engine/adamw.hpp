@@ -72,11 +72,13 @@ class AdamWParameters {
       if (parameters[0].is_meta()) continue;
       DeviceNumbers& rate = rates_[device_and_dtype.first];
       rate.upload({options.lr()}, parameters[0].device());
+      // A CPU takes the rate in double, accelerators read a float.
+      const at::Tensor lr = parameters[0].is_cpu() ? rate.tensor()[0] : rate.tensor()[0].to(at::kFloat);
       const at::Tensor skip = negated(proceed).to(parameters[0].device(), at::kFloat, /*non_blocking=*/true);
       at::_foreach_add_(steps, 1.0);
-      at::_fused_adamw_(parameters, gradients, means, squares, largest_squares, steps, rate.tensor()[0],
-                        std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
-                        options.eps(), options.amsgrad(), /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/skip);
+      at::_fused_adamw_(parameters, gradients, means, squares, largest_squares, steps, lr, std::get<0>(options.betas()),
+                        std::get<1>(options.betas()), options.weight_decay(), options.eps(), options.amsgrad(),
+                        /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/skip);
       at::_foreach_sub_(steps, std::vector<at::Tensor>(steps.size(), skip));
     }
   }

@@ -17,21 +17,6 @@
 /// that the user's flags allow, and for AVX2 with FMA. `best()` chooses at run time. Other compilers take Eigen's.
 namespace lora_rite::engine::kernels {
 
-/// The loops, compiled for one instruction set.
-struct Table {
-  const char* name;
-  void (*gram)(const float* data, const Shape& shape, int64_t first, int64_t end, const Blocks& blocks,
-               double* products);
-  void (*remember)(const float* factor, const float* momentum, const double* weights, const Shape& shape, int64_t first,
-                   int64_t end, const Blocks& blocks, const Sums& sums);
-  void (*apply)(float* factor, float* momentum, const float* gradient, const double* weights, const Shape& shape,
-                int64_t first, int64_t end, const Maps& maps, const Blocks& blocks, const Sums& sums);
-  void (*update_gram)(const float* momentum, const float* gradient, const Shape& shape, int64_t first, int64_t end,
-                      const Maps& maps, const Blocks& blocks, double* products);
-  void (*multiply)(const Operand& x, const Operand& y, int64_t r, int64_t stride, double* out);
-  void (*eigh)(double* matrices, int64_t r, int64_t stride, double* eigenvalues, double* work, double* eigenvectors);
-};
-
 #if LORA_RITE_VECTOR_EXTENSIONS
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call
@@ -68,8 +53,7 @@ inline constexpr Table table = {"avx2", gram, remember, apply, update_gram, mult
 #pragma GCC diagnostic pop
 #else
 namespace baseline {
-inline constexpr Table table = {"plain",         plain::gram, plain::remember, plain::apply, plain::update_gram,
-                                plain::multiply, plain::eigh};
+using plain::table;
 }
 #endif
 

@@ -96,4 +96,6 @@ inline void eigh(double* matrices, int64_t r, int64_t stride, double* eigenvalue
   }
 }
 
+inline constexpr Table table = {"plain", gram, remember, apply, update_gram, multiply, eigh};
+
 }  // namespace lora_rite::engine::kernels::plain

@@ -93,4 +93,19 @@ struct Operand {
 /// Lanes of work space that `eigh` takes.
 inline int64_t eigh_work(int64_t r) { return 5 * r; }
 
+/// The loops, compiled for one instruction set.
+struct Table {
+  const char* name;
+  void (*gram)(const float* data, const Shape& shape, int64_t first, int64_t end, const Blocks& blocks,
+               double* products);
+  void (*remember)(const float* factor, const float* momentum, const double* weights, const Shape& shape, int64_t first,
+                   int64_t end, const Blocks& blocks, const Sums& sums);
+  void (*apply)(float* factor, float* momentum, const float* gradient, const double* weights, const Shape& shape,
+                int64_t first, int64_t end, const Maps& maps, const Blocks& blocks, const Sums& sums);
+  void (*update_gram)(const float* momentum, const float* gradient, const Shape& shape, int64_t first, int64_t end,
+                      const Maps& maps, const Blocks& blocks, double* products);
+  void (*multiply)(const Operand& x, const Operand& y, int64_t r, int64_t stride, double* out);
+  void (*eigh)(double* matrices, int64_t r, int64_t stride, double* eigenvalues, double* work, double* eigenvectors);
+};
+
 }  // namespace lora_rite::engine::kernels
