@@ -33,6 +33,7 @@ const std::vector<BadOption>& bad_options() {
       {"DecayTurnsFactorsAround", LoraRiteOptions(1).weight_decay(1), "lr · weight_decay is 1"},
       {"NegativeClip", LoraRiteOptions().clip_unmagnified_norm(-1), "clip_unmagnified_norm is -1"},
       {"NaNMaxRms", LoraRiteOptions().max_update_rms(kNaN), "max_update_rms is nan"},
+      {"NaNRelativeChange", LoraRiteOptions().max_relative_change(kNaN), "max_relative_change is nan"},
       {"ZeroRatio", LoraRiteOptions().lr_ratio_b(0), "lr_ratio_b is 0"},
       {"UnknownEngine", LoraRiteOptions().engine(static_cast<Engine>(9)), "engine is 9"},
   };

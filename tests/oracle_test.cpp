@@ -104,6 +104,7 @@ const std::vector<Setting>& settings() {
       {"eps_root", [](LoraRiteOptions& o) { o.eps_root(1e-4); }},
       {"weight_decay", [](LoraRiteOptions& o) { o.weight_decay(0.5); }},
       {"max_update_rms", [](LoraRiteOptions& o) { o.max_update_rms(0.3); }},
+      {"max_relative_change", [](LoraRiteOptions& o) { o.max_relative_change(0.05); }},
       {"lr_ratio_b", [](LoraRiteOptions& o) { o.lr_ratio_b(4); }},
       {"balance", [](LoraRiteOptions& o) { o.balance(true); }},
       {"maximize", [](LoraRiteOptions& o) { o.maximize(true); }},
@@ -111,7 +112,7 @@ const std::vector<Setting>& settings() {
       {"together",
        [](LoraRiteOptions& o) {
          o.betas({0.8, 0.9}).weight_decay(0.3).max_update_rms(0.5).lr_ratio_b(2).maximize(true);
-         o.clip_unmagnified_norm(3).eps(1e-4).eps_root(1e-3);
+         o.clip_unmagnified_norm(3).eps(1e-4).eps_root(1e-3).max_relative_change(0.1);
        }},
       {"together_balanced",
        [](LoraRiteOptions& o) { o.balance(true).weight_decay(0.2).lr_ratio_b(3).max_update_rms(0.4).escape(false); }},

@@ -56,6 +56,14 @@ inline at::Tensor trace_of(const at::Tensor& matrix) {
 /// M diag(d)
 inline at::Tensor scale_columns(const at::Tensor& matrix, const at::Tensor& values) { return matrix * values; }
 
+/// S^{-1} = L^{-T} L^{-1} of positive definite S = L Lᵀ.
+inline at::Tensor positive_inverse(const at::Tensor& matrix) {
+  const auto [lower, info] = at::linalg_cholesky_ex(matrix);
+  const at::Tensor inverse =
+      at::linalg_solve_triangular(lower, identity_like(matrix).expand_as(matrix), /*upper=*/false);
+  return at::matmul(inverse.mT(), inverse);
+}
+
 /// O of matrix = O R with O orthogonal and R upper triangular, its diagonal non-negative.
 inline at::Tensor orthogonal_factor(const at::Tensor& matrix) {
   const auto [orthogonal, triangle] = at::linalg_qr(matrix, "complete");

@@ -49,6 +49,10 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(double, clip_unmagnified_norm) = 1.0;
   /// Bound on the RMS of the momentum M in the partner's orthonormal basis: a larger one is scaled down; 0 = off.
   TORCH_ARG(double, max_update_rms) = 0.0;
+  /// Bound τ on how much one step changes a factor relative to itself, in every direction, ‖dX X⁺‖ ≤ τ, and with it on
+  /// the cross term dB·dA of a step; 0 = off, good values are 0.3 to 1. Float factors need it where the adapter's rank
+  /// is higher than the task's. See docs/algorithm.md.
+  TORCH_ARG(double, max_relative_change) = 0.0;
   /// Rate of B divided by the rate of A (LoRA+, Hayou et al. 2024); > 0.
   TORCH_ARG(double, lr_ratio_b) = 1.0;
   /// After each step scale A and B such that their norms agree, BA unchanged. Only pairs whose factors both moved.
@@ -80,6 +84,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(escape);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(clip_unmagnified_norm);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_update_rms);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_relative_change);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr_ratio_b);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(balance);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(maximize);
@@ -95,6 +100,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, escape);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, clip_unmagnified_norm);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, max_update_rms);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, max_relative_change);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr_ratio_b);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, balance);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, maximize);
@@ -122,6 +128,7 @@ inline void check_options(const LoraRiteOptions& options, const std::string& whe
   at_least_zero("weight_decay", options.weight_decay());
   at_least_zero("clip_unmagnified_norm", options.clip_unmagnified_norm());
   at_least_zero("max_update_rms", options.max_update_rms());
+  at_least_zero("max_relative_change", options.max_relative_change());
   at_least_zero("lr_ratio_b", options.lr_ratio_b());
   TORCH_CHECK(options.lr_ratio_b() > 0, where, ": lr_ratio_b is 0, expected a finite number > 0");
   const double largest_rate = options.lr() * std::max(1.0, options.lr_ratio_b());

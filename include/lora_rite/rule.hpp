@@ -49,6 +49,7 @@ struct Unmagnified {
   Matrix inverse_root;   ///< R⁺
   Matrix change;         ///< Q = Uᵀ Y_old: transports momenta, as N Qᵀ = M_old Pᵀ
   Matrix gradient_gram;  ///< ḠᵀḠ
+  Matrix damping;        ///< K of `relative_change_damping`, undefined where nothing is bounded
 };
 
 /// What act 3 applies to the rows: M = N·momentum_map + G·gradient_map, N = M R⁺ᵀ, X ← (1−ηλ) X − ηN.
@@ -71,7 +72,8 @@ template <class Basis, class Matrix>
 Unmagnified<Matrix> unmagnify(const Statistics<Matrix>& statistics, double cutoff) {
   const Matrix root = Basis::inverse_root(statistics.gram, cutoff);
   return {statistics.coordinates.defined() ? matmul(statistics.coordinates, root) : root,
-          matmul(transpose(root), statistics.cross), matmul(transpose(root), matmul(statistics.gradient_gram, root))};
+          matmul(transpose(root), statistics.cross), matmul(transpose(root), matmul(statistics.gradient_gram, root)),
+          Matrix()};
 }
 
 /// β' = β (1−β^{t−1}) / (1−β^t), with which a running mean needs no bias correction; 1 where no gradient came.
@@ -106,6 +108,22 @@ struct Eigenvalues {
   }
 };
 
+/// K = (I + δ² Z Zᵀ)^{-1} with Z = R_Y⁺ᵀ R_X⁺ and δ = η n^{1/2} / (2τ), for `max_relative_change` τ.
+///
+/// A step moves X by −ηN = −η M R_Y⁺ᵀ. Relative to X that is η M Z, and Z has the singular values 1/σ where σ are those
+/// of BA: where BA has next to nothing, a step as long as all others turns X over. With K in front of Z the factor 1/σ
+/// becomes σ / (σ² + δ²) ≤ 1 / (2δ), and as ‖M‖ is about n^{1/2}, the relative change stays below τ. `rate` is η.
+template <class Matrix>
+Matrix relative_change_damping(const Matrix& inverse_root, const Matrix& own_inverse_root, const Scalar<Matrix>& rate,
+                               const Scalar<Matrix>& rows, double bound) {
+  const Matrix z = matmul(transpose(inverse_root), own_inverse_root);
+  const Scalar<Matrix> delta_squared = rate * rate * rows * (0.25 / (bound * bound));
+  const Matrix w = symmetrized(matmul(z, transpose(z))) * delta_squared;
+  // Products leave W indefinite by some ε tr W.
+  const double round_off = static_cast<double>(rank_of(w)) * std::numeric_limits<double>::epsilon();
+  return positive_inverse(identity_like(w) * (trace_of(w) * round_off + 1.0) + w);
+}
+
 /// One step of the rule. `rows` is n, `clip_factor` is c, `partner_edited` tells where the partner was changed from
 /// outside: the old basis is gone there, so V keeps its place in the new one (P = I). `has_gradient` and
 /// `partner_edited` are flags, one for each matrix.
@@ -127,7 +145,8 @@ Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& n
   const Scalar<Matrix> fresh = (1.0 - beta2) * clip_factor * clip_factor / rows;
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
-  const Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, options.eps(), options.eps_root());
+  Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, options.eps(), options.eps_root());
+  if (now.damping.defined()) adaptive = matmul(adaptive, now.damping);
   const Scalar<Matrix> length = (1.0 - beta1) * clip_factor * (options.maximize() ? -1.0 : 1.0);
   return {{std::move(second_moment), escaped_mass, now.inverse_root, step},
           transpose(now.change) * beta1,

@@ -204,6 +204,17 @@ TEST(Kernels, PassesOverTheRows) {
 
           const Maps maps = {momentum_map.data(), gradient_map.data(), 0.9F, 0.1F, true};
           const MatrixXd n1 = n0 * mm + g0 * gm, x1 = 0.9 * x0 - 0.1 * n1;
+          {  // The momentum's map in double takes the place of the other.
+            std::vector<double> wide_map(static_cast<size_t>(p * p));
+            for (int64_t i = 0; i < rank; ++i)
+              for (int64_t j = 0; j < rank; ++j) wide_map[static_cast<size_t>(i * p + j)] = mm(i, j);
+            const Maps wide = {nullptr, gradient_map.data(), 0.9F, 0.1F, true, wide_map.data()};
+            std::vector<float> moved_x = x, moved_n = n;
+            std::vector<double> unused_products(products.size()), unused_weighted(weighted.size());
+            table->apply(moved_x.data(), moved_n.data(), g.data(), weights.data(), shape, 0, rows, wide, blocks,
+                         {unused_products.data(), unused_weighted.data()});
+            EXPECT_LT(relative(tall(moved_n, shape), n1), 2e-7) << where;
+          }
           table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, update_gram.data());
           EXPECT_LT(relative(square(update_gram, 0, p, true), n1.transpose() * n1), 1e-5) << where;
           table->apply(x.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,

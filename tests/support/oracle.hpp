@@ -34,6 +34,7 @@ struct OracleOptions {
   bool escape = true;
   double clip = 1;
   double max_update_rms = 0;
+  double max_relative_change = 0;
   double lr_ratio_b = 1;
   bool balance = false;
   bool maximize = false;
@@ -127,7 +128,7 @@ struct OracleFactor {
   int64_t t = 0;             ///< steps with a gradient
   Basis basis;               ///< of this factor at the last step
   bool edited = false;       ///< changed from outside since then
-  double amplification = 1;  ///< largest κ(R) κ((V + ρI)^{1/2} + εI) of any step
+  double amplification = 1;  ///< largest κ(R) κ((V + ρI)^{1/2} + εI) of any step, or κ(R_X) κ(R_Y) κ(K)
 
   explicit OracleFactor(Matrix initial)
       : x(std::move(initial)), m(Matrix::Zero(x.rows(), x.cols())), v(Matrix::Zero(x.cols(), x.cols())) {}
@@ -179,8 +180,8 @@ class Oracle {
       // c = min(1, clip / ‖all Ḡ‖)
       const double norm = std::sqrt(squared_norm);
       const double c = options.clip > 0 && norm > options.clip ? options.clip / norm : 1;
-      update_moments(pair.a, pair.b, w.g_a, w.basis_b, c, options);
-      update_moments(pair.b, pair.a, w.g_b, w.basis_a, c, options);
+      update_moments(pair.a, pair.b, w.g_a, w.basis_b, w.basis_a, c, options.lr, options);
+      update_moments(pair.b, pair.a, w.g_b, w.basis_a, w.basis_b, c, options.lr * options.lr_ratio_b, options);
       // Both factors use the old partner.
       if (w.g_a) move(pair.a, w.basis_b, options.lr, options);
       if (w.g_b) move(pair.b, w.basis_a, options.lr * options.lr_ratio_b, options);
@@ -205,7 +206,7 @@ class Oracle {
 
   /// V, ρ and M of the factor x in the new basis of its partner y, with the new gradient if any.
   static void update_moments(OracleFactor& x, const OracleFactor& y, const TallGradient& gradient, const Basis& basis,
-                             double c, const OracleOptions& o) {
+                             const Basis& own, double c, double lr, const OracleOptions& o) {
     if (y.basis.u.size() > 0 && y.edited) {
       // P = I: V is kept in basis coordinates, N = M R⁺ᵀ in the factor's own.
       x.m = x.m * y.basis.r_pinv.transpose() * basis.r.transpose();
@@ -226,13 +227,26 @@ class Oracle {
     x.v = beta2 * x.v + (1 - beta2) * (g.transpose() * g) / static_cast<double>(g.rows());
     x.v = ((x.v + x.v.transpose()) / 2).eval();
     const Matrix preconditioner = inverse_root(x.v, x.rho, o.eps, o.eps_root);
-    const Matrix s = g * preconditioner;
+    Matrix s = g * preconditioner;
     x.amplification = std::max(x.amplification, condition(basis.r) * condition(preconditioner));
+    if (o.max_relative_change > 0) {
+      const Matrix k = damping(basis, own, lr * std::sqrt(static_cast<double>(g.rows())) / (2 * o.max_relative_change));
+      s = s * k;
+      // An error of Z, a product of both inverse roots, appears in K beside the smallest of its eigenvalues.
+      x.amplification = std::max(x.amplification, condition(basis.r) * condition(own.r) * condition(k));
+    }
     x.m = beta1 * x.m + (1 - beta1) * s;
     if (o.max_update_rms > 0) {
       const double rms = x.m.norm() / std::sqrt(static_cast<double>(x.m.size()));
       x.m /= std::max(1.0, rms / o.max_update_rms);
     }
+  }
+
+  /// 1 / (1 + c² z²) in the partner's basis, where z are the singular values of Z = R_Y⁺ᵀ R_X⁺ = L diag(z) …
+  static Matrix damping(const Basis& partner, const Basis& own, double c) {
+    const Eigen::JacobiSVD<Matrix> svd(partner.r_pinv.transpose() * own.r_pinv, Eigen::ComputeFullU);
+    const Vector kept = 1 / (1 + (c * svd.singularValues()).array().square());
+    return svd.matrixU() * kept.asDiagonal() * svd.matrixU().transpose();
   }
 
   /// X ← (1 − ηλ) X − η M R⁺ᵀ

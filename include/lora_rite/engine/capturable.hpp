@@ -78,14 +78,6 @@ struct ProductRoots {
     result.push_back(1);
     return result;
   }
-
-  /// (L Lᵀ)^{-1} = L^{-T} L^{-1}
-  static at::Tensor positive_inverse(const at::Tensor& matrix) {
-    const auto [lower, info] = at::linalg_cholesky_ex(matrix);
-    const at::Tensor inverse =
-        at::linalg_solve_triangular(lower, identity_like(matrix).expand_as(matrix), /*upper=*/false);
-    return at::matmul(inverse.mT(), inverse);
-  }
 };
 
 }  // namespace lora_rite::engine

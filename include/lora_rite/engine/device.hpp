@@ -127,13 +127,19 @@ class DeviceBatch final : public Batch {
   void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
     // The transport of a side's moments depends on its partner.
     const at::Tensor partner_edited = at::stack({edited_[1], edited_[0]});
+    upload_rates(options);
+    const at::Tensor rates = rates_.tensor().view({2, 1, 1, 1});
+    if (options.max_relative_change() > 0) {
+      const at::Tensor& roots = unmagnified_.inverse_root;  // each side has its partner's
+      unmagnified_.damping =
+          rule::relative_change_damping(roots, roots.flip(0), rates, rows_, options.max_relative_change());
+    }
     const auto decide =
         capturable_ ? rule::decide<ProductRoots, at::Tensor> : rule::decide<rule::Eigenvalues, at::Tensor>;
     const rule::Decision<at::Tensor> decision =
         decide(state_.moments, unmagnified_, rows_, clip_factor, has_gradient_, partner_edited, options);
 
-    upload_rates(options);
-    const at::Tensor rate = wide(has_gradient_) * rates_.tensor().view({2, 1, 1, 1});
+    const at::Tensor rate = wide(has_gradient_) * rates;
     const at::Tensor keep = 1 - rate * options.weight_decay();
     std::array<at::Tensor, 2> moved, momentum;
     for (const size_t side : {0, 1}) {

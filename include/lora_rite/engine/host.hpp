@@ -61,6 +61,8 @@ class HostBatch final : public Batch {
       s.finite.resize(static_cast<size_t>(count()));
       s.unmagnified_squared.resize(static_cast<size_t>(count()));
       s.momentum_maps.resize(static_cast<size_t>(count()) * square());
+      s.wide_momentum_maps.resize(static_cast<size_t>(count()) * square());
+      s.is_wide.resize(static_cast<size_t>(count()));
       s.gradient_maps.resize(static_cast<size_t>(count()) * square());
     }
     weights_ = column_weights(longest, double_options());
@@ -166,6 +168,8 @@ class HostBatch final : public Batch {
   // Rows that one thread takes at a time: some elements, and many times more than the sums that they leave behind.
   static constexpr int64_t kChunk = 32768, kChunkRanks = 64;
 
+  static constexpr double kMostInFloat = 4;  ///< largest entry of a momentum's map with which floats are exact enough
+
   /// What of a factor is looked at in every step to notice that someone wrote to it: where it lies, its version
   /// counter, and, for who wrote past the counter, the bits of up to 64 of its elements. Where one of them differs, all
   /// elements are read again.
@@ -205,6 +209,8 @@ class HostBatch final : public Batch {
     std::vector<char> finite;                 ///< factor, momentum and gradient
     std::vector<double> unmagnified_squared;  ///< ‖Ḡ‖²
     std::vector<float> momentum_maps;         ///< N → N [k, p, p]
+    std::vector<double> wide_momentum_maps;   ///< the same in double
+    std::vector<char> is_wide;                ///< is it the one in double that is needed?
     std::vector<double> gradient_maps;        ///< G → N [k, p, p]
     float keep = 1, rate = 0;                 ///< X ← keep · X − rate · N
     float* momentum = nullptr;                ///< [k, factor]
@@ -376,27 +382,52 @@ class HostBatch final : public Batch {
       has_gradient[lane] = side_of(factor).gradients[index].defined() ? 1 : 0;
       partner_edited[lane] = sides_[factor < count() ? 1 : 0].edited[index];
     }
-    const auto decision = rule::decide<rule::Eigenvalues, LaneMatrix>(
-        old, groups_[static_cast<size_t>(g)], rows, Lanes(clip), has_gradient, partner_edited, options);
-    // N = M R⁺ᵀ, both maps in one: βQᵀ R⁺ᵀ is close to β where the partner moved little, and G's map is a double one.
+    Group& now = groups_[static_cast<size_t>(g)];
+    if (options.max_relative_change() > 0) bound_relative_change(g, options, rows);
+    const auto decision =
+        rule::decide<rule::Eigenvalues, LaneMatrix>(old, now, rows, Lanes(clip), has_gradient, partner_edited, options);
+    // N = M R⁺ᵀ, both maps in one. G's map is a double one. βQᵀ R⁺ᵀ is near βI where the partner moved little, and then
+    // a float will do; but in coordinates in which the partner is ill-conditioned, it has entries that are large and
+    // cancel, and their round-off is amplified once more on the way back to M.
     const LaneMatrix& new_root = decision.moments.inverse_root;
     const LaneMatrix momentum_to_momentum = matmul(decision.momentum_map, transpose(new_root));
     const LaneMatrix gradient_to_momentum = matmul(decision.gradient_map, transpose(new_root));
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t factor = first + lane;
       float* momentum_map = side_of(factor).momentum_maps.data() + index_of(factor) * square();
+      double* wide_momentum_map = side_of(factor).wide_momentum_maps.data() + index_of(factor) * square();
       double* gradient_map = side_of(factor).gradient_maps.data() + index_of(factor) * square();
+      double largest = 0;
       for (int64_t i = 0; i < rank_; ++i)
         for (int64_t j = 0; j < rank_; ++j) {
           const int64_t e = i * padded_ + j;
           momentum_map[e] = narrow(momentum_to_momentum.at(i, j, lane));
+          wide_momentum_map[e] = momentum_to_momentum.at(i, j, lane);
+          largest = std::max(largest, std::abs(wide_momentum_map[e]));
           gradient_map[e] = gradient_to_momentum.at(i, j, lane);
           v[factor * size + i * rank_ + j] = decision.moments.second_moment.at(i, j, lane);
           root[factor * size + i * rank_ + j] = new_root.at(i, j, lane);
         }
+      side_of(factor).is_wide[index_of(factor)] = largest > kMostInFloat;
       mass[factor] = decision.moments.escaped_mass[lane];
       step[factor] = decision.moments.step[lane];
     }
+  }
+
+  /// Sets a group's damping.
+  void bound_relative_change(int64_t g, const LoraRiteOptions& options, const Lanes& rows) {
+    LaneMatrix own(rank_);
+    Lanes rate;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t factor = std::min(g * kLanes + lane, 2 * count() - 1);
+      const int64_t partner = (factor + count()) % (2 * count());  // which holds this factor's root
+      const LaneMatrix& root = groups_[static_cast<size_t>(partner / kLanes)].inverse_root;
+      for (int64_t i = 0; i < rank_; ++i)
+        for (int64_t j = 0; j < rank_; ++j) own.at(i, j, lane) = root.at(i, j, partner % kLanes);
+      rate[lane] = options.lr() * (factor < count() ? 1 : options.lr_ratio_b());
+    }
+    Group& now = groups_[static_cast<size_t>(g)];
+    now.damping = rule::relative_change_damping(now.inverse_root, own, rate, rows, options.max_relative_change());
   }
 
   /// As a float; beyond its range the largest one, for a map must not bring forth an infinity.
@@ -406,8 +437,12 @@ class HostBatch final : public Batch {
   }
 
   kernels::Maps maps_of(const Side& s, size_t i) const {
-    return {s.momentum_maps.data() + i * square(), s.gradient_maps.data() + i * square(), s.keep, s.rate,
-            s.gradients[i].defined()};
+    return {s.momentum_maps.data() + i * square(),
+            s.gradient_maps.data() + i * square(),
+            s.keep,
+            s.rate,
+            s.gradients[i].defined(),
+            s.is_wide[i] ? s.wide_momentum_maps.data() + i * square() : nullptr};
   }
   float* momentum_of(const Side& s, size_t i) const {
     return s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_;
@@ -454,6 +489,7 @@ class HostBatch final : public Batch {
         if (!(rms > bound)) continue;
         for (size_t e = i * square(); e < (i + 1) * square(); ++e) {
           s.momentum_maps[e] *= static_cast<float>(bound / rms);
+          s.wide_momentum_maps[e] *= bound / rms;
           s.gradient_maps[e] *= bound / rms;
         }
       }

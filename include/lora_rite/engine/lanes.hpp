@@ -149,6 +149,14 @@ class LaneMatrix {
   int64_t stride() const { return stride_; }  ///< from row to row, in lanes; padded against cache conflicts
   double* data() const { return buffer_.data(); }
   double& at(int64_t i, int64_t j, int64_t lane) const { return data()[(i * stride_ + j) * kLanes + lane]; }
+  Lanes get(int64_t i, int64_t j) const {
+    Lanes result;
+    std::memcpy(result.lane.data(), &at(i, j, 0), sizeof(result.lane));
+    return result;
+  }
+  void set(int64_t i, int64_t j, const Lanes& value) const {
+    std::memcpy(&at(i, j, 0), value.lane.data(), sizeof(value.lane));
+  }
   kernels::Operand operand() const { return {data(), stride_, 1}; }
 
  private:
@@ -288,6 +296,32 @@ inline Lanes largest_difference(const LaneValues& a, const LaneValues& b) {
   Lanes largest = a.get(0) - b.get(0);
   for (int64_t i = 1; i < a.rank(); ++i) largest = at_least(a.get(i) - b.get(i), largest);
   return largest;
+}
+
+/// S^{-1} = L^{-T} L^{-1} of positive definite S = L Lᵀ.
+inline LaneMatrix positive_inverse(const LaneMatrix& matrix) {
+  const int64_t r = matrix.rank();
+  LaneMatrix lower = matrix, inverse = make_matrix(r, [](int64_t, int64_t, int64_t) { return 0.0; });
+  // x ← x − Σ_{k from first to end} left(i, k) · right(k)
+  const auto subtract = [&](Lanes& x, int64_t i, int64_t first, int64_t end, auto right) {
+    for (int64_t k = first; k < end; ++k)
+      for (int64_t lane = 0; lane < kLanes; ++lane) x[lane] -= lower.at(i, k, lane) * right(k, lane);
+  };
+  for (int64_t j = 0; j < r; ++j) {
+    for (int64_t i = j; i < r; ++i) {
+      Lanes x = lower.get(i, j);
+      subtract(x, i, 0, j, [&](int64_t k, int64_t lane) { return lower.at(j, k, lane); });
+      lower.set(i, j, i == j ? sqrt(x) : x / lower.get(j, j));
+    }
+  }
+  for (int64_t j = 0; j < r; ++j) {
+    for (int64_t i = j; i < r; ++i) {
+      Lanes x = i == j ? 1.0 : 0.0;
+      subtract(x, i, j, i, [&](int64_t k, int64_t lane) { return inverse.at(k, j, lane); });
+      inverse.set(i, j, x / lower.get(i, i));
+    }
+  }
+  return matmul(transpose(inverse), inverse);
 }
 
 /// Householder's reflections, one matrix after the other: only QrBasis asks for it.

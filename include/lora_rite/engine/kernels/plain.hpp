@@ -51,8 +51,9 @@ inline void remember(const float* factor, const float* momentum, const double* w
 inline Matrix updated(const float* momentum, const float* gradient, const Shape& shape, int64_t first, int64_t end,
                       const Maps& maps) {
   const int64_t p = padded_rank(shape.rank);
-  Matrix n = rows_of(momentum, shape, first, end).template cast<double>() *
-             square_of(maps.momentum, shape.rank, p).template cast<double>();
+  const Matrix map = maps.wide_momentum != nullptr ? Matrix(square_of(maps.wide_momentum, shape.rank, p))
+                                                   : Matrix(square_of(maps.momentum, shape.rank, p).cast<double>());
+  Matrix n = rows_of(momentum, shape, first, end).template cast<double>() * map;
   if (maps.has_gradient)
     n += rows_of(gradient, shape, first, end).template cast<double>() * square_of(maps.gradient, shape.rank, p);
   return n;

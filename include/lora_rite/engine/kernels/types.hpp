@@ -76,7 +76,8 @@ struct Maps {
   const float* momentum;   ///< [p][p]
   const double* gradient;  ///< [p][p]; it weighs up faint directions, where a float is noise
   float keep, rate;
-  bool has_gradient;  ///< else X rests and only N is carried along
+  bool has_gradient;                      ///< else X rests and only N is carried along
+  const double* wide_momentum = nullptr;  ///< the momentum's map in double, where one in float would lose too much
 };
 
 // --- Lanes ---------------------------------------------------------------------------------------------------------
