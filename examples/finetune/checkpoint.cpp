@@ -36,15 +36,18 @@ void set_generator_state(const torch::Tensor& state) {
 }  // namespace
 
 void save_checkpoint(const std::filesystem::path& path, const TrainingState& state) {
-  torch::serialize::OutputArchive parameters, optimizer, scheduler, archive;
+  torch::serialize::OutputArchive parameters, archive;
   for (const auto& item : state.model.named_parameters()) {
     if (item.value().requires_grad()) parameters.write(archive_key(item.key()), item.value());
   }
-  state.optimizer.save(optimizer);
-  state.scheduler.save(scheduler);
   archive.write("parameters", parameters);
-  archive.write("optimizer", optimizer);
-  archive.write("scheduler", scheduler);
+  for (size_t index = 0; index < state.optimizers.size(); ++index) {
+    torch::serialize::OutputArchive optimizer, scheduler;
+    state.optimizers[index]->save(optimizer);
+    state.schedulers[index].save(scheduler);
+    archive.write(concat("optimizer", index), optimizer);
+    archive.write(concat("scheduler", index), scheduler);
+  }
   archive.write("step", c10::IValue(state.step));
   archive.write("generator", generator_state(), /*is_buffer=*/true);
   replace_file(path, [&](std::ostream& file) { archive.save_to(file); });
@@ -55,11 +58,9 @@ void load_checkpoint(const std::filesystem::path& path, TrainingState& state) {
     fail(path.string(), ": does not exist, so there is nothing to resume; start the run without --resume");
   }
   try {
-    torch::serialize::InputArchive archive, parameters, optimizer, scheduler;
+    torch::serialize::InputArchive archive, parameters;
     archive.load_from(path.string());
     archive.read("parameters", parameters);
-    archive.read("optimizer", optimizer);
-    archive.read("scheduler", scheduler);
     const at::NoGradGuard no_grad;
     for (auto& item : state.model.named_parameters()) {
       if (!item.value().requires_grad()) continue;
@@ -67,8 +68,13 @@ void load_checkpoint(const std::filesystem::path& path, TrainingState& state) {
       parameters.read(archive_key(item.key()), saved);
       item.value().copy_(saved);
     }
-    state.optimizer.load(optimizer);
-    state.scheduler.load(scheduler);
+    for (size_t index = 0; index < state.optimizers.size(); ++index) {
+      torch::serialize::InputArchive optimizer, scheduler;
+      archive.read(concat("optimizer", index), optimizer);
+      archive.read(concat("scheduler", index), scheduler);
+      state.optimizers[index]->load(optimizer);
+      state.schedulers[index].load(scheduler);
+    }
     c10::IValue step;
     archive.read("step", step);
     state.step = step.toInt();

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
+#include <vector>
 
 #include "classifier.hpp"
 
@@ -12,12 +14,12 @@ namespace finetune {
 /// The parts of a run that change while it trains.
 struct TrainingState {
   SentenceClassifier& model;
-  torch::optim::Optimizer& optimizer;
-  lora_rite::WarmupLinear& scheduler;
-  int64_t step = 0;  ///< finished steps; the batch order follows from it
+  const std::vector<std::unique_ptr<torch::optim::Optimizer>>& optimizers;
+  std::vector<lora_rite::WarmupLinear>& schedulers;  ///< one for each optimizer
+  int64_t step = 0;                                  ///< finished steps; the batch order follows from it
 };
 
-/// Saves trainable parameters, optimizer, scheduler, position and random number generator. An interruption leaves the
+/// Saves trainable parameters, optimizers, schedulers, position and random number generator. An interruption leaves the
 /// old file or the new one, never half of one.
 void save_checkpoint(const std::filesystem::path& path, const TrainingState& state);
 

@@ -1,12 +1,14 @@
 #include "cli.hpp"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 #include <string>
 
 #include "error.hpp"
 #include "files.hpp"
+#include "text.hpp"
 
 namespace finetune {
 namespace {
@@ -54,16 +56,21 @@ void add_options(CLI::App& app, Command& command) {
   app.add_option("--out", options.out, "Folder for the results; made if need be")->type_name("DIR")->group("Data");
   add(app, "--max-length", options.max_length, "Tokens a text is cut to")->group("Data");
 
-  add(app, "--optimizer", options.optimizer, "rite, adam or adamw")->group("Training");
+  add(app, "--optimizer", options.optimizer, "One of " + join(optimizer_names()))->group("Training");
   add(app, "--lr", options.lr, "Peak learning rate of the factors")
-      ->default_str(concat(default_lr("rite"), " for rite, ", default_lr("adam"), " for adam"))
+      ->default_str(concat(default_lr("rite"), " for rite, ", default_lr("adam"), " for the others"))
       ->group("Training");
   add(app, "--head-lr", options.head_lr, "Peak learning rate of the classifier head")->group("Training");
   add(app, "--weight-decay", options.weight_decay, "On the factors: decoupled for rite and adamw, L2 for adam")
       ->group("Training");
+  add(app, "--beta2", options.beta2, "rite, adam, adamw: decay rate of the second moment")->group("Training");
   add(app, "--clip", options.clip, "rite: bound on the norm of the unmagnified gradient, 0 = off")->group("Training");
   add(app, "--escape", options.escape, "rite: keep second moment that leaves the partner's column space (true, false)")
       ->group("Training");
+  add(app, "--max-relative-change", options.max_relative_change,
+      "rite: bound on how much a step changes a factor relative to itself, 0 = off")
+      ->group("Training");
+  add(app, "--lr-ratio-b", options.lr_ratio_b, "rite: rate of B divided by the rate of A")->group("Training");
   add(app, "--warmup", options.warmup, "Steps over which the rate rises; it then falls linearly to 0")
       ->group("Training");
   add(app, "--steps", options.steps, "Training steps")->group("Training");
@@ -84,6 +91,9 @@ void add_options(CLI::App& app, Command& command) {
   app.add_flag("--resume", command.resume, "Go on with the run in --out; every other option comes from its run.json")
       ->group("Running");
   app.add_flag("--overwrite", "Replace the results in --out")->group("Running");
+  add(app, "--evaluate-every", options.evaluate_every,
+      "Steps between measurements on --test, 0 = only after the last step")
+      ->group("Running");
   add(app, "--checkpoint-every", options.checkpoint_every, "Steps between checkpoints, 0 = only when stopped")
       ->group("Running");
   add(app, "--log-every", options.log_every, "Steps between lines when the output is no terminal")->group("Running");
@@ -93,17 +103,21 @@ void add_options(CLI::App& app, Command& command) {
 }
 
 template <class T>
-void require(bool condition, const char* option, const T& found, const char* expected) {
+void require(bool condition, const char* option, const T& found, const std::string& expected) {
   if (!condition) fail(option, " ", found, ": expected ", expected);
 }
 
 // Comparisons are written so that NaN fails them.
 void check_values(const RunOptions& options) {
-  require(options.optimizer == "rite" || options.optimizer == "adam" || options.optimizer == "adamw", "--optimizer",
-          options.optimizer, "rite, adam or adamw");
+  const std::vector<std::string> names = optimizer_names();
+  require(std::find(names.begin(), names.end(), options.optimizer) != names.end(), "--optimizer", options.optimizer,
+          join(names));
   require(options.lr >= 0, "--lr", options.lr, "a number of at least 0");
   require(options.head_lr >= 0, "--head-lr", options.head_lr, "a number of at least 0");
   require(options.weight_decay >= 0, "--weight-decay", options.weight_decay, "a number of at least 0");
+  require(options.beta2 >= 0 && options.beta2 < 1, "--beta2", options.beta2, "a number in [0, 1)");
+  require(options.max_relative_change >= 0, "--max-relative-change", options.max_relative_change, "at least 0");
+  require(options.lr_ratio_b > 0, "--lr-ratio-b", options.lr_ratio_b, "a number above 0");
   require(options.clip >= 0, "--clip", options.clip, "a number of at least 0");
   require(options.steps >= 1, "--steps", options.steps, "at least 1");
   require(options.warmup >= 0 && options.warmup <= options.steps, "--warmup", options.warmup,
@@ -115,6 +129,7 @@ void check_values(const RunOptions& options) {
   require(options.init_scale > 0, "--init-scale", options.init_scale, "a number above 0");
   require(options.max_length >= 3, "--max-length", options.max_length, "at least 3: two special tokens and a word");
   require(options.threads >= 0 && options.threads <= kMaxThreads, "--threads", options.threads, "0 to 1024");
+  require(options.evaluate_every >= 0, "--evaluate-every", options.evaluate_every, "at least 0");
   require(options.checkpoint_every >= 0, "--checkpoint-every", options.checkpoint_every, "at least 0");
   require(options.log_every >= 1, "--log-every", options.log_every, "at least 1");
 }

@@ -33,7 +33,11 @@ std::vector<StepRecord> read_records(const std::filesystem::path& path, int64_t 
       fail(path.string(), ":", next, ": is not the record of step ", next, "; start the run anew in another --out");
     }
     records.push_back(
-        {next, number(json["loss"]), number(json["lr"]), number(json["ms_step"]), number(json["ms_optimizer"])});
+        {next, number(json["loss"]), number(json["lr"]), number(json["ms_step"]), number(json["ms_optimizer"]), {}});
+    if (json.contains("test_loss")) {
+      records.back().test = {number(json["test_accuracy"]), number(json["test_accuracy_error"]),
+                             number(json["test_loss"])};
+    }
   }
   if (static_cast<int64_t>(records.size()) != count) {
     fail(path.string(), ": holds ", records.size(), " steps, but the checkpoint is at step ", count,
@@ -51,11 +55,17 @@ MetricsLog::MetricsLog(const std::filesystem::path& path, int64_t keep_steps) : 
 }
 
 void MetricsLog::write(const StepRecord& record) {
-  write_line({{"step", record.step},
-              {"loss", record.loss},
-              {"lr", record.lr},
-              {"ms_step", record.ms_step},
-              {"ms_optimizer", record.ms_optimizer}});
+  nlohmann::json line = {{"step", record.step},
+                         {"loss", record.loss},
+                         {"lr", record.lr},
+                         {"ms_step", record.ms_step},
+                         {"ms_optimizer", record.ms_optimizer}};
+  if (record.test) {
+    line["test_accuracy"] = record.test->accuracy;
+    line["test_accuracy_error"] = record.test->accuracy_error;
+    line["test_loss"] = record.test->loss;
+  }
+  write_line(line);
   records_.push_back(record);
 }
 
@@ -68,6 +78,7 @@ void MetricsLog::write_line(const nlohmann::json& line) {
 
 Evaluation evaluate(SentenceClassifier& model, const Dataset& data) {
   const at::NoGradGuard no_grad;
+  const bool was_training = model.is_training();
   model.eval();
   double loss = 0;
   int64_t correct = 0;
@@ -77,6 +88,7 @@ Evaluation evaluate(SentenceClassifier& model, const Dataset& data) {
     loss += at::cross_entropy_loss(logits, batch.labels, {}, at::Reduction::Sum).item<double>();
     correct += logits.argmax(1).eq(batch.labels).sum().item<int64_t>();
   }
+  model.train(was_training);
   const auto count = static_cast<double>(data.size());
   const double accuracy = static_cast<double>(correct) / count;
   return {accuracy, std::sqrt(accuracy * (1 - accuracy) / count), loss / count};

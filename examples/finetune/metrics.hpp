@@ -32,14 +32,7 @@ class MetricsLog {
   std::vector<StepRecord> records_;
 };
 
-/// Result of an evaluation.
-struct Evaluation {
-  double accuracy = 0;
-  double accuracy_error = 0;  ///< its standard error, from the number of examples
-  double loss = 0;            ///< mean cross-entropy
-};
-
-/// Accuracy and loss over a data set, without dropout and gradients.
+/// Accuracy and loss over a data set, without dropout and gradients. The model is left in the mode it was in.
 Evaluation evaluate(SentenceClassifier& model, const Dataset& data);
 
 }  // namespace finetune

@@ -3,6 +3,7 @@
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
 
+#include <lora_rite/baselines/registry.hpp>
 #include <lora_rite/lora_rite.hpp>
 #include <sstream>
 #include <string>
@@ -14,33 +15,52 @@
 namespace finetune {
 namespace {
 
-// Adam and AdamW: the factors in one param group, the head in another.
-template <class Optimizer, class Options>
-TrainingOptimizer make_adam(const RunOptions& options, const SentenceClassifier& model) {
-  std::vector<torch::Tensor> factors;
-  std::vector<torch::Tensor> head;
-  for (const auto& item : model.named_parameters()) {
-    if (!item.value().requires_grad()) continue;
-    const bool is_factor = item.key().find(".lora_") != std::string::npos;
-    (is_factor ? factors : head).push_back(item.value());
-  }
-  const Options factor_options = Options(options.lr).weight_decay(options.weight_decay);
-  const Options head_options = Options(options.head_lr).weight_decay(0);
-  std::vector<torch::optim::OptimizerParamGroup> groups;
-  groups.emplace_back(std::move(factors), std::make_unique<Options>(factor_options));
-  groups.emplace_back(std::move(head), std::make_unique<Options>(head_options));
-  return {std::make_unique<Optimizer>(std::move(groups), factor_options), [] { return int64_t{0}; }};
+// Adam and AdamW have these options under the same names; the other optimizers keep their defaults.
+template <class Options>
+bool set_options(torch::optim::OptimizerOptions& options, const RunOptions& wanted) {
+  auto* known = dynamic_cast<Options*>(&options);
+  if (known == nullptr) return false;
+  known->weight_decay(wanted.weight_decay).betas({0.9, wanted.beta2});
+  return true;
 }
 
+TrainingOptimizer make_by_name(const RunOptions& options, const SentenceClassifier& model) {
+  TrainingOptimizer result;
+  result.optimizers.push_back(
+      lora_rite::make_optimizer(options.optimizer, lora_rite::find_factor_pairs(model), options.lr));
+  for (torch::optim::OptimizerParamGroup& group : result.optimizers[0]->param_groups()) {
+    const bool is_set = set_options<torch::optim::AdamOptions>(group.options(), options) ||
+                        set_options<torch::optim::AdamWOptions>(group.options(), options);
+    if (!is_set && options.weight_decay != 0) {
+      fail("--weight-decay ", options.weight_decay, ": ", options.optimizer,
+           " does not take one here; leave it out, or choose rite, adam or adamw");
+    }
+  }
+  std::vector<torch::Tensor> head;
+  for (const auto& item : model.named_parameters()) {
+    if (item.value().requires_grad() && item.key().find(".lora_") == std::string::npos) head.push_back(item.value());
+  }
+  result.optimizers.push_back(std::make_unique<torch::optim::AdamW>(
+      std::move(head), torch::optim::AdamWOptions(options.head_lr).weight_decay(0)));
+  result.skipped_steps = [] { return int64_t{0}; };
+  return result;
+}
+
+template <class Basis>
 TrainingOptimizer make_rite(const RunOptions& options, const SentenceClassifier& model) {
-  auto rite = std::make_unique<lora_rite::LoraRite<>>(model,
-                                                      lora_rite::LoraRiteOptions(options.lr)
-                                                          .weight_decay(options.weight_decay)
-                                                          .clip_unmagnified_norm(options.clip)
-                                                          .escape(options.escape),
-                                                      torch::optim::AdamWOptions(options.head_lr).weight_decay(0));
-  auto* observed = rite.get();
-  return {std::move(rite), [observed] { return observed->skipped_steps(); }};
+  auto rite = std::make_unique<lora_rite::LoraRite<Basis>>(model,
+                                                           lora_rite::LoraRiteOptions(options.lr)
+                                                               .betas({0.9, options.beta2})
+                                                               .weight_decay(options.weight_decay)
+                                                               .clip_unmagnified_norm(options.clip)
+                                                               .escape(options.escape)
+                                                               .max_relative_change(options.max_relative_change)
+                                                               .lr_ratio_b(options.lr_ratio_b),
+                                                           torch::optim::AdamWOptions(options.head_lr).weight_decay(0));
+  TrainingOptimizer result;
+  result.skipped_steps = [observed = rite.get()] { return observed->skipped_steps(); };
+  result.optimizers.push_back(std::move(rite));
+  return result;
 }
 
 double tensor_bytes(torch::serialize::InputArchive& archive) {
@@ -59,22 +79,27 @@ double tensor_bytes(torch::serialize::InputArchive& archive) {
 
 }  // namespace
 
+std::vector<std::string> optimizer_names() { return lora_rite::optimizer_names(); }
+
 TrainingOptimizer make_optimizer(const RunOptions& options, const SentenceClassifier& model) {
-  if (options.optimizer == "rite") return make_rite(options, model);
-  if (options.optimizer == "adam") return make_adam<torch::optim::Adam, torch::optim::AdamOptions>(options, model);
-  if (options.optimizer == "adamw") return make_adam<torch::optim::AdamW, torch::optim::AdamWOptions>(options, model);
-  fail("--optimizer ", options.optimizer, ": is not known; choose rite, adam or adamw");
+  if (options.optimizer == "rite") return make_rite<lora_rite::PolarBasis>(options, model);
+  if (options.optimizer == "rite-qr") return make_rite<lora_rite::QrBasis>(options, model);
+  return make_by_name(options, model);
 }
 
-// Asked through what the optimizer saves: that is exactly what it remembers, whatever its class.
-double state_megabytes(const torch::optim::Optimizer& optimizer) {
-  torch::serialize::OutputArchive saved;
-  optimizer.save(saved);
-  std::stringstream stream;
-  saved.save_to(stream);
-  torch::serialize::InputArchive archive;
-  archive.load_from(stream);
-  return tensor_bytes(archive) / 1e6;
+// Asked through what the optimizers save: that is exactly what they remember, whatever their class.
+double state_megabytes(const TrainingOptimizer& training) {
+  double bytes = 0;
+  for (const auto& optimizer : training.optimizers) {
+    torch::serialize::OutputArchive saved;
+    optimizer->save(saved);
+    std::stringstream stream;
+    saved.save_to(stream);
+    torch::serialize::InputArchive archive;
+    archive.load_from(stream);
+    bytes += tensor_bytes(archive);
+  }
+  return bytes / 1e6;
 }
 
 }  // namespace finetune

@@ -36,17 +36,17 @@ Dataset tokenize_rows(const std::vector<LabelledText>& rows, const std::vector<s
           index_labels(rows, classes, path)};
 }
 
-StepRecord train_step(SentenceClassifier& model, torch::optim::Optimizer& optimizer, const Dataset& data,
+StepRecord train_step(SentenceClassifier& model, const TrainingOptimizer& training, const Dataset& data,
                       const std::vector<int64_t>& indices) {
   StepRecord record;
   const Stopwatch step;
-  record.lr = optimizer.param_groups()[0].options().get_lr();
+  record.lr = training.optimizers[0]->param_groups()[0].options().get_lr();
   const Batch batch = make_batch(data, indices, model.bert().config().pad_token_id);
   const torch::Tensor loss = at::cross_entropy_loss(model.forward(batch.tokens, batch.mask), batch.labels);
-  optimizer.zero_grad();
+  model.zero_grad();
   loss.backward();
   const Stopwatch optimizer_step;
-  optimizer.step();
+  for (const auto& optimizer : training.optimizers) optimizer->step();
   record.ms_optimizer = optimizer_step.milliseconds();
   record.loss = loss.item<double>();
   record.ms_step = step.milliseconds();
@@ -122,8 +122,9 @@ Outcome run_training(const RunOptions& options, SentenceClassifier& model, const
   const std::filesystem::path folder = options.out;
   const std::filesystem::path checkpoint = folder / "checkpoint.pt";
   const TrainingOptimizer training = make_optimizer(options, model);
-  lora_rite::WarmupLinear scheduler(*training.optimizer, options.warmup, options.steps);
-  TrainingState state{model, *training.optimizer, scheduler};
+  std::vector<lora_rite::WarmupLinear> schedulers;
+  for (const auto& optimizer : training.optimizers) schedulers.emplace_back(*optimizer, options.warmup, options.steps);
+  TrainingState state{model, training.optimizers, schedulers};
   if (resume) load_checkpoint(checkpoint, state);
   MetricsLog log(folder / "metrics.jsonl", state.step);
 
@@ -132,9 +133,12 @@ Outcome run_training(const RunOptions& options, SentenceClassifier& model, const
   const InterruptGuard interrupt;
   model.train();
   while (state.step < options.steps && !interrupt.requested()) {
-    StepRecord record = train_step(model, *training.optimizer, task.train, order.indices(state.step));
-    scheduler.step();
+    StepRecord record = train_step(model, training, task.train, order.indices(state.step));
+    for (lora_rite::WarmupLinear& scheduler : schedulers) scheduler.step();
     record.step = ++state.step;
+    if (options.evaluate_every > 0 && (state.step % options.evaluate_every == 0 || state.step == options.steps)) {
+      record.test = evaluate(model, task.test);
+    }
     log.write(record);
     progress.update(record);
     if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0) save_checkpoint(checkpoint, state);
@@ -146,9 +150,10 @@ Outcome run_training(const RunOptions& options, SentenceClassifier& model, const
 
   save_adapter(folder, model.bert(), options.lora(), options.model);
   save_head(folder / "head.safetensors", model.head(), task.classes);
-  const Evaluation test = evaluate(model, task.test);
+  const StepRecord& last = log.records().back();
+  const Evaluation test = last.test ? *last.test : evaluate(model, task.test);
   nlohmann::json summary = summarize(options, task, model, log.records(), test);
-  summary["optimizer_state_mb"] = state_megabytes(*training.optimizer);
+  summary["optimizer_state_mb"] = state_megabytes(training);
   summary["skipped_steps"] = training.skipped_steps();
   log.write_final(summary);
   display.out << "test accuracy " << fixed(100 * test.accuracy, 1) << " % (± " << fixed(100 * test.accuracy_error, 1)

@@ -35,7 +35,7 @@ TEST(CommandLine, TheRateAndAlphaFollowOptimizerAndRank) {
 
 TEST(CommandLine, ValuesThatMakeNoSenseAreNamed) {
   const std::vector<std::pair<std::vector<const char*>, const char*>> cases = {
-      {with({"--optimizer", "sgd"}), "--optimizer sgd: expected rite, adam or adamw"},
+      {with({"--optimizer", "adamax"}), "--optimizer adamax: expected rite, rite-qr, adam, adamw"},
       {with({"--lr", "nan"}), "--lr nan: expected"},
       {with({"--lr", "-1"}), "--lr -1: expected"},
       {with({"--rank", "0"}), "--rank 0: expected at least 1"},
