@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Makes tables and pictures of what study.py ran: report.py FOLDER reads FOLDER/runs.jsonl.
+
+Writes FOLDER/study.md and FOLDER/study-*.png, of whatever is there: a study that is under way can be looked at.
+"""
+
+import collections
+import json
+import math
+import pathlib
+import statistics
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from study import CONTENDERS, TASKS  # noqa: E402
+
+INK = "#333333"
+COLORS = dict(zip(CONTENDERS, ["#0b5fa5", "#f28e2b", "#c9a227", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#e15759",
+                               "#9a9a9a", "#d37295", "#4e79a7", "#7ab6e0", "#333333", "#17becf", "#8c564b"] * 2))
+BASELINE = "adam"
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.mean(math.log(max(value, 1e-30)) for value in values))
+
+
+class Entry:
+    """One contender in one cell (task, rank, start)."""
+
+    def __init__(self, task: str, runs: list[dict]):
+        self.is_text = TASKS[task].program == "finetune"
+        self.search: dict[float, list[dict]] = collections.defaultdict(list)
+        for run in runs:
+            if run["split"] == "validation":
+                self.search[run["lr"]].append(run)
+        by_rate: dict[float, list[dict]] = collections.defaultdict(list)
+        for run in runs:
+            if run["split"] == "test":
+                by_rate[run["lr"]].append(run)
+        self.rate, self.test = max(by_rate.items(), key=lambda item: len(item[1]), default=(math.nan, []))
+        self.test.sort(key=lambda run: run["seed"])
+
+    @property
+    def finished(self) -> bool:
+        return len(self.test) >= 3
+
+    def mean(self, values: list[float]) -> float:
+        return statistics.mean(values) if self.is_text else geometric_mean(values)
+
+    def search_loss(self, rate: float) -> float:
+        losses = [run["test_loss"] for run in self.search[rate]]
+        return math.inf if any(loss is None or not math.isfinite(loss) for loss in losses) else self.mean(losses)
+
+    def losses(self) -> list[float]:
+        return [math.inf if run["test_loss"] is None else run["test_loss"] for run in self.test]
+
+    def curve(self) -> list[float]:
+        """Mean over the seeds of the training loss (text) or the error (regression), at equal distances."""
+        return [self.mean([math.inf if value is None else value for value in values])
+                for values in zip(*(run["curve"] for run in self.test))]
+
+    def good_rates(self) -> str:
+        """The rates of the search that are nearly as good as the best: within a point of accuracy, or half a decade."""
+        rates = sorted(self.search)
+        if self.is_text:
+            accuracy = {rate: statistics.mean(run["test_accuracy"] for run in self.search[rate]) for rate in rates}
+            good = [rate for rate in rates if accuracy[rate] >= max(accuracy.values()) - 0.01]
+        else:
+            best = min(map(self.search_loss, rates))
+            good = [rate for rate in rates if self.search_loss(rate) <= math.sqrt(10) * best]
+        return f"{good[0]:.0e} – {good[-1]:.0e}" if len(good) > 1 else f"{good[0]:.0e}"
+
+    def against(self, other: "Entry") -> str:
+        """Paired over the seeds, with its standard error: the same seed means the same data."""
+        ours = {run["seed"]: run for run in self.test}
+        pairs = [(ours[run["seed"]], run) for run in other.test if run["seed"] in ours]
+        if len(pairs) < 2 or other is self:
+            return ""
+        if self.is_text:
+            gaps = [100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in pairs]
+            return f"{statistics.mean(gaps):+.1f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.1f} points"
+        if any(run["test_loss"] is None for pair in pairs for run in pair):
+            return "diverged"
+        gaps = [math.log(a["test_loss"] / b["test_loss"]) for a, b in pairs]
+        spread = math.exp(statistics.stdev(gaps) / math.sqrt(len(gaps)))
+        return f"× {math.exp(statistics.mean(gaps)):.2g} (×/÷ {spread:.2f})"
+
+    def share_of_steps(self, other: "Entry") -> str:
+        """When its curve first lies below where the other's ends, in percent of the steps."""
+        goal = other.curve()[-1]
+        curve = self.curve()
+        reached = [index for index, value in enumerate(curve) if value <= goal]
+        return f"{100 * (reached[0] + 1) / len(curve):.0f} %" if reached else "never"
+
+
+def load(folder: pathlib.Path) -> dict[tuple, dict[str, Entry]]:
+    """Cell (task, rank, start) → contender → entry, in the study's order."""
+    groups: dict[tuple, dict[str, list[dict]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        if run["contender"] in CONTENDERS and run["task"] in TASKS:
+            groups[run["task"], run["rank"], run["start"]][run["contender"]].append(run)
+    order = {name: index for index, name in enumerate(TASKS)}
+    cells = sorted(groups, key=lambda cell: (order[cell[0]], cell[2] == "lopsided", cell[1] != 16, cell[1]))
+    return {cell: {name: Entry(cell[0], groups[cell][name]) for name in CONTENDERS if name in groups[cell]}
+            for cell in cells}
+
+
+def title(cell: tuple) -> str:
+    task, rank, start = cell
+    return f"{TASKS[task].title}, rank {rank}" + (", lopsided start (A × 10)" if start == "lopsided" else "")
+
+
+def markdown(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def table(entries: dict[str, Entry]) -> str:
+    """Best first."""
+    finished = {name: entry for name, entry in entries.items() if entry.finished}
+    is_text = next(iter(finished.values())).is_text
+    baseline = finished.get(BASELINE)
+    header = ["optimizer", "best rate", "good rates"]
+    header += ["test accuracy", "best on the way", "test loss"] if is_text else ["error"]
+    rows = [header + ["against Adam", "steps to Adam's end"]]
+    for name, entry in sorted(finished.items(), key=lambda item: entry_mean(item[1])):
+        losses = entry.losses()
+        row = [name, f"{entry.rate:.1e}", entry.good_rates()]
+        if is_text:
+            for field in ("test_accuracy", "best_accuracy"):
+                values = [100 * run[field] for run in entry.test]
+                row.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %")
+            row.append(f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}")
+        else:
+            spread = math.exp(statistics.stdev(math.log(max(loss, 1e-30)) for loss in losses))
+            row.append(f"{geometric_mean(losses):.1e} (×/÷ {spread:.2f})")
+        rows.append(row + ([entry.against(baseline), entry.share_of_steps(baseline)] if baseline else ["", ""]))
+    return markdown(rows)
+
+
+def entry_mean(entry: Entry) -> float:
+    return entry.mean(entry.losses())
+
+
+def tidy(axes: plt.Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_rates(cells: dict[tuple, dict[str, Entry]], path: pathlib.Path) -> None:
+    """Loss of the search against the rate: how good at its best, and how hard to miss."""
+    figure, grid = plt.subplots(1, len(cells), figsize=(5.2 * len(cells), 4.4), squeeze=False, layout="constrained")
+    handles = {}
+    for axes, (cell, entries) in zip(grid[0], cells.items()):
+        for name, entry in entries.items():
+            rates = [rate for rate in sorted(entry.search) if math.isfinite(entry.search_loss(rate))]
+            wide = name.startswith("rite")
+            handles[name], = axes.plot(rates, [entry.search_loss(rate) for rate in rates], marker="o", markersize=3,
+                                       color=COLORS[name], linewidth=2.4 if wide else 1.2, zorder=3 if wide else 2)
+        axes.set_xscale("log")
+        if not TASKS[cell[0]].program == "finetune":
+            axes.set_yscale("log")
+        axes.set_title(title(cell), fontsize=10)
+        axes.set_xlabel("learning rate")
+        tidy(axes)
+    grid[0][0].set_ylabel("validation loss")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)),
+                  frameon=False)
+    figure.savefig(path, dpi=130, facecolor="white")
+    plt.close(figure)
+
+
+def draw_curves(cells: dict[tuple, dict[str, Entry]], path: pathlib.Path) -> None:
+    """Each at its best rate: what was left to learn after every part of the steps."""
+    figure, grid = plt.subplots(1, len(cells), figsize=(5.2 * len(cells), 4.4), squeeze=False, layout="constrained")
+    handles = {}
+    for axes, (cell, entries) in zip(grid[0], cells.items()):
+        steps = TASKS[cell[0]].steps
+        for name, entry in entries.items():
+            if not entry.finished:
+                continue
+            curve = entry.curve()
+            wide = name.startswith("rite")
+            handles[name], = axes.plot([steps * (index + 1) / len(curve) for index in range(len(curve))], curve,
+                                       color=COLORS[name], linewidth=2.4 if wide else 1.2, zorder=3 if wide else 2)
+        axes.set_yscale("log")
+        axes.set_title(title(cell), fontsize=10)
+        axes.set_xlabel("step")
+        tidy(axes)
+    grid[0][0].set_ylabel("error, or training loss")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)),
+                  frameon=False)
+    figure.savefig(path, dpi=130, facecolor="white")
+    plt.close(figure)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = pathlib.Path(sys.argv[1])
+    plt.rcParams.update({"font.size": 10, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+                         "xtick.color": INK, "ytick.color": INK})
+    cells = {cell: entries for cell, entries in load(folder).items()
+             if any(entry.finished for entry in entries.values())}
+    if not cells:
+        sys.exit(f"{folder}/runs.jsonl: nothing is finished yet; let study.py go on")
+    text = [f"### {title(cell)}\n\n{table(entries)}\n" for cell, entries in cells.items()]
+    (folder / "study.md").write_text("\n".join(text), encoding="utf-8")
+    print("\n".join(text))
+    for kind in ("regression", "finetune"):
+        shown = {cell: entries for cell, entries in cells.items()
+                 if TASKS[cell[0]].program == kind and cell[1] == 16 and cell[2] == "usual"}
+        if shown:
+            draw_rates(shown, folder / f"study-{kind}-rates.png")
+            draw_curves(shown, folder / f"study-{kind}-curves.png")
+
+
+if __name__ == "__main__":
+    main()
