@@ -70,6 +70,7 @@ class Contender:
 
 CONTENDERS = {
     "rite": Contender("rite", (-6, -8)),
+    "rite, bounded": Contender("rite", (-6, -8), ("--max-relative-change", "0.3")),
     "adam": Contender("adam", (-6, -7)),
     "adamw": Contender("adamw", (-6, -7)),
     "lora+": Contender("lora+", (-7, -9)),
@@ -81,14 +82,15 @@ CONTENDERS = {
     "muon": Contender("muon", (-5, -6)),
     "soap": Contender("soap", (-6, -7)),
     # what LoRA-RITE's options do
+    "rite, bounded by 1": Contender("rite", (-6, -8), ("--max-relative-change", "1")),
     "rite, no escape": Contender("rite", (-6, -8), ("--escape", "false")),
     "rite, no clip": Contender("rite", (-6, -8), ("--clip", "0")),
     "rite, beta2 0.99": Contender("rite", (-6, -8), ("--beta2", "0.99")),
     "rite, B 4 times faster": Contender("rite", (-7, -9), ("--lr-ratio-b", "4")),
 }
-USUAL = ("rite", "adam", "adamw", "lora+")
+USUAL = ("rite, bounded", "adam", "rite", "lora+", "adamw")
 OTHERS = ("scaled-adam", "shampoo", "lamb", "adagrad", "rmsprop", "muon", "soap")
-OPTIONS = tuple(name for name in CONTENDERS if name.startswith("rite, "))
+OPTIONS = tuple(name for name in CONTENDERS if name.startswith("rite, ") and name not in USUAL)
 RATES_AT_FIRST = 5
 
 
