@@ -5,7 +5,6 @@ Writes FOLDER/study.md and FOLDER/study-*.png, of whatever is there: a study tha
 """
 
 import collections
-import json
 import math
 import pathlib
 import statistics
@@ -16,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from study import CONTENDERS, TASKS  # noqa: E402
+from study import CONTENDERS, TASKS, read_runs  # noqa: E402
 
 INK = "#333333"
 COLORS = dict(zip(CONTENDERS, ["#0b5fa5", "#f28e2b", "#c9a227", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#e15759",
@@ -100,8 +99,7 @@ class Entry:
 def load(folder: pathlib.Path) -> dict[tuple, dict[str, Entry]]:
     """Cell (task, rank, start) → contender → entry, in the study's order."""
     groups: dict[tuple, dict[str, list[dict]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-    for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
+    for run in read_runs(folder / "runs.jsonl"):
         if run["contender"] in CONTENDERS and run["task"] in TASKS:
             groups[run["task"], run["rank"], run["start"]][run["contender"]].append(run)
     order = {name: index for index, name in enumerate(TASKS)}
@@ -171,7 +169,7 @@ def draw_rates(cells: dict[tuple, dict[str, Entry]], path: pathlib.Path) -> None
         axes.set_xlabel("learning rate")
         tidy(axes)
     grid[0][0].set_ylabel("validation loss")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)),
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4 * len(cells), 8, len(handles)),
                   frameon=False)
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
@@ -195,7 +193,7 @@ def draw_curves(cells: dict[tuple, dict[str, Entry]], path: pathlib.Path) -> Non
         axes.set_xlabel("step")
         tidy(axes)
     grid[0][0].set_ylabel("error, or training loss")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, len(handles)),
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4 * len(cells), 8, len(handles)),
                   frameon=False)
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)

@@ -258,6 +258,8 @@ class Programs:
 
     def call(self, command: list[str]) -> str:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "FINETUNE_PYTHON": sys.executable}
+        if self.stopped:
+            return ""
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
                                  start_new_session=True)  # Ctrl-C is for us: we end the children
         self.children.add(child)
