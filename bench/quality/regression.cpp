@@ -96,7 +96,7 @@ int main(int argc, char** argv) try {
   Run run;
   lora_rite::LoraRiteOptions rite;
   double beta2 = 0.999, clip = 1, lr_ratio_b = 1, max_relative_change = 0;
-  bool escape = true;
+  bool escape = true, row_equilibration = false;
   std::vector<double> rates = {1e-2};
   std::vector<uint64_t> seeds = {0};
   CLI::App app("Trains a LoRA pair on a teacher–student regression; one JSON line a run", "regression");
@@ -120,6 +120,7 @@ int main(int argc, char** argv) try {
   add("--clip", clip, "rite: bound on the norm of the unmagnified gradient, 0 = off");
   add("--escape", escape, "rite: keep the escaped mass");
   add("--max-relative-change", max_relative_change, "rite: bound on a factor's relative change a step, 0 = off");
+  add("--row-equilibration", row_equilibration, "rite: adapt from row to row as well");
   add("--lr-ratio-b", lr_ratio_b, "rite: rate of B divided by the rate of A");
   CLI11_PARSE(app, argc, argv);
   at::set_num_threads(1);
@@ -140,7 +141,8 @@ int main(int argc, char** argv) try {
                                                                            .clip_unmagnified_norm(clip)
                                                                            .escape(escape)
                                                                            .lr_ratio_b(lr_ratio_b)
-                                                                           .max_relative_change(max_relative_change));
+                                                                           .max_relative_change(max_relative_change)
+                                                                           .row_equilibration(row_equilibration));
       } else {
         optimizer = lora_rite::make_optimizer(run.optimizer, {pair}, lr);
       }

@@ -70,6 +70,8 @@ void add_options(CLI::App& app, Command& command) {
   add(app, "--max-relative-change", options.max_relative_change,
       "rite: bound on how much a step changes a factor relative to itself, 0 = off")
       ->group("Training");
+  add(app, "--row-equilibration", options.row_equilibration, "rite: adapt from row to row as well (true, false)")
+      ->group("Training");
   add(app, "--lr-ratio-b", options.lr_ratio_b, "rite: rate of B divided by the rate of A")->group("Training");
   add(app, "--warmup", options.warmup, "Steps over which the rate rises; it then falls linearly to 0")
       ->group("Training");

@@ -55,6 +55,7 @@ TrainingOptimizer make_rite(const RunOptions& options, const SentenceClassifier&
                                                                .clip_unmagnified_norm(options.clip)
                                                                .escape(options.escape)
                                                                .max_relative_change(options.max_relative_change)
+                                                               .row_equilibration(options.row_equilibration)
                                                                .lr_ratio_b(options.lr_ratio_b),
                                                            torch::optim::AdamWOptions(options.head_lr).weight_decay(0));
   TrainingOptimizer result;

@@ -25,6 +25,7 @@ struct RunOptions {
   double clip = 1;                 ///< rite: bound on the unmagnified gradient norm, 0 = off
   bool escape = true;              ///< rite: keep the escaped mass
   double max_relative_change = 0;  ///< rite: bound on a factor's relative change in a step, 0 = off
+  bool row_equilibration = false;  ///< rite: adapt from row to row as well
   double lr_ratio_b = 1;           ///< rite: rate of B divided by the rate of A
   int64_t warmup = 0;              ///< steps of linear warm-up
   int64_t steps = 150;
@@ -48,9 +49,9 @@ struct RunOptions {
 };
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunOptions, model, train, test, out, optimizer, lr, head_lr, weight_decay, beta2,
-                                   clip, escape, max_relative_change, lr_ratio_b, warmup, steps, batch, seed, rank,
-                                   alpha, dropout, init_scale, evaluate_every, max_length, threads, checkpoint_every,
-                                   log_every, python)
+                                   clip, escape, max_relative_change, row_equilibration, lr_ratio_b, warmup, steps,
+                                   batch, seed, rank, alpha, dropout, init_scale, evaluate_every, max_length, threads,
+                                   checkpoint_every, log_every, python)
 
 /// The names that `optimizer` may have.
 std::vector<std::string> optimizer_names();

@@ -364,8 +364,9 @@ class LoraRite : public torch::optim::Optimizer {
         detail::check_factor_pair(group.pairs[i], labels.back());
       }
       const LoraRiteOptions& options = rite_options(g);
+      const bool needs_device = options.capturable() || options.row_equilibration();
       group.batches =
-          engine::make_batches<Basis>(group.pairs, labels, options.capturable() ? Engine::Device : options.engine());
+          engine::make_batches<Basis>(group.pairs, labels, needs_device ? Engine::Device : options.engine());
     }
   }
 

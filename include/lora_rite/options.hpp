@@ -53,6 +53,9 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   /// the cross term dB·dA of a step; 0 = off, good values are 0.3 to 1. Float factors need it where the adapter's rank
   /// is higher than the task's. See docs/algorithm.md.
   TORCH_ARG(double, max_relative_change) = 0.0;
+  /// Adapt from row to row as well: a second moment for each row of a factor beside V. See docs/algorithm.md. Takes
+  /// Engine::Device. Chosen in the first step.
+  TORCH_ARG(bool, row_equilibration) = false;
   /// Rate of B divided by the rate of A (LoRA+, Hayou et al. 2024); > 0.
   TORCH_ARG(double, lr_ratio_b) = 1.0;
   /// After each step scale A and B such that their norms agree, BA unchanged. Only pairs whose factors both moved.
@@ -85,6 +88,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(clip_unmagnified_norm);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_update_rms);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_relative_change);
+    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(row_equilibration);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr_ratio_b);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(balance);
     _TORCH_OPTIM_SERIALIZE_TORCH_ARG(maximize);
@@ -101,6 +105,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, clip_unmagnified_norm);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, max_update_rms);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, max_relative_change);
+    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, row_equilibration);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr_ratio_b);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, balance);
     _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, maximize);
@@ -136,8 +141,9 @@ inline void check_options(const LoraRiteOptions& options, const std::string& whe
               largest_rate * options.weight_decay(), ", expected < 1 (a step would turn the factors around)");
   TORCH_CHECK(options.engine() >= Engine::Automatic && options.engine() <= Engine::Host, where, ": engine is ",
               static_cast<int64_t>(options.engine()), ", expected Engine::Automatic, Engine::Device or Engine::Host");
-  TORCH_CHECK(!(options.capturable() && options.engine() == Engine::Host), where,
-              ": engine is Engine::Host, expected Engine::Device or Engine::Automatic for a capturable step");
+  TORCH_CHECK(options.engine() != Engine::Host || !(options.capturable() || options.row_equilibration()), where,
+              ": engine is Engine::Host, expected Engine::Device or Engine::Automatic for ",
+              options.capturable() ? "a capturable step" : "row equilibration");
 }
 
 }  // namespace detail

@@ -31,7 +31,8 @@ struct Statistics {
   Matrix coordinates;    ///< C, undefined where it is the identity
   Matrix gram;           ///< (YC)ᵀ (YC)
   Matrix cross;          ///< (YC)ᵀ Y_old, Y_old being the partner one step ago
-  Matrix gradient_gram;  ///< (GC)ᵀ (GC), zero where there is no gradient
+  Matrix gradient_gram;  ///< (GC)ᵀ (GC), zero where there is no gradient; with row equilibration G's rows are scaled
+  Matrix plain_gradient_gram;  ///< the same without that scale, undefined where there is none
 };
 
 /// What is remembered from step to step besides N.
@@ -46,10 +47,11 @@ struct Moments {
 /// The geometry of the partner and the gradient seen in it.
 template <class Matrix>
 struct Unmagnified {
-  Matrix inverse_root;   ///< R⁺
-  Matrix change;         ///< Q = Uᵀ Y_old: transports momenta, as N Qᵀ = M_old Pᵀ
-  Matrix gradient_gram;  ///< ḠᵀḠ
-  Matrix damping;        ///< K of `relative_change_damping`, undefined where nothing is bounded
+  Matrix inverse_root;         ///< R⁺
+  Matrix change;               ///< Q = Uᵀ Y_old: transports momenta, as N Qᵀ = M_old Pᵀ
+  Matrix gradient_gram;        ///< ḠᵀḠ, of scaled rows with row equilibration
+  Matrix plain_gradient_gram;  ///< ḠᵀḠ without that scale, undefined where there is none
+  Matrix damping;              ///< K of `relative_change_damping`, undefined where nothing is bounded
 };
 
 /// What act 3 applies to the rows: M = N·momentum_map + G·gradient_map, N = M R⁺ᵀ, X ← (1−ηλ) X − ηN.
@@ -57,7 +59,8 @@ template <class Matrix>
 struct Decision {
   Moments<Matrix> moments;
   Matrix momentum_map;  ///< β₁' Qᵀ
-  Matrix gradient_map;  ///< (1−β₁') c R⁺ ((V + ρI)^{1/2} + εI)^{-1}
+  Matrix gradient_map;  ///< (1−β₁') c R⁺ ((V + ρI)^{1/2} + εI)^{-1} K
+  Matrix plain_map;     ///< c R⁺ ((V + ρI)^{1/2} + εI)^{-1}, for row equilibration only
 };
 
 /// Eigenvalues of a Gram matrix below this share of the largest are round-off: (unit round-off of the factors' dtype)²,
@@ -71,9 +74,10 @@ inline double relative_cutoff(double dtype_epsilon, int64_t rank) {
 template <class Basis, class Matrix>
 Unmagnified<Matrix> unmagnify(const Statistics<Matrix>& statistics, double cutoff) {
   const Matrix root = Basis::inverse_root(statistics.gram, cutoff);
+  const auto project = [&](const Matrix& gram) { return matmul(transpose(root), matmul(gram, root)); };
   return {statistics.coordinates.defined() ? matmul(statistics.coordinates, root) : root,
-          matmul(transpose(root), statistics.cross), matmul(transpose(root), matmul(statistics.gradient_gram, root)),
-          Matrix()};
+          matmul(transpose(root), statistics.cross), project(statistics.gradient_gram),
+          statistics.plain_gradient_gram.defined() ? project(statistics.plain_gradient_gram) : Matrix(), Matrix()};
 }
 
 /// β' = β (1−β^{t−1}) / (1−β^t), with which a running mean needs no bias correction; 1 where no gradient came.
@@ -146,11 +150,14 @@ Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& n
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
   Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, options.eps(), options.eps_root());
+  Matrix plain_map;
+  if (options.row_equilibration()) plain_map = matmul(now.inverse_root, adaptive) * clip_factor;
   if (now.damping.defined()) adaptive = matmul(adaptive, now.damping);
   const Scalar<Matrix> length = (1.0 - beta1) * clip_factor * (options.maximize() ? -1.0 : 1.0);
   return {{std::move(second_moment), escaped_mass, now.inverse_root, step},
           transpose(now.change) * beta1,
-          matmul(now.inverse_root, adaptive) * length};
+          matmul(now.inverse_root, adaptive) * length,
+          std::move(plain_map)};
 }
 
 }  // namespace lora_rite::rule

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/accumulate.h>
 #include <torch/serialize/archive.h>
 
 #include <array>
@@ -18,6 +19,7 @@ namespace lora_rite {
 struct PairState {
   rule::Moments<at::Tensor> moments;   ///< V, R⁺ of the partner [2, k, r, r], ρ and t [2, k, 1, 1], double
   std::array<at::Tensor, 2> momentum;  ///< N [k, factor shape], float or double; undefined before the first gradient
+  std::array<at::Tensor, 2> rows;      ///< second moments of the rows [k, n], as N; undefined if not wanted
   std::array<at::Tensor, 2> master;    ///< float copy of half-type factors [k, factor shape], undefined if not wanted
   at::Tensor column_sums;              ///< of the factors as the last step left them, to notice edits [2, 2, k, r]
   at::Tensor previous_scale;           ///< α and γ [2, k, 1, 1] of the last step's way back: X_old = α X + γ N,
@@ -46,6 +48,7 @@ struct PairState {
                      small(moments.step)};
     for (const size_t side : {0, 1}) {
       state.momentum[side] = large(momentum[side]);
+      state.rows[side] = large(rows[side]);
       state.master[side] = large(master[side]);
     }
     state.column_sums = column_sums.narrow(2, index, 1).clone();
@@ -79,7 +82,8 @@ struct PairState {
     for (const size_t side : {0, 1}) {
       joined.momentum[side] =
           cat_where_any([side](const PairState& s) { return s.momentum[side]; }, absent_momentum[side]);
-      // A master copy is made for all pairs of a batch or for none.
+      // These are made for all pairs of a batch or for none.
+      joined.rows[side] = cat_where_any([side](const PairState& s) { return s.rows[side]; }, at::Tensor());
       joined.master[side] = cat_where_any([side](const PairState& s) { return s.master[side]; }, at::Tensor());
     }
     return joined;
@@ -94,6 +98,7 @@ struct PairState {
                   /*is_buffer=*/true);
     for (const size_t side : {0, 1}) {
       if (momentum[side].defined()) archive.write(momentum_key(side), momentum[side], /*is_buffer=*/true);
+      if (rows[side].defined()) archive.write(rows_key(side), rows[side], /*is_buffer=*/true);
       if (master[side].defined()) archive.write(master_key(side), master[side], /*is_buffer=*/true);
     }
   }
@@ -127,6 +132,7 @@ struct PairState {
       std::vector<int64_t> shape = sizes[side];
       shape.insert(shape.begin(), 1);
       state.momentum[side] = read(momentum_key(side), shape, wide_dtype, false);
+      state.rows[side] = read(rows_key(side), {1, c10::multiply_integers(sizes[side]) / rank}, wide_dtype, false);
       state.master[side] = read(master_key(side), shape, wide_dtype, false);
     }
     return state;
@@ -134,6 +140,7 @@ struct PairState {
 
  private:
   static std::string momentum_key(size_t side) { return side == 0 ? "momentum_a" : "momentum_b"; }
+  static std::string rows_key(size_t side) { return side == 0 ? "rows_a" : "rows_b"; }
   static std::string master_key(size_t side) { return side == 0 ? "master_a" : "master_b"; }
 };
 

@@ -35,6 +35,7 @@ struct OracleOptions {
   double clip = 1;
   double max_update_rms = 0;
   double max_relative_change = 0;
+  bool row_equilibration = false;
   double lr_ratio_b = 1;
   bool balance = false;
   bool maximize = false;
@@ -124,6 +125,7 @@ struct OracleFactor {
   Matrix x;                  ///< [n, r]
   Matrix m;                  ///< [n, r], momentum in the partner's basis
   Matrix v;                  ///< [r, r], second moment in the partner's basis
+  Vector rows;               ///< [n], second moments of the rows
   double rho = 0;            ///< escaped mass
   int64_t t = 0;             ///< steps with a gradient
   Basis basis;               ///< of this factor at the last step
@@ -131,7 +133,10 @@ struct OracleFactor {
   double amplification = 1;  ///< largest κ(R) κ((V + ρI)^{1/2} + εI) of any step, or κ(R_X) κ(R_Y) κ(K)
 
   explicit OracleFactor(Matrix initial)
-      : x(std::move(initial)), m(Matrix::Zero(x.rows(), x.cols())), v(Matrix::Zero(x.cols(), x.cols())) {}
+      : x(std::move(initial)),
+        m(Matrix::Zero(x.rows(), x.cols())),
+        v(Matrix::Zero(x.cols(), x.cols())),
+        rows(Vector::Ones(x.rows())) {}
 
   void edit(Matrix value) {
     x = std::move(value);
@@ -224,10 +229,15 @@ class Oracle {
     const double beta2 = corrected_decay(o.beta2, x.t);
     const Matrix g = c * *gradient;
     x.rho = o.escape ? beta2 * x.rho : 0;
-    x.v = beta2 * x.v + (1 - beta2) * (g.transpose() * g) / static_cast<double>(g.rows());
+    const Matrix seen = o.row_equilibration ? Matrix(row_scale(x.rows).asDiagonal() * g) : g;
+    x.v = beta2 * x.v + (1 - beta2) * (seen.transpose() * seen) / static_cast<double>(g.rows());
     x.v = ((x.v + x.v.transpose()) / 2).eval();
     const Matrix preconditioner = inverse_root(x.v, x.rho, o.eps, o.eps_root);
     Matrix s = g * preconditioner;
+    if (o.row_equilibration) {
+      x.rows = beta2 * x.rows + (1 - beta2) * s.rowwise().squaredNorm() / static_cast<double>(s.cols());
+      s = row_scale(x.rows).asDiagonal() * s;
+    }
     x.amplification = std::max(x.amplification, condition(basis.r) * condition(preconditioner));
     if (o.max_relative_change > 0) {
       const Matrix k = damping(basis, own, lr * std::sqrt(static_cast<double>(g.rows())) / (2 * o.max_relative_change));
@@ -240,6 +250,13 @@ class Oracle {
       const double rms = x.m.norm() / std::sqrt(static_cast<double>(x.m.size()));
       x.m /= std::max(1.0, rms / o.max_update_rms);
     }
+  }
+
+  /// row^{-1/2}, 0 for a row that never had a gradient.
+  static Vector row_scale(const Vector& rows) {
+    Vector scale = rows;
+    for (double& value : scale) value = value > 0 ? 1 / std::sqrt(value) : 0;
+    return scale;
   }
 
   /// 1 / (1 + c² z²) in the partner's basis, where z are the singular values of Z = R_Y⁺ᵀ R_X⁺ = L diag(z) …

@@ -71,7 +71,7 @@ class DeviceBatch final : public Batch {
     }
     edited_ = at::stack({changed[0], changed[1]});
 
-    std::array<at::Tensor, 2> coordinates, gram, cross, gradient_gram;
+    std::array<at::Tensor, 2> coordinates, gram, cross, gradient_gram, plain_gradient_gram;
     for (const size_t side : {0, 1}) {
       const at::Tensor x = wide(tall(factors_[side], side));
       if (dtype_ == at::kDouble) coordinates[side] = inverse_root(finite_or_zero(inner_products(x, x)));
@@ -90,18 +90,25 @@ class DeviceBatch final : public Batch {
     for (const size_t side : {0, 1}) {
       const size_t partner = 1 - side;
       if (!gradients_[side].defined()) {
-        gradient_gram[side] = at::zeros_like(gram[side]);
+        gradient_gram[side] = plain_gradient_gram[side] = at::zeros_like(gram[side]);
         continue;
       }
       at::Tensor gradient = wide(tall(gradients_[side], side));
       if (coordinates[partner].defined()) gradient = at::matmul(gradient, coordinates[partner]);
-      gradient_gram[side] = inner_products(gradient, gradient);
+      gradient_gram[side] = plain_gradient_gram[side] = inner_products(gradient, gradient);
+      if (options.row_equilibration() && state_.rows[side].defined()) {
+        gradient = gradient * row_scale(state_.rows[side]);
+        gradient_gram[side] = inner_products(gradient, gradient);
+      }
     }
     // Statistics of side s are those of its partner's geometry.
     if (coordinates[0].defined()) statistics_.coordinates = at::stack({coordinates[1], coordinates[0]});
     statistics_.gram = at::stack({gram[1], gram[0]});
     statistics_.cross = at::stack({cross[1], cross[0]});
     statistics_.gradient_gram = at::stack({gradient_gram[0], gradient_gram[1]});
+    if (options.row_equilibration()) {
+      statistics_.plain_gradient_gram = at::stack({plain_gradient_gram[0], plain_gradient_gram[1]});
+    }
     return true;
   }
 
@@ -110,13 +117,16 @@ class DeviceBatch final : public Batch {
   }
 
   at::Tensor unmagnify(const at::Tensor& proceed) override {
-    for (at::Tensor* matrix : {&statistics_.gram, &statistics_.cross, &statistics_.gradient_gram}) {
-      *matrix = choose(proceed, *matrix, 0.0);
+    for (at::Tensor* matrix :
+         {&statistics_.gram, &statistics_.cross, &statistics_.gradient_gram, &statistics_.plain_gradient_gram}) {
+      if (matrix->defined()) *matrix = choose(proceed, *matrix, 0.0);
     }
     unmagnified_ = capturable_ ? rule::unmagnify<CholeskyRoot>(statistics_, cutoff())
                                : rule::unmagnify<Basis>(statistics_, cutoff());
     statistics_ = {};
-    fresh_norm_squared_ = unmagnified_.gradient_gram.diagonal(0, -2, -1).sum(-1).clamp_min(0);
+    const at::Tensor& seen =
+        unmagnified_.plain_gradient_gram.defined() ? unmagnified_.plain_gradient_gram : unmagnified_.gradient_gram;
+    fresh_norm_squared_ = seen.diagonal(0, -2, -1).sum(-1).clamp_min(0);
     return fresh_norm_squared_.sum();
   }
 
@@ -141,7 +151,7 @@ class DeviceBatch final : public Batch {
 
     const at::Tensor rate = wide(has_gradient_) * rates;
     const at::Tensor keep = 1 - rate * options.weight_decay();
-    std::array<at::Tensor, 2> moved, momentum;
+    std::array<at::Tensor, 2> moved, momentum, rows;
     for (const size_t side : {0, 1}) {
       moved[side] = wide(tall(factors_[side], side));
       if (!gradients_[side].defined() && !state_.momentum[side].defined()) continue;
@@ -151,7 +161,11 @@ class DeviceBatch final : public Batch {
         in_basis = at::matmul(wide(tall(state_.momentum[side], side)), decision.momentum_map[side]);
       }
       if (gradients_[side].defined()) {
-        const at::Tensor gradient = wide(tall(gradients_[side], side));
+        at::Tensor gradient = wide(tall(gradients_[side], side));
+        if (options.row_equilibration()) {
+          rows[side] = second_moments_of_rows(side, gradient, decision, options);
+          gradient = gradient * row_scale(rows[side]);
+        }
         const at::Tensor& map = decision.gradient_map[side];
         in_basis = in_basis.defined() ? at::baddbmm(in_basis, gradient, map) : at::matmul(gradient, map);
       }
@@ -174,6 +188,11 @@ class DeviceBatch final : public Batch {
         const at::Tensor fresh = stacked(momentum[side], side, shapes_[side]).to(wide_dtype());
         if (!stored.defined()) stored = at::zeros(fresh.sizes(), fresh.options());
         remember(stored, fresh);
+      }
+      if (rows[side].defined()) {
+        at::Tensor& stored = state_.rows[side];
+        if (!stored.defined()) stored = at::ones(rows[side].sizes(), rows[side].options().dtype(wide_dtype()));
+        remember(stored, rows[side].to(wide_dtype()));
       }
       sums[side] =
           gradients_[side].defined() ? write_back(moved[side], side, proceed) : column_sums(gather(side), side);
@@ -209,6 +228,23 @@ class DeviceBatch final : public Batch {
 
   at::Tensor inverse_root(const at::Tensor& gram) const {
     return capturable_ ? CholeskyRoot::inverse_root(gram, cutoff()) : Basis::inverse_root(gram, cutoff());
+  }
+
+  /// row^{-1/2} [k, n, 1]; 0 where nothing was seen.
+  static at::Tensor row_scale(const at::Tensor& rows) {
+    const at::Tensor r = wide(rows).unsqueeze(-1);
+    return choose(r > 0, r.rsqrt(), 0.0);
+  }
+
+  /// row ← β₂' row + (1−β₂') mean_j S₀², S₀ = c Ḡ ((V + ρI)^{1/2} + εI)^{-1} [k, n, r].
+  at::Tensor second_moments_of_rows(size_t side, const at::Tensor& gradient, const rule::Decision<at::Tensor>& decision,
+                                    const LoraRiteOptions& options) const {
+    const at::Tensor fresh = at::matmul(gradient, decision.plain_map[side]).square().mean(-1);
+    const at::Tensor decay =
+        rule::bias_corrected_decay(std::get<1>(options.betas()), decision.moments.step[side], has_gradient_[side])
+            .squeeze(-1);
+    const at::Tensor old = state_.rows[side].defined() ? wide(state_.rows[side]) : at::ones_like(fresh);
+    return decay * old + (1 - decay) * fresh;
   }
 
   at::Tensor gather(size_t side) const {
