@@ -36,7 +36,7 @@ TEST_P(Resume, IsBitExactOnAFreshlyBuiltOptimizer) {
   const auto options = LoraRiteOptions(1e-2).weight_decay(0.01).balance(true).master_weights(master);
   const auto build = [&](const std::vector<FactorPair>& g0, const std::vector<FactorPair>& g1) {
     LoraRite<> optimizer(g0, options);
-    optimizer.add_pairs(g1, LoraRiteOptions(3e-3).escape(false));
+    optimizer.add_pairs(g1, LoraRiteOptions(3e-3).escape(false).row_equilibration(true).max_relative_change(0.2));
     return optimizer;
   };
   const auto g0 = first_group(dtype), g1 = second_group(dtype);
@@ -75,6 +75,8 @@ TEST(Serialization, KeepsEveryOption) {
                            .escape(false)
                            .clip_unmagnified_norm(0.7)
                            .max_update_rms(3)
+                           .max_relative_change(0.2)
+                           .row_equilibration(true)
                            .lr_ratio_b(4)
                            .balance(true)
                            .maximize(true)
@@ -90,6 +92,8 @@ TEST(Serialization, KeepsEveryOption) {
   EXPECT_FALSE(found.escape());
   EXPECT_EQ(found.clip_unmagnified_norm(), 0.7);
   EXPECT_EQ(found.max_update_rms(), 3);
+  EXPECT_EQ(found.max_relative_change(), 0.2);
+  EXPECT_TRUE(found.row_equilibration());
   EXPECT_EQ(found.lr_ratio_b(), 4);
   EXPECT_TRUE(found.balance());
   EXPECT_TRUE(found.maximize());

@@ -83,6 +83,9 @@ CONTENDERS = {
     "soap": Contender("soap", (-6, -7)),
     # what LoRA-RITE's options do
     "rite, bounded by 1": Contender("rite", (-6, -8), ("--max-relative-change", "1")),
+    "rite, rows": Contender("rite", (-6, -8), ("--row-equilibration", "true")),
+    "rite, rows, bounded": Contender("rite", (-6, -8), ("--row-equilibration", "true", "--max-relative-change", "0.3")),
+    "rite, bounded, no escape": Contender("rite", (-6, -8), ("--max-relative-change", "0.3", "--escape", "false")),
     "rite, no escape": Contender("rite", (-6, -8), ("--escape", "false")),
     "rite, no clip": Contender("rite", (-6, -8), ("--clip", "0")),
     "rite, beta2 0.99": Contender("rite", (-6, -8), ("--beta2", "0.99")),

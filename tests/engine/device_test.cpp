@@ -49,6 +49,8 @@ TEST(DeviceEngine, StepsMetaTensorsSoNothingIsReadBack) {
                                      .balance(true)
                                      .max_update_rms(1)
                                      .weight_decay(0.1)
+                                     .max_relative_change(0.3)
+                                     .row_equilibration(true)
                                      .master_weights(dtype == torch::kBFloat16)
                                      .engine(Engine::Device));
     for (int i = 0; i < 3; ++i) {

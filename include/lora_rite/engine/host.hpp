@@ -114,7 +114,7 @@ class HostBatch final : public Batch {
     if (!proceed.item<bool>()) return at::zeros({}, double_options());
     const double cutoff = rule::relative_cutoff(std::numeric_limits<float>::epsilon(), rank_);
     parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) {
-      rule::Statistics<LaneMatrix> statistics = {{}, LaneMatrix(rank_), LaneMatrix(rank_), LaneMatrix(rank_)};
+      rule::Statistics<LaneMatrix> statistics = {{}, LaneMatrix(rank_), LaneMatrix(rank_), LaneMatrix(rank_), {}};
       for (int64_t lane = 0; lane < kLanes; ++lane) load_statistics(g * kLanes + lane, lane, statistics);
       Group& group = groups_[static_cast<size_t>(g)];
       group = rule::unmagnify<Basis>(statistics, cutoff);
