@@ -297,6 +297,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small grid")
     parser.add_argument("--only", default="", help="contenders to run, separated by semicolons (default: all)")
     parser.add_argument("--tasks", default="", help="tasks to run, separated by commas (default: all)")
+    parser.add_argument("--ranks", default="", help="ranks to run, separated by commas (default: all)")
+    parser.add_argument("--starts", default="", help="starts to run, separated by commas (default: all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default %(default)s)")
     options = parser.parse_args()
 
@@ -309,6 +311,10 @@ def main() -> None:
         study.grid = [(cell, name) for cell, name in study.grid if name in options.only.split(";")]
     if options.tasks:
         study.grid = [(cell, name) for cell, name in study.grid if cell.task in options.tasks.split(",")]
+    if options.ranks:
+        study.grid = [(cell, name) for cell, name in study.grid if str(cell.rank) in options.ranks.split(",")]
+    if options.starts:
+        study.grid = [(cell, name) for cell, name in study.grid if cell.start in options.starts.split(",")]
     programs = Programs(options.build, options.results, ROOT / ".deps")
     running: dict = {}
     with ThreadPoolExecutor(options.workers) as pool, open(path, "a", encoding="utf-8") as log:

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""The study's plan: which runs it asks for, given the results so far. No program is called: losses are made up."""
+
+import math
+import pathlib
+import sys
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench/quality"))
+
+import study  # noqa: E402
+
+
+def run_all(plan: study.Study, loss, most: int = 10000) -> list[study.Job]:
+    """Does what the plan asks for until it asks for nothing; `loss(job, seed)` makes up a result."""
+    done = []
+    while jobs := plan.plan():
+        job = jobs[0]
+        done.append(job)
+        assert len(done) < most, "the plan does not end"
+        for key, seed in zip(job.keys(), job.seeds):
+            plan.runs[key] = {"test_loss": loss(job, seed), "test_accuracy": 0.5}
+    return done
+
+
+def small_study() -> study.Study:
+    plan = study.Study([], "quick")
+    plan.grid = [(study.Cell("correlated"), "adam")]
+    return plan
+
+
+def valley(best: float):
+    """A loss with its minimum at a rate, on a logarithmic scale."""
+    return lambda job, seed: math.exp(abs(math.log10(job.lr / best)))
+
+
+class Search(unittest.TestCase):
+    def rates(self, jobs: list[study.Job], split: str) -> list[float]:
+        return sorted({job.lr for job in jobs if job.split == split})
+
+    def test_a_best_rate_inside_the_grid_is_refined_and_tested(self):
+        jobs = run_all(small_study(), valley(1e-2))
+        self.assertEqual(self.rates(jobs, "validation"), [1e-3, 3.2e-3, 5.6e-3, 1e-2, 1.8e-2, 3.2e-2, 1e-1])
+        self.assertEqual(self.rates(jobs, "test"), [1e-2])
+
+    def test_the_refinement_can_win(self):
+        self.assertEqual(self.rates(run_all(small_study(), valley(1.8e-2)), "test"), [1.8e-2])
+
+    def test_the_grid_grows_while_the_best_rate_lies_at_its_edge(self):
+        for best in (1e-4, 1.0):
+            jobs = run_all(small_study(), valley(best))
+            self.assertEqual(self.rates(jobs, "test"), [best])
+            searched = self.rates(jobs, "validation")
+            self.assertLess(searched[0], best)
+            self.assertGreater(searched[-1], best)
+
+    def test_a_loss_that_falls_for_ever_ends_the_search(self):
+        run_all(small_study(), lambda job, seed: 1 / job.lr, most=40)
+        run_all(small_study(), lambda job, seed: job.lr, most=40)
+
+    def test_a_diverged_run_is_the_worst(self):
+        def loss(job, seed):
+            return None if job.lr > 5e-3 else valley(1e-2)(job, seed)
+
+        self.assertLess(self.rates(run_all(small_study(), loss), "test")[0], 5e-3)
+
+    def test_test_data_and_seeds_are_not_those_of_the_search(self):
+        for task in study.TASKS.values():
+            self.assertFalse(set(task.search_seeds) & set(task.test_seeds))
+            self.assertGreaterEqual(len(task.test_seeds), 5)
+
+    def test_a_study_goes_on_where_it_stopped(self):
+        whole = run_all(small_study(), valley(1e-2))
+        half = small_study()
+        for job in whole[: len(whole) // 2]:
+            for key in job.keys():
+                half.runs[key] = {"test_loss": valley(1e-2)(job, 0), "test_accuracy": 0.5}
+        self.assertEqual(len(run_all(half, valley(1e-2))), len(whole) - len(whole) // 2)
+
+    def test_every_grid_names_known_tasks_and_contenders(self):
+        for name in study.GRIDS:
+            for cell, contender in study.Study([], name).grid:
+                self.assertIn(cell.task, study.TASKS)
+                self.assertIn(contender, study.CONTENDERS)
+
+    def test_a_line_that_a_crash_cut_short_is_left_out(self):
+        path = pathlib.Path(self.id() + ".jsonl")
+        self.addCleanup(path.unlink)
+        path.write_text('{"lr": 1}\n{"lr": 2}\n{"lr": 3, "se', encoding="utf-8")
+        self.assertEqual([run["lr"] for run in study.read_runs(path)], [1, 2])
+
+
+if __name__ == "__main__":
+    unittest.main()
