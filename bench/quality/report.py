@@ -9,6 +9,7 @@ import math
 import pathlib
 import statistics
 import sys
+from collections.abc import Callable
 
 import matplotlib
 
@@ -147,56 +148,46 @@ def entry_mean(entry: Entry) -> float:
     return entry.mean(entry.losses())
 
 
-def tidy(axes: plt.Axes) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+Line = tuple[list[float], list[float]]
 
 
-def draw_rates(cells: dict[tuple, dict[str, Entry]], path: pathlib.Path) -> None:
+def draw(cells: dict[tuple, dict[str, Entry]], line: Callable[[tuple, Entry], Line | None], labels: tuple[str, str],
+         is_logarithmic: Callable[[tuple], tuple[bool, bool]], path: pathlib.Path) -> None:
+    """A panel a cell with a line an optimizer, where `line` gives one."""
+    figure, grid = plt.subplots(1, len(cells), figsize=(5.2 * len(cells), 4.4), squeeze=False, layout="constrained")
+    handles = {}
+    for axes, (cell, entries) in zip(grid[0], cells.items()):
+        for name, entry in entries.items():
+            points = line(cell, entry)
+            if points:
+                wide = name.startswith("rite")
+                handles[name], = axes.plot(*points, marker="o", markersize=3, color=COLORS[name],
+                                           linewidth=2.4 if wide else 1.2, zorder=3 if wide else 2)
+        for wanted, set_scale in zip(is_logarithmic(cell), (axes.set_xscale, axes.set_yscale)):
+            set_scale("log" if wanted else "linear")
+        axes.set_title(title(cell), fontsize=10)
+        axes.set_xlabel(labels[0])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_ylabel(labels[1])
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center",
+                  ncols=min(3 * len(cells), 8, len(handles)), frameon=False)
+    figure.savefig(path, dpi=130, facecolor="white")
+    plt.close(figure)
+
+
+def rates_line(_: tuple, entry: Entry) -> Line:
     """Loss of the search against the rate: how good at its best, and how hard to miss."""
-    figure, grid = plt.subplots(1, len(cells), figsize=(5.2 * len(cells), 4.4), squeeze=False, layout="constrained")
-    handles = {}
-    for axes, (cell, entries) in zip(grid[0], cells.items()):
-        for name, entry in entries.items():
-            rates = [rate for rate in sorted(entry.search) if math.isfinite(entry.search_loss(rate))]
-            wide = name.startswith("rite")
-            handles[name], = axes.plot(rates, [entry.search_loss(rate) for rate in rates], marker="o", markersize=3,
-                                       color=COLORS[name], linewidth=2.4 if wide else 1.2, zorder=3 if wide else 2)
-        axes.set_xscale("log")
-        if not TASKS[cell[0]].program == "finetune":
-            axes.set_yscale("log")
-        axes.set_title(title(cell), fontsize=10)
-        axes.set_xlabel("learning rate")
-        tidy(axes)
-    grid[0][0].set_ylabel("validation loss")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4 * len(cells), 8, len(handles)),
-                  frameon=False)
-    figure.savefig(path, dpi=130, facecolor="white")
-    plt.close(figure)
+    rates = [rate for rate in sorted(entry.search) if math.isfinite(entry.search_loss(rate))]
+    return rates, [entry.search_loss(rate) for rate in rates]
 
 
-def draw_curves(cells: dict[tuple, dict[str, Entry]], path: pathlib.Path) -> None:
-    """Each at its best rate: what was left to learn after every part of the steps."""
-    figure, grid = plt.subplots(1, len(cells), figsize=(5.2 * len(cells), 4.4), squeeze=False, layout="constrained")
-    handles = {}
-    for axes, (cell, entries) in zip(grid[0], cells.items()):
-        steps = TASKS[cell[0]].steps
-        for name, entry in entries.items():
-            if not entry.finished:
-                continue
-            curve = entry.curve()
-            wide = name.startswith("rite")
-            handles[name], = axes.plot([steps * (index + 1) / len(curve) for index in range(len(curve))], curve,
-                                       color=COLORS[name], linewidth=2.4 if wide else 1.2, zorder=3 if wide else 2)
-        axes.set_yscale("log")
-        axes.set_title(title(cell), fontsize=10)
-        axes.set_xlabel("step")
-        tidy(axes)
-    grid[0][0].set_ylabel("error, or training loss")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4 * len(cells), 8, len(handles)),
-                  frameon=False)
-    figure.savefig(path, dpi=130, facecolor="white")
-    plt.close(figure)
+def curve_line(cell: tuple, entry: Entry) -> Line | None:
+    """What was left to learn after every part of the steps, at the best rate."""
+    if not entry.finished:
+        return None
+    curve = entry.curve()
+    return [TASKS[cell[0]].steps * (index + 1) / len(curve) for index in range(len(curve))], curve
 
 
 def main() -> None:
@@ -216,8 +207,10 @@ def main() -> None:
         shown = {cell: entries for cell, entries in cells.items()
                  if TASKS[cell[0]].program == kind and cell[1] == 16 and cell[2] == "usual"}
         if shown:
-            draw_rates(shown, folder / f"study-{kind}-rates.png")
-            draw_curves(shown, folder / f"study-{kind}-curves.png")
+            draw(shown, rates_line, ("learning rate", "validation loss"),
+                 lambda cell: (True, TASKS[cell[0]].program == "regression"), folder / f"study-{kind}-rates.png")
+            draw(shown, curve_line, ("step", "error, or training loss"), lambda cell: (False, True),
+                 folder / f"study-{kind}-curves.png")
 
 
 if __name__ == "__main__":

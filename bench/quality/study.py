@@ -232,8 +232,11 @@ class Programs:
 
     def regression(self, job: Job, task: Task, common: list[str]) -> list[dict]:
         output = self.call([str(self.build / "bench/regression"), *common, "--seed", *map(str, job.seeds)])
-        return [{key: value for key, value in json.loads(line).items() if key != "lr"}
-                for line in output.splitlines()]
+        runs = [{key: value for key, value in json.loads(line).items() if key != "lr"} for line in output.splitlines()]
+        for run in runs:
+            run["curve"] = [None if value is None else float(f"{value:.3g}") for value in run["curve"]]
+            run["ms_per_step"] = round(run["ms_per_step"], 3)
+        return runs
 
     def finetune(self, job: Job, task: Task, common: list[str]) -> list[dict]:
         data = self.results / "data" / job.cell.task
