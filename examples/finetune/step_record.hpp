@@ -20,7 +20,7 @@ struct StepRecord {
   double ms_step = 0;       ///< batch, forward, backward and optimizer
   double ms_optimizer = 0;  ///< the optimizer's step() alone
 
-  std::optional<Evaluation> test;  ///< after the step, where one was asked for
+  std::optional<Evaluation> test = std::nullopt;  ///< after the step, where one was asked for
 };
 
 }  // namespace finetune
