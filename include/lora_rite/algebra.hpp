@@ -56,8 +56,10 @@ inline at::Tensor trace_of(const at::Tensor& matrix) {
 /// M diag(d)
 inline at::Tensor scale_columns(const at::Tensor& matrix, const at::Tensor& values) { return matrix * values; }
 
-/// S^{-1} = L^{-T} L^{-1} of positive definite S = L Lᵀ.
+/// S^{-1} = L^{-T} L^{-1} of positive definite S = L Lᵀ. (C++ LibTorch lacks the triangular solve on `meta`, where only
+/// shape and dtype count.)
 inline at::Tensor positive_inverse(const at::Tensor& matrix) {
+  if (matrix.is_meta()) return at::zeros_like(matrix);
   const auto [lower, info] = at::linalg_cholesky_ex(matrix);
   const at::Tensor inverse =
       at::linalg_solve_triangular(lower, identity_like(matrix).expand_as(matrix), /*upper=*/false);

@@ -141,8 +141,8 @@ class DeviceBatch final : public Batch {
     const at::Tensor rates = rates_.tensor().view({2, 1, 1, 1});
     if (options.max_relative_change() > 0) {
       const at::Tensor& roots = unmagnified_.inverse_root;  // each side has its partner's
-      unmagnified_.damping =
-          rule::relative_change_damping(roots, roots.flip(0), rates, rows_, options.max_relative_change());
+      unmagnified_.damping = rule::relative_change_damping(roots, at::stack({roots[1], roots[0]}), rates, rows_,
+                                                           options.max_relative_change());
     }
     const auto decide =
         capturable_ ? rule::decide<ProductRoots, at::Tensor> : rule::decide<rule::Eigenvalues, at::Tensor>;
