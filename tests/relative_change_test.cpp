@@ -71,6 +71,22 @@ TEST(RelativeChange, OfAZeroFactorIsNotBounded) {
   }
 }
 
+/// (I + δ²ZZᵀ)^{-1} where Z spans ten decades: a direction that has next to nothing must not hold back the others.
+TEST(RelativeChange, DampingLeavesHealthyDirectionsAlone) {
+  const int64_t r = 4;
+  const auto diagonal = [](std::vector<double> values) {
+    return torch::tensor(std::move(values), torch::kDouble).diag().unsqueeze(0);
+  };
+  for (const double faint : {1e-4, 1e-8, 1e-12}) {  // σ of the last direction; the others have 1
+    const torch::Tensor root = diagonal({1, 1, 1, 1 / faint}), own = torch::eye(r, torch::kDouble).unsqueeze(0);
+    const torch::Tensor k = rule::relative_change_damping(root, own, torch::tensor(0.02, torch::kDouble),
+                                                          torch::tensor(1.0, torch::kDouble), /*bound=*/0.5);
+    const double delta_squared = 0.02 * 0.02;  // δ = η n^{1/2} / (2τ)
+    EXPECT_NEAR(k[0][0][0].item<double>(), 1, 1.1 * delta_squared) << faint;
+    EXPECT_LT(k[0][3][3].item<double>(), std::max(1.1 * faint * faint / delta_squared, 2e-12)) << faint;
+  }
+}
+
 /// What comes of a float pair of rank 12 that learns a target of rank 8 with singular values from 1 to 1e-2 out of
 /// batches of noisy examples.
 struct Learnt {

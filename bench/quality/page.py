@@ -165,8 +165,8 @@ def page(files: Files) -> str:
                 "`torch::optim::AdamW` on the same factors: below 1, LoRA-RITE is faster."),
         section(files, "Quality", "scripts/study", "study.md", nested, files.pictures("study-*.png"),
                 "Every optimizer at its own best learning rate, found on validation data, then run with fresh seeds on "
-                "test data; the best comes first. Good rates are those nearly as good as the best (within a point of "
-                "accuracy, or √10 times the error): a wide range is hard to miss. ± and ×/÷ are over the seeds, and "
+                "test data; the best comes first. Good rates are those nearly as good as the best (5 % more "
+                "loss, or √10 times the error): a wide range is hard to miss. ± and ×/÷ are over the seeds, and "
                 "steps to Adam's end is the part of the steps after which an optimizer is where Adam ends."),
     ]
     converter = markdown.Markdown(output_format="html", extensions=[

@@ -147,7 +147,11 @@ int main(int argc, char** argv) try {
         optimizer = lora_rite::make_optimizer(run.optimizer, {pair}, lr);
       }
       const auto start = std::chrono::steady_clock::now();
-      const std::vector<double> errors = train(task, run, *optimizer, pair, teacher);
+      std::vector<double> errors = {std::nan("")};
+      try {
+        errors = train(task, run, *optimizer, pair, teacher);
+      } catch (const c10::LinAlgError&) {  // an eigensolver met NaN: the run diverged
+      }
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
       // A number that is not finite becomes null.
       std::cout << nlohmann::json{{"lr", lr},

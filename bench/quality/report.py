@@ -16,16 +16,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from study import CONTENDERS, TASKS, read_runs  # noqa: E402
+from study import CONTENDERS, TASKS, geometric_mean, read_runs  # noqa: E402
 
 INK = "#333333"
 COLORS = dict(zip(CONTENDERS, ["#0b5fa5", "#f28e2b", "#c9a227", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#e15759",
                                "#9a9a9a", "#d37295", "#4e79a7", "#7ab6e0", "#333333", "#17becf", "#8c564b"] * 2))
 BASELINE = "adam"
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.mean(math.log(max(value, 1e-30)) for value in values))
 
 
 class Entry:
@@ -64,14 +60,10 @@ class Entry:
                 for values in zip(*(run["curve"] for run in self.test))]
 
     def good_rates(self) -> str:
-        """The rates of the search that are nearly as good as the best: within a point of accuracy, or half a decade."""
+        """The rates of the search with nearly the best loss: 5 % more, or √10 times the error."""
         rates = sorted(self.search)
-        if self.is_text:
-            accuracy = {rate: statistics.mean(run["test_accuracy"] for run in self.search[rate]) for rate in rates}
-            good = [rate for rate in rates if accuracy[rate] >= max(accuracy.values()) - 0.01]
-        else:
-            best = min(map(self.search_loss, rates))
-            good = [rate for rate in rates if self.search_loss(rate) <= math.sqrt(10) * best]
+        most = (1.05 if self.is_text else math.sqrt(10)) * min(map(self.search_loss, rates))
+        good = [rate for rate in rates if self.search_loss(rate) <= most]
         return f"{good[0]:.0e} – {good[-1]:.0e}" if len(good) > 1 else f"{good[0]:.0e}"
 
     def against(self, other: "Entry") -> str:
@@ -131,6 +123,11 @@ def table(entries: dict[str, Entry]) -> str:
     rows = [header + ["against Adam", "steps to Adam's end"]]
     for name, entry in sorted(finished.items(), key=lambda item: entry_mean(item[1])):
         losses = entry.losses()
+        diverged = sum(not math.isfinite(loss) for loss in losses)
+        if diverged:
+            rows.append([name, f"{entry.rate:.1e}", entry.good_rates(), f"diverged ({diverged} of {len(losses)})"])
+            rows[-1] += [""] * (len(rows[0]) - len(rows[-1]))
+            continue
         row = [name, f"{entry.rate:.1e}", entry.good_rates()]
         if is_text:
             for field in ("test_accuracy", "best_accuracy"):

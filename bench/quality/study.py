@@ -147,6 +147,10 @@ def rate(quarter: int) -> float:
     return float(f"{10 ** (quarter / 4):.1e}")
 
 
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.mean(math.log(max(value, 1e-30)) for value in values))
+
+
 class Study:
     def __init__(self, runs: list[dict], grid: str):
         self.runs = {key_of(run): run for run in runs}
@@ -168,7 +172,7 @@ class Study:
         if any(loss is None or not math.isfinite(loss) for loss in losses):
             return math.inf
         if TASKS[cell.task].program == "regression":
-            return math.exp(statistics.mean(math.log(max(loss, 1e-30)) for loss in losses))
+            return geometric_mean(losses)
         return statistics.mean(losses)
 
     def search(self, cell: Cell, contender: str) -> tuple[list[Job], int]:
@@ -217,7 +221,7 @@ class Programs:
     def __init__(self, build: pathlib.Path, results: pathlib.Path, deps: pathlib.Path):
         self.build, self.results, self.deps = build, results, deps
         self.children: set[subprocess.Popen] = set()
-        self.prepare = threading.Lock()
+        self.prepare, self.starting = threading.Lock(), threading.Lock()
         self.stopped = False
 
     def run(self, job: Job) -> list[dict]:
@@ -254,8 +258,8 @@ class Programs:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps, final = lines[:-1], lines[-1]
         losses = [math.nan if line["loss"] is None else line["loss"] for line in steps]
-        tenth = max(1, len(losses) // 15)
-        curve = [statistics.mean(losses[begin:begin + tenth]) for begin in range(0, len(losses), tenth)]
+        part = max(1, len(losses) // 15)
+        curve = [statistics.mean(losses[begin:begin + part]) for begin in range(0, len(losses), part)]
         return [{"seed": job.seeds[0], "test_loss": final["test_loss"], "test_accuracy": final["test_accuracy"],
                  "best_accuracy": max([final["test_accuracy"]] +
                                       [line["test_accuracy"] for line in steps if "test_accuracy" in line]),
@@ -264,11 +268,12 @@ class Programs:
 
     def call(self, command: list[str]) -> str:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "FINETUNE_PYTHON": sys.executable}
-        if self.stopped:
-            return ""
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                                 start_new_session=True)  # Ctrl-C is for us: we end the children
-        self.children.add(child)
+        with self.starting:
+            if self.stopped:
+                return ""
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                     env=environment, start_new_session=True)  # Ctrl-C is for us: we end the children
+            self.children.add(child)
         output, errors = child.communicate()
         self.children.discard(child)
         if child.returncode != 0 and not self.stopped:
@@ -276,7 +281,8 @@ class Programs:
         return output
 
     def stop(self) -> None:
-        self.stopped = True
+        with self.starting:
+            self.stopped = True
         for child in list(self.children):
             child.kill()
 
@@ -309,6 +315,9 @@ def main() -> None:
 
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / "runs.jsonl"
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with open(path, "a", encoding="utf-8") as log:
+            log.write("\n")  # behind a line that a crash cut short
     study = Study(read_runs(path), "quick" if options.quick else "full")
     if options.only:
         study.grid = [(cell, name) for cell, name in study.grid if name in options.only.split(";")]

@@ -49,9 +49,8 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(double, clip_unmagnified_norm) = 1.0;
   /// Bound on the RMS of the momentum M in the partner's orthonormal basis: a larger one is scaled down; 0 = off.
   TORCH_ARG(double, max_update_rms) = 0.0;
-  /// Bound τ on how much one step changes a factor relative to itself, in every direction, ‖dX X⁺‖ ≤ τ, and with it on
-  /// the cross term dB·dA of a step; 0 = off, good values are 0.3 to 1. Float factors need it where the adapter's rank
-  /// is higher than the task's. See docs/algorithm.md.
+  /// Bound τ on how much each gradient makes a step change a factor relative to itself, in every direction, and with it
+  /// on the cross term dB·dA; 0 = off, 0.3 is a good value. Without momentum ‖dX X⁺‖ ≤ τ. See docs/algorithm.md.
   TORCH_ARG(double, max_relative_change) = 0.0;
   /// Adapt from row to row as well: a second moment for each row of a factor beside V. See docs/algorithm.md. Takes
   /// Engine::Device. Chosen in the first step.

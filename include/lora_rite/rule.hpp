@@ -116,16 +116,17 @@ struct Eigenvalues {
 ///
 /// A step moves X by −ηN = −η M R_Y⁺ᵀ. Relative to X that is η M Z, and Z has the singular values 1/σ where σ are those
 /// of BA: where BA has next to nothing, a step as long as all others turns X over. With K in front of Z the factor 1/σ
-/// becomes σ / (σ² + δ²) ≤ 1 / (2δ), and as ‖M‖ is about n^{1/2}, the relative change stays below τ. `rate` is η.
+/// becomes σ / (σ² + δ²) ≤ 1 / (2δ), and where ‖S‖ is n^{1/2}, what S adds to the relative change stays below τ. `rate`
+/// is η.
 template <class Matrix>
 Matrix relative_change_damping(const Matrix& inverse_root, const Matrix& own_inverse_root, const Scalar<Matrix>& rate,
                                const Scalar<Matrix>& rows, double bound) {
   const Matrix z = matmul(transpose(inverse_root), own_inverse_root);
   const Scalar<Matrix> delta_squared = rate * rate * rows * (0.25 / (bound * bound));
   const Matrix w = symmetrized(matmul(z, transpose(z))) * delta_squared;
-  // Products leave W indefinite by some ε tr W.
-  const double round_off = static_cast<double>(rank_of(w)) * std::numeric_limits<double>::epsilon();
-  return positive_inverse(identity_like(w) * (trace_of(w) * round_off + 1.0) + w);
+  // Products leave W indefinite by some ε tr W, which must stay below 1. A direction so faint is at rest either way.
+  constexpr double most = 1e12;
+  return positive_inverse(identity_like(w) + w * (most / at_least(trace_of(w), most)));
 }
 
 /// One step of the rule. `rows` is n, `clip_factor` is c, `partner_edited` tells where the partner was changed from

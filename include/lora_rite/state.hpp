@@ -82,8 +82,11 @@ struct PairState {
     for (const size_t side : {0, 1}) {
       joined.momentum[side] =
           cat_where_any([side](const PairState& s) { return s.momentum[side]; }, absent_momentum[side]);
-      // These are made for all pairs of a batch or for none.
-      joined.rows[side] = cat_where_any([side](const PairState& s) { return s.rows[side]; }, at::Tensor());
+      const int64_t rank = joined.moments.second_moment.size(-1);
+      joined.rows[side] =
+          cat_where_any([side](const PairState& s) { return s.rows[side]; },
+                        at::ones({1, absent_momentum[side].numel() / rank}, absent_momentum[side].options()));
+      // A master copy is made for all pairs of a batch or for none.
       joined.master[side] = cat_where_any([side](const PairState& s) { return s.master[side]; }, at::Tensor());
     }
     return joined;

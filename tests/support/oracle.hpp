@@ -229,14 +229,14 @@ class Oracle {
     const double beta2 = corrected_decay(o.beta2, x.t);
     const Matrix g = c * *gradient;
     x.rho = o.escape ? beta2 * x.rho : 0;
-    const Matrix seen = o.row_equilibration ? Matrix(row_scale(x.rows).asDiagonal() * g) : g;
+    const Matrix seen = o.row_equilibration ? Matrix(row_scale(x.rows, 1).asDiagonal() * g) : g;
     x.v = beta2 * x.v + (1 - beta2) * (seen.transpose() * seen) / static_cast<double>(g.rows());
     x.v = ((x.v + x.v.transpose()) / 2).eval();
     const Matrix preconditioner = inverse_root(x.v, x.rho, o.eps, o.eps_root);
     Matrix s = g * preconditioner;
     if (o.row_equilibration) {
       x.rows = beta2 * x.rows + (1 - beta2) * s.rowwise().squaredNorm() / static_cast<double>(s.cols());
-      s = row_scale(x.rows).asDiagonal() * s;
+      s = row_scale(x.rows, 0).asDiagonal() * s;
     }
     x.amplification = std::max(x.amplification, condition(basis.r) * condition(preconditioner));
     if (o.max_relative_change > 0) {
@@ -252,10 +252,10 @@ class Oracle {
     }
   }
 
-  /// row^{-1/2}, 0 for a row that never had a gradient.
-  static Vector row_scale(const Vector& rows) {
+  /// row^{-1/2}, `unseen` for a row that never had a gradient.
+  static Vector row_scale(const Vector& rows, double unseen) {
     Vector scale = rows;
-    for (double& value : scale) value = value > 0 ? 1 / std::sqrt(value) : 0;
+    for (double& value : scale) value = value > 0 ? 1 / std::sqrt(value) : unseen;
     return scale;
   }
 

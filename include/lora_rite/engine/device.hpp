@@ -97,7 +97,7 @@ class DeviceBatch final : public Batch {
       if (coordinates[partner].defined()) gradient = at::matmul(gradient, coordinates[partner]);
       gradient_gram[side] = plain_gradient_gram[side] = inner_products(gradient, gradient);
       if (options.row_equilibration() && state_.rows[side].defined()) {
-        gradient = gradient * row_scale(state_.rows[side]);
+        gradient = gradient * row_scale(state_.rows[side], 1.0);
         gradient_gram[side] = inner_products(gradient, gradient);
       }
     }
@@ -164,7 +164,7 @@ class DeviceBatch final : public Batch {
         at::Tensor gradient = wide(tall(gradients_[side], side));
         if (options.row_equilibration()) {
           rows[side] = second_moments_of_rows(side, gradient, decision, options);
-          gradient = gradient * row_scale(rows[side]);
+          gradient = gradient * row_scale(rows[side], 0.0);
         }
         const at::Tensor& map = decision.gradient_map[side];
         in_basis = in_basis.defined() ? at::baddbmm(in_basis, gradient, map) : at::matmul(gradient, map);
@@ -230,10 +230,10 @@ class DeviceBatch final : public Batch {
     return capturable_ ? CholeskyRoot::inverse_root(gram, cutoff()) : Basis::inverse_root(gram, cutoff());
   }
 
-  /// row^{-1/2} [k, n, 1]; 0 where nothing was seen.
-  static at::Tensor row_scale(const at::Tensor& rows) {
+  /// row^{-1/2} [k, n, 1], and `unseen` for rows that never had a gradient.
+  static at::Tensor row_scale(const at::Tensor& rows, double unseen) {
     const at::Tensor r = wide(rows).unsqueeze(-1);
-    return choose(r > 0, r.rsqrt(), 0.0);
+    return choose(r > 0, r.rsqrt(), unseen);
   }
 
   /// row ← β₂' row + (1−β₂') mean_j S₀², S₀ = c Ḡ ((V + ρI)^{1/2} + εI)^{-1} [k, n, r].

@@ -69,7 +69,10 @@ class HostBatch final : public Batch {
     groups_.resize(static_cast<size_t>((2 * count() + kLanes - 1) / kLanes));
   }
 
-  bool observe(const LoraRiteOptions&) override {
+  bool observe(const LoraRiteOptions& options) override {
+    TORCH_CHECK(!options.row_equilibration() && !options.capturable(),
+                "LoraRite: ", options.capturable() ? "capturable" : "row_equilibration",
+                " was set when the engine was chosen already, expected before the first step or `load`");
     bool any = false;
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
       const at::Tensor& gradient = tensor_of(factor).grad();
