@@ -56,7 +56,8 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunOptions, model, train, test, out, optimize
 /// The names that `optimizer` may have.
 std::vector<std::string> optimizer_names();
 
-/// The rate that the search in the README found best for an optimizer on MiniLM: where one starts without a search.
+/// Where one starts without a search: the rate that the one in the README found best on MiniLM for LoRA-RITE, and for
+/// all others that for Adam, which need not suit them.
 inline double default_lr(const std::string& optimizer) { return optimizer.rfind("rite", 0) == 0 ? 5e-4 : 2e-3; }
 
 }  // namespace finetune
