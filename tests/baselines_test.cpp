@@ -28,9 +28,11 @@ using baselines::SoapOptions;
 using testing::clone_pairs;
 using testing::equal_factors;
 using testing::error_of;
+using testing::load_bytes;
 using testing::mentions;
 using testing::random_pair;
 using testing::run_steps;
+using testing::saved_bytes;
 
 using Factors = std::vector<torch::Tensor>;
 using Make = std::function<std::unique_ptr<torch::optim::Optimizer>(const Factors&)>;
@@ -132,10 +134,8 @@ TEST_P(EveryOptimizer, ResumesFromItsCheckpoint) {
   const auto first = make_optimizer(GetParam(), straight, 0.01), second = make_optimizer(GetParam(), interrupted, 0.01);
   run_steps(*first, straight, 0, 14);
   run_steps(*second, interrupted, 0, 7);
-  std::stringstream stream;
-  torch::save(*second, stream);
   const auto resumed = make_optimizer(GetParam(), interrupted, 0.5);
-  torch::load(*resumed, stream);
+  load_bytes(*resumed, saved_bytes(*second));
   run_steps(*resumed, interrupted, 7, 14);
   EXPECT_TRUE(equal_factors(straight, interrupted));
 }

@@ -8,16 +8,11 @@ namespace {
 using testing::clone_pairs;
 using testing::equal_factors;
 using testing::error_of;
+using testing::load_bytes;
 using testing::mentions;
 using testing::random_pair;
 using testing::run_steps;
 using testing::saved_bytes;
-
-template <class Optimizer>
-void load_bytes(Optimizer& optimizer, const std::string& bytes) {
-  std::stringstream stream(bytes);
-  torch::load(optimizer, stream);
-}
 
 /// Two groups, three shapes, one of them twice.
 std::vector<FactorPair> first_group(torch::Dtype dtype) {

@@ -11,6 +11,7 @@ namespace {
 using testing::clone_pairs;
 using testing::equal_factors;
 using testing::error_of;
+using testing::load_bytes;
 using testing::mentions;
 using testing::random_pair;
 using testing::run_steps;
@@ -166,8 +167,7 @@ TEST(HostEngineTest, CheckpointsGoFromEngineToEngine) {
     run_steps(written, pairs, 0, 4);
     const auto resumed_pairs = clone_pairs(pairs), edited_pairs = clone_pairs(pairs);
     LoraRite<> resumed(resumed_pairs, with_engine(LoraRiteOptions(1e-2), reader));
-    std::stringstream stream(saved_bytes(written));
-    torch::load(resumed, stream);
+    load_bytes(resumed, saved_bytes(written));
     run_steps(written, pairs, 4, 8);
     run_steps(resumed, resumed_pairs, 4, 8);
     EXPECT_LT(distance(resumed_pairs, pairs), 1e-6);

@@ -64,6 +64,13 @@ std::string saved_bytes(const Value& value) {
   return stream.str();
 }
 
+/// What torch::load makes of such bytes.
+template <class Optimizer>
+void load_bytes(Optimizer& optimizer, const std::string& bytes) {
+  std::stringstream stream(bytes);
+  torch::load(optimizer, stream);
+}
+
 /// The message of the c10::Error that `function` throws; fails the test if it throws none.
 template <class Function>
 std::string error_of(Function function) {
