@@ -15,8 +15,8 @@ namespace {
 using Eigen::MatrixXd;
 
 std::vector<const Table*> tables() {
-  std::vector<const Table*> result = {&plain::table, &baseline::table};
-  if (&best() != &baseline::table) result.push_back(&best());
+  std::vector<const Table*> result = available();
+  result.push_back(&plain::table);
   return result;
 }
 

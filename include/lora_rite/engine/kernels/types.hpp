@@ -24,7 +24,9 @@ namespace lora_rite::engine::kernels {
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float16 __attribute__((vector_size(64)));
 typedef double Double4 __attribute__((vector_size(32)));
+typedef double Double8 __attribute__((vector_size(64)));
 typedef int64_t Mask4 __attribute__((vector_size(32)));
 #endif
 
