@@ -41,10 +41,11 @@ struct Shape {
   bool rank_first;
 };
 
-/// Rows of a block: what keeps a block of every array in the first-level cache.
+/// Rows of a block: what keeps a block of every array in the first-level cache, or at rank 32 and more in the second. A
+/// multiple of what all tiles want.
 inline int64_t block_rows(int64_t rank) {
-  const int64_t rows = 768 / padded_rank(rank) / 12 * 12;
-  return rows < 24 ? 24 : rows;
+  const int64_t rows = 768 / padded_rank(rank) / 48 * 48;
+  return rows < 48 ? 48 : rows;
 }
 
 /// Doubles from one row of `Blocks::pairs` to the next; the odd end keeps rows of powers of two from sharing cache
