@@ -50,13 +50,13 @@ inline int64_t block_rows(int64_t rank) {
 
 /// Doubles from one row of `Blocks::pairs` to the next; the odd end keeps rows of powers of two from sharing cache
 /// sets.
-inline int64_t pair_stride(int64_t p) { return 2 * p + 4; }
+inline int64_t pair_stride(int64_t p) { return 2 * p + 8; }
 
 /// Work space of one thread for blocks of b rows and padded rank p, all by rows.
 struct Blocks {
   float *factor, *momentum, *gradient, *update;  ///< [b][p]
   double* gradient_wide;                         ///< [b][p]
-  double* pairs;                                 ///< X | N [b][2p + 4]
+  double* pairs;                                 ///< X | N [b][2p + 8]
 
   static int64_t size(int64_t rank) {  ///< in doubles
     return block_rows(rank) * (3 * padded_rank(rank) + pair_stride(padded_rank(rank)));
