@@ -5,6 +5,7 @@
 #include <torch/optim/optimizer.h>
 #include <torch/serialize/archive.h>
 
+#include <array>
 #include <map>
 #include <memory>
 #include <optional>
@@ -87,7 +88,7 @@ class LoraRite : public torch::optim::Optimizer {
     }
     add_group(std::move(factors), std::make_unique<LoraRiteOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({std::move(pairs), {}, std::nullopt});
+    groups_.push_back({std::move(pairs), {}, {}, std::nullopt});
   }
 
   /// Another group of parameters that are no LoRA factors, stepped by AdamW.
@@ -104,7 +105,7 @@ class LoraRite : public torch::optim::Optimizer {
     }
     add_group(parameters, std::make_unique<torch::optim::AdamWOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({{}, {}, engine::AdamWParameters(std::move(parameters))});
+    groups_.push_back({{}, {}, {}, engine::AdamWParameters(std::move(parameters))});
   }
 
   /// LibTorch's way to add a group: alternating factors with LoraRiteOptions (or none: the defaults), or other
@@ -147,30 +148,31 @@ class LoraRite : public torch::optim::Optimizer {
         for (auto& flag : groups_[i].others->finite()) finite.push_back(flag);
         continue;
       }
-      for (const auto& batch : groups_[i].batches.all) {
+      for (const auto& batch : groups_[i].batches) {
         if (!batch->observe(rite_options(i))) continue;
         work.push_back({&rite_options(i), batch.get()});
         finite.push_back(batch->finite());
       }
     }
-    if (finite.empty()) return loss;
-    const at::Device home = finite[0].device();
-    const at::Tensor proceed = at::stack(to_device(finite, home)).all();
+    const at::Tensor proceed =
+        agree(finite.empty() ? at::Tensor() : at::stack(to_device(finite, finite[0].device())).all());
+    if (!proceed.defined()) return loss;
+    const at::Device home = proceed.device();
 
     // Act 2, decide: the partner's bases, the norm of all unmagnified gradients, the maps for the rows.
-    std::vector<at::Tensor> norms_squared;
+    std::vector<at::Tensor> norms_squared;  // of the pairs of a batch
+    std::vector<int64_t> order;             // their places among the pairs of all groups
     for (const auto& [options, batch] : work) {
       norms_squared.push_back(batch->unmagnify(proceed.to(batch->device(), /*non_blocking=*/true)));
+      order.insert(order.end(), places_.at(batch).begin(), places_.at(batch).end());
     }
-    if (!work.empty()) {
-      const at::Tensor norm = at::stack(to_device(norms_squared, home)).sum().sqrt();
-      for (const auto& [options, batch] : work) {
-        const double bound = options->clip_unmagnified_norm();
-        const at::Tensor clip_factor = bound > 0 ? (bound / norm).clamp_max(1.0) : at::ones_like(norm);
-        // Act 3, apply: the rows move.
-        batch->apply(*options, clip_factor.to(batch->device(), /*non_blocking=*/true),
-                     proceed.to(batch->device(), /*non_blocking=*/true));
-      }
+    const at::Tensor norm = total(in_order(norms_squared, order, home)).sum().sqrt();
+    for (const auto& [options, batch] : work) {
+      const double bound = options->clip_unmagnified_norm();
+      const at::Tensor clip_factor = bound > 0 ? (bound / norm).clamp_max(1.0) : at::ones_like(norm);
+      // Act 3, apply: the rows move.
+      batch->apply(*options, clip_factor.to(batch->device(), /*non_blocking=*/true),
+                   proceed.to(batch->device(), /*non_blocking=*/true));
     }
     for (size_t i = 0; i < groups_.size(); ++i) {
       if (groups_[i].others) groups_[i].others->step(adamw_options(i), proceed);
@@ -190,7 +192,7 @@ class LoraRite : public torch::optim::Optimizer {
     at::NoGradGuard no_grad;
     for (size_t i = 0; i < groups_.size(); ++i) {
       if (groups_[i].others) groups_[i].others->upload_rate(adamw_options(i));
-      for (const auto& batch : groups_[i].batches.all) batch->upload_rates(rite_options(i));
+      for (const auto& batch : groups_[i].batches) batch->upload_rates(rite_options(i));
     }
   }
 
@@ -205,11 +207,11 @@ class LoraRite : public torch::optim::Optimizer {
     for (const auto& group : groups_) {
       for (size_t i = 0; i < group.pairs.size(); ++i) {
         PairDiagnostics entry;
-        if (group.batches.places.empty()) {  // before the first step
+        if (const auto place = group.place_of(i)) {
+          entry = group.batches[place->batch]->diagnose(place->index);
+        } else {  // before the first step
           entry =
               engine::make_batches<Basis>({group.pairs[i]}, {group.pairs[i].name}, Engine::Device).all[0]->diagnose(0);
-        } else {
-          entry = group.batches.all[group.batches.places[i].batch]->diagnose(group.batches.places[i].index);
         }
         entry.skipped_steps = skipped;
         result.push_back(std::move(entry));
@@ -237,9 +239,8 @@ class LoraRite : public torch::optim::Optimizer {
       for (size_t p = 0; p < group.pairs.size(); ++p) {
         torch::serialize::OutputArchive entry(archive.compilation_unit());
         entry.write("name", c10::IValue(group.pairs[p].name));
-        entry.write("stepped", c10::IValue(!group.batches.places.empty()));
-        if (!group.batches.places.empty())
-          group.batches.all[group.batches.places[p].batch]->pick(group.batches.places[p].index).save(entry);
+        entry.write("stepped", c10::IValue(!group.places.empty()));
+        if (!group.places.empty()) save_state(entry, i, p);
         group_archive.write(std::to_string(p), entry);
       }
       archive.write(std::to_string(i), group_archive);
@@ -288,7 +289,7 @@ class LoraRite : public torch::optim::Optimizer {
       }
       detail::check_options(static_cast<const LoraRiteOptions&>(*options.back()), "load: " + label);
       for (size_t p = 0; p < group.pairs.size(); ++p) {
-        pair_states[i].push_back(read_pair(group_archive, group, i, p));
+        pair_states[i].push_back(group.places[p] ? read_pair(group_archive, group, i, p) : PairState());
       }
     }
 
@@ -296,15 +297,49 @@ class LoraRite : public torch::optim::Optimizer {
       param_groups_[i].set_options(std::move(options[i]));
       Group& group = groups_[i];
       if (group.others) group.others->restore(std::move(other_states[i]));
-      for (size_t b = 0; b < group.batches.all.size(); ++b) {
-        std::vector<PairState> states(group.batches.all[b]->count());
+      for (size_t b = 0; b < group.batches.size(); ++b) {
+        std::vector<PairState> states(group.batches[b]->count());
         for (size_t p = 0; p < group.pairs.size(); ++p) {
-          if (group.batches.places[p].batch == b) states[group.batches.places[p].index] = std::move(pair_states[i][p]);
+          const auto& place = group.places[p];
+          if (place && place->batch == b) states[place->index] = std::move(pair_states[i][p]);
         }
-        group.batches.all[b]->restore(states);
+        group.batches[b]->restore(states);
       }
     }
     skipped_ = at::tensor(skipped, at::kLong);
+  }
+
+ protected:
+  // What one of several processes does otherwise than one alone: `ShardedLoraRite` overrides it.
+
+  /// Does this process keep the state of pair `pair` and move its factors?
+  virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }
+  /// The other rows of a pair, where this process holds only some.
+  virtual std::optional<engine::RowShards> row_shards(size_t /*group*/, size_t /*pair*/) const { return std::nullopt; }
+  /// Shall the step be taken? `proceed` is undefined where no parameter of this process has a gradient; so is the
+  /// result if there is nothing to do.
+  virtual at::Tensor agree(const at::Tensor& proceed) { return proceed; }
+  /// ‖Ḡ‖² of every pair, 0 where this process does not keep it → the same of all processes.
+  virtual at::Tensor total(const at::Tensor& norms_squared) { return norms_squared; }
+  /// Writes the state of a pair.
+  virtual void save_state(torch::serialize::OutputArchive& archive, size_t group, size_t pair) const {
+    pick(group, pair).save(archive);
+  }
+  /// Reads what `save_state` wrote; without an archive: nothing remembered.
+  virtual PairState read_state(torch::serialize::InputArchive* archive, size_t group, size_t pair) const {
+    const auto& place = *groups_[group].places[pair];
+    return groups_[group].batches[place.batch]->read(archive, place.index);
+  }
+
+  size_t group_count() const { return groups_.size(); }
+  const std::vector<FactorPair>& pairs_of(size_t group) const { return groups_[group].pairs; }
+  std::string label_of(size_t group, size_t pair) const {
+    return detail::pair_label(groups_[group].pairs[pair], group, pair);
+  }
+  /// The state of a pair that this process keeps.
+  PairState pick(size_t group, size_t pair) const {
+    const auto& place = *groups_[group].places[pair];
+    return groups_[group].batches[place.batch]->pick(place.index);
   }
 
  private:
@@ -313,8 +348,13 @@ class LoraRite : public torch::optim::Optimizer {
   /// Beside the param group of the same index: factor pairs, or (`others`) the parameters that AdamW steps.
   struct Group {
     std::vector<FactorPair> pairs;
-    engine::Batches batches;
+    std::vector<std::unique_ptr<engine::Batch>> batches;
+    std::vector<std::optional<engine::Batches::Place>> places;  ///< of the pairs; empty before the first step
     std::optional<engine::AdamWParameters> others;
+
+    std::optional<engine::Batches::Place> place_of(size_t pair) const {
+      return places.empty() ? std::nullopt : places[pair];
+    }
   };
 
   explicit LoraRite(const LoraRiteOptions& defaults)
@@ -355,18 +395,45 @@ class LoraRite : public torch::optim::Optimizer {
 
   /// Batches are built with the first step, not before: until then a module may still be moved or converted.
   void build_batches() {
-    for (size_t g = 0; g < groups_.size(); ++g) {
+    int64_t first_pair = 0;
+    for (size_t g = 0; g < groups_.size(); first_pair += static_cast<int64_t>(groups_[g].pairs.size()), ++g) {
       Group& group = groups_[g];
-      if (group.others || !group.batches.places.empty()) continue;
-      std::vector<std::string> labels;
+      if (group.others || !group.places.empty()) continue;
+      // Pairs whose factors are shards share a batch only where all processes can: by the shapes of the whole.
+      std::map<std::array<int64_t, 4>, std::vector<size_t>> members;
       for (size_t i = 0; i < group.pairs.size(); ++i) {
-        labels.push_back(detail::pair_label(group.pairs[i], g, i));
-        detail::check_factor_pair(group.pairs[i], labels.back());
+        detail::check_factor_pair(group.pairs[i], label_of(g, i));
+        const auto shards = row_shards(g, i);
+        std::array<int64_t, 4> key = {};
+        if (shards) key = {shards->rows[0], shards->rows[1], shards->sharded[0], shards->sharded[1]};
+        if (keeps(g, i)) members[key].push_back(i);
       }
       const LoraRiteOptions& options = rite_options(g);
-      const bool needs_device = options.capturable() || options.row_equilibration();
-      group.batches =
-          engine::make_batches<Basis>(group.pairs, labels, needs_device ? Engine::Device : options.engine());
+      std::vector<std::unique_ptr<engine::Batch>> batches;
+      std::vector<std::optional<engine::Batches::Place>> places(group.pairs.size());
+      for (const auto& [key, indices] : members) {
+        std::vector<FactorPair> pairs;
+        std::vector<std::string> labels;
+        for (const size_t i : indices) {
+          pairs.push_back(group.pairs[i]);
+          labels.push_back(label_of(g, i));
+        }
+        const auto shards = row_shards(g, indices[0]);
+        const bool needs_device = options.capturable() || options.row_equilibration() || shards;
+        engine::Batches made =
+            engine::make_batches<Basis>(pairs, labels, needs_device ? Engine::Device : options.engine());
+        for (size_t k = 0; k < indices.size(); ++k) {
+          places[indices[k]] = {batches.size() + made.places[k].batch, made.places[k].index};
+          // Pairs of a batch are in the order in which they were given.
+          places_[made.all[made.places[k].batch].get()].push_back(first_pair + static_cast<int64_t>(indices[k]));
+        }
+        for (auto& batch : made.all) {
+          if (shards) batch->set_row_shards(*shards);
+          batches.push_back(std::move(batch));
+        }
+      }
+      group.batches = std::move(batches);
+      group.places = std::move(places);
     }
   }
 
@@ -389,7 +456,7 @@ class LoraRite : public torch::optim::Optimizer {
         continue;
       }
       detail::check_options(rite_options(i), label);
-      for (const auto& batch : group.batches.all) batch->check_inputs();
+      for (const auto& batch : group.batches) batch->check_inputs();
     }
   }
 
@@ -399,6 +466,20 @@ class LoraRite : public torch::optim::Optimizer {
     return result;
   }
 
+  /// What batches tell of their pairs, in the order of the pairs of all groups, 0 for the others: a sum over it does
+  /// not depend on how pairs are batched or divided over processes.
+  at::Tensor in_order(const std::vector<at::Tensor>& of_batches, const std::vector<int64_t>& order, at::Device home) {
+    int64_t count = 0;
+    for (const Group& group : groups_) count += static_cast<int64_t>(group.pairs.size());
+    at::Tensor result = at::zeros({count}, at::TensorOptions().dtype(at::kDouble).device(home));
+    if (of_batches.empty()) return result;
+    if (!order_.defined() || order_.device() != home || order != known_order_) {
+      order_ = at::tensor(order, at::kLong).to(home);
+      known_order_ = order;
+    }
+    return result.index_copy(0, order_, at::cat(to_device(of_batches, home)));
+  }
+
   static int64_t read_int(torch::serialize::InputArchive& archive, const std::string& key) {
     c10::IValue value;
     TORCH_CHECK(archive.try_read(key, value) && value.isInt(), "load: the archive has no number '", key, "'");
@@ -406,8 +487,7 @@ class LoraRite : public torch::optim::Optimizer {
   }
 
   PairState read_pair(torch::serialize::InputArchive& group_archive, const Group& group, size_t g, size_t p) const {
-    const engine::Batch& batch = *group.batches.all[group.batches.places[p].batch];
-    const std::string label = detail::pair_label(group.pairs[p], g, p);
+    const std::string label = label_of(g, p);
     torch::serialize::InputArchive entry;
     c10::IValue name, stepped;
     TORCH_CHECK(group_archive.try_read(std::to_string(p), entry), "load: ", label, " is missing in the archive");
@@ -416,12 +496,15 @@ class LoraRite : public torch::optim::Optimizer {
         "load: ", label, " has no entries 'name' and 'stepped'");
     TORCH_CHECK(name.toStringRef() == group.pairs[p].name, "load: ", label, " is '", name.toStringRef(),
                 "' in the archive, expected '", group.pairs[p].name, "'");
-    return batch.read(stepped.toBool() ? &entry : nullptr, group.batches.places[p].index);
+    return read_state(stepped.toBool() ? &entry : nullptr, g, p);
   }
 
   std::vector<Group> groups_;
-  std::map<const void*, std::string> owners_;  ///< every tensor of every group, and whose it is
-  at::Tensor skipped_;                         ///< scalar on the device, so that counting needs no host read
+  std::map<const void*, std::string> owners_;                    ///< every tensor of every group, and whose it is
+  std::map<const engine::Batch*, std::vector<int64_t>> places_;  ///< of a batch's pairs among those of all groups
+  std::vector<int64_t> known_order_;
+  at::Tensor order_;    ///< the same, on the device
+  at::Tensor skipped_;  ///< scalar on the device, so that counting needs no host read
 };
 
 }  // namespace lora_rite

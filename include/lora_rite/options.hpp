@@ -78,37 +78,33 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   void set_lr(const double value) override { lr(value); }
 
   void serialize(torch::serialize::OutputArchive& archive) const override {
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(betas);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps_root);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(escape);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(clip_unmagnified_norm);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_update_rms);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_relative_change);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(row_equilibration);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr_ratio_b);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(balance);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(maximize);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(master_weights);
+    for_each_saved(*this, [&](const char* name, const auto& value) { archive.write(name, c10::IValue(value)); });
   }
 
   void serialize(torch::serialize::InputArchive& archive) override {
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(betas_t, betas);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps_root);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, escape);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, clip_unmagnified_norm);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, max_update_rms);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, max_relative_change);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, row_equilibration);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr_ratio_b);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, balance);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, maximize);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, master_weights);
+    for_each_saved(*this, [&](const char* name, auto& value) {
+      c10::IValue found;
+      if (archive.try_read(name, found)) value = found.to<std::decay_t<decltype(value)>>();
+    });
+  }
+
+  /// Calls function(name, value) for every option that a checkpoint keeps.
+  template <class Options, class Function>
+  static void for_each_saved(Options& options, const Function& function) {
+    function("lr", options.lr());
+    function("betas", options.betas());
+    function("eps", options.eps());
+    function("eps_root", options.eps_root());
+    function("weight_decay", options.weight_decay());
+    function("escape", options.escape());
+    function("clip_unmagnified_norm", options.clip_unmagnified_norm());
+    function("max_update_rms", options.max_update_rms());
+    function("max_relative_change", options.max_relative_change());
+    function("row_equilibration", options.row_equilibration());
+    function("lr_ratio_b", options.lr_ratio_b());
+    function("balance", options.balance());
+    function("maximize", options.maximize());
+    function("master_weights", options.master_weights());
   }
 };
 

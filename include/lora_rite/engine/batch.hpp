@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <array>
+#include <functional>
 #include <limits>
 #include <string>
 #include <utility>
@@ -16,6 +17,16 @@
 #include "lora_rite/state.hpp"
 
 namespace lora_rite::engine {
+
+/// Factors of which every process holds some rows (see `ShardedLoraRite`): Gram matrices and norms are sums over all of
+/// them.
+struct RowShards {
+  std::array<bool, 2> sharded;           ///< by side; a factor that is not is whole in every process
+  std::array<int64_t, 2> begin;          ///< the first row that this process holds
+  std::array<int64_t, 2> rows;           ///< n over all processes
+  std::function<void(at::Tensor&)> sum;  ///< adds up over the processes, in place
+  bool first;                            ///< is this the process whose whole factors count?
+};
 
 /// k pairs of one param group whose factors agree in shape, dtype and device, and what is remembered of them: what all
 /// engines share. An engine moves the tall data in the three acts, which must be called in their order.
@@ -45,13 +56,16 @@ class Batch {
   /// Are all gradients and factors finite? A scalar on the batch's device.
   virtual at::Tensor finite() const = 0;
 
-  /// Act 2, first half: the partner's basis and ḠᵀḠ. Returns Σ ‖Ḡ‖² over the batch, a scalar on its device. Where the
-  /// step will be skipped (`proceed` false) nothing that is not finite comes near an eigensolver.
+  /// Act 2, first half: the partner's basis and ḠᵀḠ. Returns ‖Ḡ‖² of both factors of every pair [k], on its device.
+  /// Where the step will be skipped (`proceed` false) nothing that is not finite comes near an eigensolver.
   virtual at::Tensor unmagnify(const at::Tensor& proceed) = 0;
 
   /// Act 2, second half, and act 3: decides with the clip factor c (scalar), moves factors and momenta, and remembers.
   /// Where `proceed` is false everything stays bit for bit.
   virtual void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) = 0;
+
+  /// Tells, before the first step, that the factors are shards. Only some engines can.
+  virtual void set_row_shards(RowShards) { TORCH_CHECK(false, "this engine has no row shards"); }
 
   /// Hands the rates of `options` to the device, for a recorded step; an ordinary one does it itself.
   virtual void upload_rates(const LoraRiteOptions&) {}

@@ -3,7 +3,9 @@
 #include <ATen/ATen.h>
 
 #include <array>
+#include <initializer_list>
 #include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,6 +40,11 @@ class DeviceBatch final : public Batch {
     rows_ = at::tensor({rows_a, rows_b}, at::kDouble).view({2, 1, 1, 1}).to(device_);
   }
 
+  void set_row_shards(RowShards shards) override {
+    shards_ = std::move(shards);
+    rows_ = at::tensor(at::IntArrayRef(shards_->rows), at::kDouble).view({2, 1, 1, 1}).to(device_);
+  }
+
   bool observe(const LoraRiteOptions& options) override {
     capturable_ = options.capturable();
     std::array<std::vector<bool>, 2> has_gradient;
@@ -51,7 +58,7 @@ class DeviceBatch final : public Batch {
     if (!any) return false;
     set_has_gradient(has_gradient);
 
-    std::array<at::Tensor, 2> changed;
+    std::array<at::Tensor, 2> sums, changed;
     for (const size_t side : {0, 1}) {
       gradients_[side] = gather_gradients(side);
       const at::Tensor as_stored = gather(side);
@@ -67,24 +74,24 @@ class DeviceBatch final : public Batch {
       } else if (wants_master) {
         factors_[side] = as_stored.to(at::kFloat);
       }
-      changed[side] = sums_changed(side, column_sums(as_stored, side));
+      sums[side] = column_sums(as_stored, side);
     }
-    edited_ = at::stack({changed[0], changed[1]});
 
-    std::array<at::Tensor, 2> coordinates, gram, cross, gradient_gram, plain_gradient_gram;
+    std::array<at::Tensor, 2> x, coordinates, gram, cross, past, gradient_gram, plain_gradient_gram;
     for (const size_t side : {0, 1}) {
-      const at::Tensor x = wide(tall(factors_[side], side));
-      if (dtype_ == at::kDouble) coordinates[side] = inverse_root(finite_or_zero(inner_products(x, x)));
-      const at::Tensor in_coordinates = coordinates[side].defined() ? at::matmul(x, coordinates[side]) : x;
+      x[side] = wide(tall(factors_[side], side));
+      if (dtype_ == at::kDouble) gram[side] = inner_products(x[side], x[side]);
+    }
+    if (dtype_ == at::kDouble) {
+      sum_over_shards({&gram});
+      for (const size_t side : {0, 1}) coordinates[side] = inverse_root(finite_or_zero(gram[side]));
+    }
+    for (const size_t side : {0, 1}) {
+      const at::Tensor in_coordinates = coordinates[side].defined() ? at::matmul(x[side], coordinates[side]) : x[side];
       gram[side] = inner_products(in_coordinates, in_coordinates);
-      // (XC)ᵀ X_old with X_old = α X + γ N; an edited factor has no past.
-      cross[side] = coordinates[side].defined() ? inner_products(in_coordinates, x) : gram[side];
+      cross[side] = coordinates[side].defined() ? inner_products(in_coordinates, x[side]) : gram[side];
       if (state_.momentum[side].defined()) {
-        const at::Tensor one = at::ones_like(state_.previous_scale[side]);
-        const at::Tensor scale = choose(changed[side], one, state_.previous_scale[side]);
-        const at::Tensor rate = choose(negated(changed[side]), state_.previous_rate[side], 0.0);
-        const at::Tensor momentum = wide(tall(state_.momentum[side], side));
-        cross[side] = scale * cross[side] + rate * inner_products(in_coordinates, momentum);
+        past[side] = inner_products(in_coordinates, wide(tall(state_.momentum[side], side)));
       }
     }
     for (const size_t side : {0, 1}) {
@@ -101,6 +108,17 @@ class DeviceBatch final : public Batch {
         gradient_gram[side] = inner_products(gradient, gradient);
       }
     }
+    sum_over_shards({&sums, &gram, &cross, &past, &gradient_gram, &plain_gradient_gram});
+    for (const size_t side : {0, 1}) {
+      changed[side] = sums_changed(side, sums[side]);
+      if (!past[side].defined()) continue;
+      // (XC)ᵀ X_old with X_old = α X + γ N; an edited factor has no past.
+      const at::Tensor one = at::ones_like(state_.previous_scale[side]);
+      const at::Tensor scale = choose(changed[side], one, state_.previous_scale[side]);
+      const at::Tensor rate = choose(negated(changed[side]), state_.previous_rate[side], 0.0);
+      cross[side] = scale * cross[side] + rate * past[side];
+    }
+    edited_ = at::stack({changed[0], changed[1]});
     // Statistics of side s are those of its partner's geometry.
     if (coordinates[0].defined()) statistics_.coordinates = at::stack({coordinates[1], coordinates[0]});
     statistics_.gram = at::stack({gram[1], gram[0]});
@@ -127,7 +145,7 @@ class DeviceBatch final : public Batch {
     const at::Tensor& seen =
         unmagnified_.plain_gradient_gram.defined() ? unmagnified_.plain_gradient_gram : unmagnified_.gradient_gram;
     fresh_norm_squared_ = seen.diagonal(0, -2, -1).sum(-1).clamp_min(0);
-    return fresh_norm_squared_.sum();
+    return fresh_norm_squared_.sum(0);
   }
 
   void upload_rates(const LoraRiteOptions& options) override {
@@ -170,7 +188,8 @@ class DeviceBatch final : public Batch {
         in_basis = in_basis.defined() ? at::baddbmm(in_basis, gradient, map) : at::matmul(gradient, map);
       }
       if (options.max_update_rms() > 0) {
-        const at::Tensor rms = in_basis.square().mean({-2, -1}, /*keepdim=*/true).sqrt();
+        const int64_t s = static_cast<int64_t>(side);
+        const at::Tensor rms = (sum_of_squares(in_basis, side) / (rows_[s] * static_cast<double>(rank_))).sqrt();
         in_basis = in_basis / (rms / options.max_update_rms()).clamp_min(1);
       }
       momentum[side] = at::matmul(in_basis, decision.moments.inverse_root[side].mT());
@@ -197,6 +216,7 @@ class DeviceBatch final : public Batch {
       sums[side] =
           gradients_[side].defined() ? write_back(moved[side], side, proceed) : column_sums(gather(side), side);
     }
+    sum_over_shards({&sums});
     rule::Moments<at::Tensor>& moments = state_.moments;
     remember(moments.second_moment, decision.moments.second_moment);
     remember(moments.escaped_mass, decision.moments.escaped_mass);
@@ -247,6 +267,37 @@ class DeviceBatch final : public Batch {
     return decay * old + (1 - decay) * fresh;
   }
 
+  /// Adds up over the processes what are sums over rows; one message. Whole factors count once.
+  void sum_over_shards(std::initializer_list<std::array<at::Tensor, 2>*> sums) const {
+    if (!shards_) return;
+    std::vector<at::Tensor*> parts;
+    std::vector<at::Tensor> flat;
+    for (std::array<at::Tensor, 2>* both : sums) {
+      for (const size_t side : {0, 1}) {
+        at::Tensor& part = (*both)[side];
+        if (!part.defined()) continue;
+        parts.push_back(&part);
+        flat.push_back(shards_->sharded[side] || shards_->first ? part.flatten() : at::zeros_like(part).flatten());
+      }
+    }
+    at::Tensor message = at::cat(flat);
+    shards_->sum(message);
+    int64_t begin = 0;
+    for (at::Tensor* part : parts) {
+      const int64_t size = part->numel();
+      *part = message.narrow(0, begin, size).view(part->sizes());
+      begin += size;
+    }
+  }
+
+  /// Σ x² over rows and columns [k, 1, 1] of tall x.
+  at::Tensor sum_of_squares(const at::Tensor& x, size_t side) const {
+    std::array<at::Tensor, 2> sums;
+    sums[side] = x.square().sum({-2, -1}, /*keepdim=*/true);
+    sum_over_shards({&sums});
+    return sums[side];
+  }
+
   at::Tensor gather(size_t side) const {
     std::vector<at::Tensor> tensors;
     for (int64_t i = 0; i < count(); ++i) tensors.push_back(factor_of(i, side));
@@ -287,9 +338,10 @@ class DeviceBatch final : public Batch {
 
   /// What is remembered of stacked factors as they are stored, to notice an edit: of each column the square of its norm
   /// and a weighted sum [2, k, r].
-  static at::Tensor column_sums(const at::Tensor& stored, size_t side) {
+  at::Tensor column_sums(const at::Tensor& stored, size_t side) const {
     const at::Tensor x = wide(tall(stored, side));
-    return at::stack({x.square().sum(-2), at::matmul(column_weights(x.size(1), x.options()), x)});
+    const at::Tensor weights = column_weights(x.size(1), x.options(), shards_ ? shards_->begin[side] : 0);
+    return at::stack({x.square().sum(-2), at::matmul(weights, x)});
   }
 
   /// Did someone write to these factors since the last step? [k, 1, 1]. The sums are formed in the same way each time,
@@ -311,8 +363,7 @@ class DeviceBatch final : public Batch {
   /// own coordinates and go along; R⁺ of a factor scales inversely. Pairs of which one factor is zero, or did not move,
   /// are left alone.
   void balance(std::array<at::Tensor, 2>& moved, std::array<at::Tensor, 2>& momentum, at::Tensor& inverse_root) const {
-    const auto norm = [&](size_t side) { return moved[side].square().sum({-2, -1}, /*keepdim=*/true).sqrt(); };
-    const at::Tensor norm_a = norm(0), norm_b = norm(1);
+    const at::Tensor norm_a = sum_of_squares(moved[0], 0).sqrt(), norm_b = sum_of_squares(moved[1], 1).sqrt();
     const at::Tensor allowed = (norm_a > 0) & (norm_b > 0) & has_gradient_[0] & has_gradient_[1];
     const at::Tensor scale = choose(allowed, (norm_b / norm_a).sqrt(), 1.0);
     const std::array<at::Tensor, 2> scales = {scale, scale.reciprocal()};
@@ -339,6 +390,7 @@ class DeviceBatch final : public Batch {
   }
 
   at::Tensor rows_;  ///< n of both sides [2, 1, 1, 1]
+  std::optional<RowShards> shards_;
 
   std::array<std::vector<bool>, 2> known_has_gradient_;
   at::Tensor has_gradient_;                  ///< [2, k, 1, 1]

@@ -114,7 +114,8 @@ class HostBatch final : public Batch {
   }
 
   at::Tensor unmagnify(const at::Tensor& proceed) override {
-    if (!proceed.item<bool>()) return at::zeros({}, double_options());
+    at::Tensor norms = at::zeros({count()}, double_options());
+    if (!proceed.item<bool>()) return norms;
     const double cutoff = rule::relative_cutoff(std::numeric_limits<float>::epsilon(), rank_);
     parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) {
       rule::Statistics<LaneMatrix> statistics = {{}, LaneMatrix(rank_), LaneMatrix(rank_), LaneMatrix(rank_), {}};
@@ -126,10 +127,10 @@ class HostBatch final : public Batch {
         side_of(g * kLanes + lane).unmagnified_squared[index_of(g * kLanes + lane)] = squared[lane];
       }
     });
-    double sum = 0;
-    for (const Side& s : sides_)
-      for (const double squared : s.unmagnified_squared) sum += squared;
-    return at::scalar_tensor(sum, double_options());
+    double* sums = norms.template data_ptr<double>();
+    for (size_t i = 0; i < static_cast<size_t>(count()); ++i)
+      sums[i] = sides_[0].unmagnified_squared[i] + sides_[1].unmagnified_squared[i];
+    return norms;
   }
 
   void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {

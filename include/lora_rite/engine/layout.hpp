@@ -30,9 +30,9 @@ inline at::Tensor stacked(const at::Tensor& tall, size_t side, at::IntArrayRef s
 inline at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::kDouble); }
 
 /// Weights of the column sums by which an edit of a factor is noticed [n]: the fractions of i·φ, irregular, so that no
-/// change of sign and no exchange of rows passes.
-inline at::Tensor column_weights(int64_t rows, const at::TensorOptions& options) {
-  return (at::arange(rows, options) * 0.61803398874989485).frac() + 0.5;
+/// change of sign and no exchange of rows passes. Rows count from `begin`.
+inline at::Tensor column_weights(int64_t rows, const at::TensorOptions& options, int64_t begin = 0) {
+  return (at::arange(begin, begin + rows, options) * 0.61803398874989485).frac() + 0.5;
 }
 
 /// Column sums of the same values, formed twice, differ by no more than this share of what goes into them.

@@ -1,0 +1,357 @@
+// Several processes over Gloo: data-parallel with divided pairs, and factors divided by rows.
+
+#include "processes.hpp"
+
+#include <csignal>
+
+#include "support/pairs.hpp"
+
+namespace lora_rite {
+namespace {
+
+using namespace testing;
+
+/// Three shapes, one of them four times: more pairs than processes, of unequal cost.
+std::vector<FactorPair> some_pairs(torch::Dtype dtype) {
+  torch::manual_seed(5);
+  std::vector<FactorPair> pairs;
+  for (int i = 0; i < 4; ++i) pairs.push_back(random_pair("q" + std::to_string(i), 4, 24, 16, dtype));
+  pairs.push_back(random_pair("wide", 4, 70, 31, dtype));
+  pairs.push_back(random_pair("small", 2, 12, 8, dtype));
+  return pairs;
+}
+
+LoraRiteOptions some_options() { return LoraRiteOptions(1e-2).weight_decay(0.01); }
+
+void expect_same_everywhere(const Process& process, const std::vector<FactorPair>& pairs) {
+  for (const auto& pair : pairs) {
+    for (const auto& factor : {pair.a, pair.b}) {
+      at::Tensor first = factor.detach().clone();
+      detail::Collectives(process.group).broadcast(first, 0, "a test");
+      EXPECT_TRUE(at::equal(first, factor)) << pair.name;
+    }
+  }
+}
+
+/// The gradients of step i; each process sees some of the data, and their mean is what matters.
+void set_local_gradients(const Process& process, const std::vector<FactorPair>& pairs, int64_t i) {
+  set_gradients(pairs, static_cast<uint64_t>(1000 + 17 * i + process.rank));
+}
+
+const Scenario average("average", [](const Process& process) {
+  torch::manual_seed(3);
+  std::vector<torch::Tensor> parameters = {torch::zeros({5, 3}), torch::zeros({7}), torch::zeros({2}, torch::kDouble),
+                                           torch::zeros({4}), torch::zeros({1})};
+  parameters[0].mutable_grad() = torch::full({5, 3}, static_cast<double>(process.rank + 1));
+  parameters[1].mutable_grad() = torch::arange(7).to(torch::kFloat) * (process.rank + 1);
+  parameters[2].mutable_grad() = torch::full({2}, 0.5 + process.rank, torch::kDouble);
+  if (process.rank == 1) parameters[3].mutable_grad() = torch::full({4}, 8.0);
+  average_gradients(parameters, process.group, /*bucket_bytes=*/32);
+  const double mean = (process.size + 1) / 2.0;
+  EXPECT_TRUE(at::allclose(parameters[0].grad(), torch::full({5, 3}, mean)));
+  EXPECT_TRUE(at::allclose(parameters[1].grad(), torch::arange(7).to(torch::kFloat) * mean));
+  EXPECT_TRUE(at::allclose(parameters[2].grad(), torch::full({2}, mean - 0.5, torch::kDouble)));
+  EXPECT_TRUE(at::allclose(parameters[3].grad(), torch::full({4}, 8.0 / process.size)));
+  EXPECT_FALSE(parameters[4].grad().defined());
+});
+
+TEST(AverageGradients, AreMeansAndMissingOnesCountAsZero) {
+  for (const int size : {2, 4}) expect_success("average", size, fresh_folder("average"));
+}
+
+/// 200 steps divided, beside the same steps undivided in every process; leaves a checkpoint of step 100.
+template <class Compare>
+void divided_run(const Process& process, torch::Dtype dtype, const Compare& compare) {
+  const auto pairs = some_pairs(dtype), whole_pairs = clone_pairs(pairs), started = clone_pairs(pairs);
+  ShardedLoraRite<> divided(process.group, pairs, some_options());
+  LoraRite<> whole(whole_pairs, some_options());
+  for (int64_t i = 0; i < 200; ++i) {
+    set_local_gradients(process, pairs, i);
+    // A gradient that is not finite, in one process: all skip the step.
+    if (i == 50 && process.rank == 1) pairs[1].a.grad()[0][0] = std::numeric_limits<double>::infinity();
+    average_gradients(divided, process.group);
+    for (size_t p = 0; p < pairs.size(); ++p) {
+      at::Tensor a = whole_pairs[p].a, b = whole_pairs[p].b;
+      a.mutable_grad() = pairs[p].a.grad().clone();
+      b.mutable_grad() = pairs[p].b.grad().clone();
+    }
+    divided.step();
+    whole.step();
+    if (i % 50 == 49) compare(pairs, whole_pairs);
+    if (i == 99) {
+      const std::string bytes = saved_bytes(divided);  // all processes take part
+      if (process.rank == 0) {
+        std::ofstream(process.folder / "optimizer") << bytes;
+        std::vector<torch::Tensor> factors;
+        for (const auto& pair : pairs) factors.insert(factors.end(), {pair.a.detach(), pair.b.detach()});
+        torch::save(factors, (process.folder / "factors").string());
+      }
+    }
+  }
+  EXPECT_EQ(divided.skipped_steps(), 1);
+  EXPECT_FALSE(equal_factors(pairs, started));
+  expect_same_everywhere(process, pairs);
+  if (process.rank == 0) {
+    std::vector<torch::Tensor> factors;
+    for (const auto& pair : pairs) factors.insert(factors.end(), {pair.a.detach(), pair.b.detach()});
+    torch::save(factors, (process.folder / "end").string());
+  }
+  // The work and the state are divided: nobody has more than its share and one pair.
+  int64_t own = 0, all = 0, largest = 0;
+  for (size_t p = 0; p < pairs.size(); ++p) {
+    const int64_t size = pairs[p].a.numel() + pairs[p].b.numel();
+    all += size;
+    largest = std::max(largest, size);
+    if (divided.owner(0, p) == process.rank) own += size;
+  }
+  EXPECT_GT(own, 0);
+  EXPECT_LE(own, all / process.size + largest);
+}
+
+const Scenario pairs_float("pairs float", [](const Process& process) {
+  divided_run(process, torch::kFloat,
+              [](const auto& divided, const auto& whole) { EXPECT_TRUE(equal_factors(divided, whole)); });
+});
+const Scenario pairs_double("pairs double", [](const Process& process) {
+  divided_run(process, torch::kDouble, [](const auto& divided, const auto& whole) {
+    for (size_t p = 0; p < divided.size(); ++p)
+      EXPECT_LT(
+          (at::matmul(divided[p].b, divided[p].a) - at::matmul(whole[p].b, whole[p].a)).norm().template item<double>(),
+          1e-12 * at::matmul(whole[p].b, whole[p].a).norm().template item<double>());
+  });
+});
+
+/// Goes on from the checkpoint of "pairs float", with any number of processes.
+void go_on(torch::optim::Optimizer& optimizer, const std::vector<FactorPair>& pairs,
+           const std::filesystem::path& folder, int processes) {
+  std::vector<torch::Tensor> factors, end;
+  torch::load(factors, (folder / "factors").string());
+  torch::load(end, (folder / "end").string());
+  for (size_t p = 0; p < pairs.size(); ++p) {
+    pairs[p].a.detach().copy_(factors[2 * p]);
+    pairs[p].b.detach().copy_(factors[2 * p + 1]);
+  }
+  std::ostringstream bytes;
+  bytes << std::ifstream(folder / "optimizer").rdbuf();
+  load_bytes(optimizer, bytes.str());
+  for (int64_t i = 100; i < 200; ++i) {
+    // The mean over those who wrote the checkpoint, formed as they did.
+    std::vector<std::vector<at::Tensor>> gradients;
+    for (int rank = 0; rank < processes; ++rank) {
+      set_local_gradients({rank, processes, folder, nullptr}, pairs, i);
+      gradients.emplace_back();
+      for (const auto& pair : pairs)
+        gradients.back().insert(gradients.back().end(), {pair.a.grad().clone(), pair.b.grad().clone()});
+    }
+    for (size_t p = 0; p < pairs.size(); ++p)
+      for (const size_t side : {0, 1}) {
+        at::Tensor factor = side == 0 ? pairs[p].a : pairs[p].b, sum = gradients[0][2 * p + side];
+        for (int rank = 1; rank < processes; ++rank) sum = sum + gradients[static_cast<size_t>(rank)][2 * p + side];
+        factor.mutable_grad() = sum / processes;
+      }
+    optimizer.step();
+  }
+  for (size_t p = 0; p < pairs.size(); ++p) {
+    EXPECT_TRUE(at::equal(pairs[p].a, end[2 * p])) << pairs[p].name;
+    EXPECT_TRUE(at::equal(pairs[p].b, end[2 * p + 1])) << pairs[p].name;
+  }
+}
+
+const Scenario pairs_resume("pairs resume", [](const Process& process) {
+  const auto pairs = some_pairs(torch::kFloat);
+  ShardedLoraRite<> optimizer(process.group, pairs, some_options());
+  go_on(optimizer, pairs, process.folder, 2);
+});
+
+TEST(ShardedLoraRite, StepsAreThoseOfOneProcessBitForBit) {
+  for (const int size : {2, 4}) {
+    expect_success("pairs float", size, fresh_folder("pairs"));
+    expect_success("pairs double", size, fresh_folder("pairs"));
+  }
+}
+
+TEST(ShardedLoraRite, ACheckpointOfTwoProcessesResumesInThreeAndInOne) {
+  const auto folder = fresh_folder("resume");
+  expect_success("pairs float", 2, folder);
+  expect_success("pairs resume", 3, folder);
+  const auto pairs = some_pairs(torch::kFloat);
+  LoraRite<> alone(pairs, some_options());
+  go_on(alone, pairs, folder, 2);
+}
+
+// --- Rows ----------------------------------------------------------------------------------------------------------
+
+/// The part of process `rank` of a factor's long dimension: unequal parts.
+at::Tensor part_of(const at::Tensor& factor, size_t side, int rank, int size) {
+  const int64_t dimension = side == 0 ? 1 : 0, rows = factor.size(dimension);
+  const auto bound = [&](int r) { return r == 0 ? 0 : r == size ? rows : rows * r / size + 1; };
+  return factor.narrow(dimension, bound(rank), bound(rank + 1) - bound(rank)).clone(at::MemoryFormat::Contiguous);
+}
+
+std::vector<FactorPair> parts_of(const std::vector<FactorPair>& pairs, int rank, int size,
+                                 const std::function<RowSharding(const FactorPair&)>& sharding) {
+  std::vector<FactorPair> parts;
+  for (const auto& pair : pairs) {
+    const RowSharding divided = sharding(pair);
+    parts.push_back({pair.name,
+                     (divided.a ? part_of(pair.a.detach(), 0, rank, size) : pair.a.detach().clone()).requires_grad_(),
+                     (divided.b ? part_of(pair.b.detach(), 1, rank, size) : pair.b.detach().clone()).requires_grad_()});
+  }
+  return parts;
+}
+
+/// Both factors divided, or only one of them, as in tensor parallel layers.
+RowSharding mixed(const FactorPair& pair) {
+  if (pair.name == "q1") return {false, true};
+  if (pair.name == "wide") return {true, false};
+  return {};
+}
+
+double distance(const std::vector<FactorPair>& parts, const std::vector<FactorPair>& whole, const Process& process) {
+  double largest = 0;
+  const auto expected = parts_of(whole, process.rank, process.size, mixed);
+  for (size_t p = 0; p < parts.size(); ++p)
+    for (const auto& [found, wanted] : {std::pair(parts[p].a, expected[p].a), std::pair(parts[p].b, expected[p].b)})
+      largest = std::max(largest, (found - wanted).norm().item<double>() / wanted.norm().item<double>());
+  return largest;
+}
+
+void step_both(torch::optim::Optimizer& rows, const std::vector<FactorPair>& parts, torch::optim::Optimizer& whole,
+               const std::vector<FactorPair>& whole_pairs, const Process& process, int64_t i) {
+  set_gradients(whole_pairs, static_cast<uint64_t>(1000 + i));
+  for (size_t p = 0; p < parts.size(); ++p) {
+    const RowSharding divided = mixed(parts[p]);
+    at::Tensor a = parts[p].a, b = parts[p].b;
+    const at::Tensor ga = whole_pairs[p].a.grad(), gb = whole_pairs[p].b.grad();
+    a.mutable_grad() = divided.a ? part_of(ga, 0, process.rank, process.size) : ga.clone();
+    b.mutable_grad() = divided.b ? part_of(gb, 1, process.rank, process.size) : gb.clone();
+  }
+  rows.step();
+  whole.step();
+}
+
+void rows_run(const Process& process, torch::Dtype dtype, const LoraRiteOptions& options, double tolerance) {
+  const auto whole_pairs = some_pairs(dtype);
+  const auto parts = parts_of(whole_pairs, process.rank, process.size, mixed);
+  RowShardedLoraRite<> rows(process.group, parts, options, mixed);
+  LoraRite<> whole(whole_pairs, LoraRiteOptions(options).engine(Engine::Device));
+  for (int64_t i = 0; i < 20; ++i) {
+    step_both(rows, parts, whole, whole_pairs, process, i);
+    EXPECT_LT(distance(parts, whole_pairs, process), tolerance) << "step " << i;
+  }
+  // The state of the whole factors, as one process has it, and back.
+  const std::string bytes = saved_bytes(rows);
+  const auto alone_pairs = clone_pairs(whole_pairs);
+  LoraRite<> alone(alone_pairs, options);
+  load_bytes(alone, bytes);
+  RowShardedLoraRite<> again(process.group, parts_of(whole_pairs, process.rank, process.size, mixed), options, mixed);
+  load_bytes(again, saved_bytes(alone));
+  EXPECT_EQ(saved_bytes(again), bytes);
+  set_gradients(alone_pairs, 1020);
+  alone.step();
+  step_both(rows, parts, whole, whole_pairs, process, 20);
+  EXPECT_LT(distance(parts, alone_pairs, process), tolerance);
+}
+
+const Scenario rows_double("rows double", [](const Process& process) {
+  rows_run(process, torch::kDouble, some_options(), 1e-12);
+  rows_run(process, torch::kDouble,
+           some_options().balance(true).max_update_rms(0.5).max_relative_change(0.3).row_equilibration(true), 1e-12);
+});
+const Scenario rows_float("rows float",
+                          [](const Process& process) { rows_run(process, torch::kFloat, some_options(), 1e-6); });
+
+TEST(RowShardedLoraRite, StepsAreThoseOfTheWholeFactors) {
+  for (const int size : {2, 4}) {
+    expect_success("rows double", size, fresh_folder("rows"));
+    expect_success("rows float", size, fresh_folder("rows"));
+  }
+}
+
+const Scenario rows_bytes("rows bytes", [](const Process& process) {
+  std::map<int64_t, int64_t> bytes;  // of ten steps, by the factors' width
+  for (const int64_t width : {32, 64, 512}) {
+    torch::manual_seed(1);
+    const std::vector<FactorPair> pairs = {random_pair("p", 4, width, width, torch::kFloat)};
+    RowShardedLoraRite<> optimizer(process.group, pairs);
+    const int64_t before = optimizer.bytes_sent();
+    run_steps(optimizer, pairs, 0, 10);
+    bytes[width] = optimizer.bytes_sent() - before;
+  }
+  EXPECT_EQ(bytes[32], bytes[64]);
+  EXPECT_EQ(bytes[32], bytes[512]);
+  // Four r×r matrices a factor at most and a few vectors, in double.
+  EXPECT_LT(bytes[32], 10 * (2 * (4 * 16 + 8 * 4) + 16) * 8);
+});
+
+TEST(RowShardedLoraRite, MessagesDoNotGrowWithTheFactors) { expect_success("rows bytes", 2, fresh_folder("bytes")); }
+
+// --- Errors --------------------------------------------------------------------------------------------------------
+
+void expect_error(const Process&, const std::string& expected, const std::function<void()>& body) {
+  EXPECT_TRUE(mentions(error_of(body), expected));
+}
+
+const Scenario differences("differences", [](const Process& process) {
+  const bool last = process.rank == process.size - 1;
+  const auto pairs = some_pairs(torch::kFloat);
+  expect_error(process, "weight_decay 0.5",
+               [&] { ShardedLoraRite<>(process.group, pairs, some_options().weight_decay(last ? 0.5 : 0.01)); });
+  expect_error(process, "small", [&] {
+    std::vector<FactorPair> other = pairs;
+    if (last) other.back() = random_pair("small", 2, 12, 9, torch::kFloat);
+    ShardedLoraRite<>(process.group, other, some_options());
+  });
+  expect_error(process, "5 pairs", [&] {
+    std::vector<FactorPair> other = pairs;
+    if (last) other.pop_back();
+    ShardedLoraRite<>(process.group, other, some_options());
+  });
+  expect_error(process, "divided", [&] {
+    RowShardedLoraRite<>(process.group, pairs, some_options(), [&](const FactorPair&) {
+      return RowSharding{!last, true};
+    });
+  });
+  ShardedLoraRite<> optimizer(process.group, pairs, some_options());
+  const auto before = clone_pairs(pairs);
+  set_gradients(pairs, 1);
+  at::Tensor b = pairs[2].b;
+  if (last) b.mutable_grad() = at::Tensor();
+  expect_error(process, "pair 'q2', factor b is 0 in process 1", [&] { optimizer.step(); });
+  set_gradients(pairs, 1);
+  if (last) optimizer.param_groups()[0].options().set_lr(5e-3);
+  expect_error(process, "learning rate of group 0 is 0.005", [&] { optimizer.step(); });
+  EXPECT_TRUE(equal_factors(pairs, before));
+});
+
+TEST(Distributed, ProcessesThatDifferAreTold) { expect_success("differences", 2, fresh_folder("differences")); }
+
+const Scenario killed("killed", [](const Process& process) {
+  const auto pairs = some_pairs(torch::kFloat);
+  ShardedLoraRite<> optimizer(process.group, pairs, some_options());
+  run_steps(optimizer, pairs, 0, 3);
+  set_gradients(pairs, 9);
+  if (process.rank == 1)  // in the middle of a step: the closure has run, the other processes are in the step already
+    optimizer.step([]() -> torch::Tensor {
+      usleep(300000);
+      raise(SIGKILL);
+      return {};
+    });
+  optimizer.step();
+});
+
+TEST(Distributed, AKilledProcessMakesTheOthersFailWithAClearError) {
+  const Outcome outcome = run_processes("killed", 3, fresh_folder("killed"), /*timeout_seconds=*/10);
+  EXPECT_EQ(outcome.status[1], 128 + SIGKILL);
+  for (const size_t rank : {0, 2}) {
+    EXPECT_EQ(outcome.status[rank], 1);
+    EXPECT_TRUE(mentions(outcome.output[rank], "another process has left or did not answer in time"));
+    EXPECT_TRUE(mentions(outcome.output[rank], "go on from the last checkpoint"));
+  }
+  EXPECT_LT(outcome.seconds, 40);
+}
+
+}  // namespace
+}  // namespace lora_rite
+
+int main(int argc, char** argv) { return lora_rite::testing::run_tests_or_scenario(argc, argv); }
