@@ -71,6 +71,21 @@ TEST(WarmupSchedulers, ResumeWhereTheyStopped) {
   }
 }
 
+TEST(WarmupSchedulers, ThatRefuseToLoadKeepTheirPosition) {
+  auto optimizer = two_groups();
+  WarmupCosine scheduler(optimizer, 3, 20);
+  torch::serialize::OutputArchive out;
+  scheduler.save(out);
+  std::stringstream stream;
+  out.save_to(stream);
+  scheduler.step();
+  optimizer.add_parameters({torch::zeros({3}).requires_grad_()}, torch::optim::AdamWOptions(0.1));
+  torch::serialize::InputArchive in;
+  in.load_from(stream);
+  EXPECT_TRUE(mentions(error_of([&] { scheduler.load(in); }), "the optimizer has 3 param groups, expected 2"));
+  EXPECT_EQ(scheduler.finished_steps(), 1);
+}
+
 TEST(WarmupSchedulers, RefuseImpossibleSchedules) {
   auto optimizer = two_groups();
   EXPECT_TRUE(mentions(error_of([&] { WarmupLinear(optimizer, 5, 4); }), "warmup_steps is 5"));

@@ -24,7 +24,24 @@ bool set_options(torch::optim::OptimizerOptions& options, const RunOptions& want
   return true;
 }
 
+// An option that would be ignored is a mistake.
+void refuse_options_of_rite(const RunOptions& options) {
+  const RunOptions usual;
+  const auto refuse = [&](const char* flag, bool is_given) {
+    if (is_given) {
+      fail(flag, ": ", options.optimizer,
+           " has no such option, only rite and rite-qr do; leave it out, or choose one of them");
+    }
+  };
+  refuse("--clip", options.clip != usual.clip);
+  refuse("--escape", options.escape != usual.escape);
+  refuse("--max-relative-change", options.max_relative_change != usual.max_relative_change);
+  refuse("--row-equilibration", options.row_equilibration != usual.row_equilibration);
+  refuse("--lr-ratio-b", options.lr_ratio_b != usual.lr_ratio_b);
+}
+
 TrainingOptimizer make_by_name(const RunOptions& options, const SentenceClassifier& model) {
+  refuse_options_of_rite(options);
   TrainingOptimizer result;
   result.optimizers.push_back(
       lora_rite::make_optimizer(options.optimizer, lora_rite::find_factor_pairs(model), options.lr));
@@ -34,6 +51,10 @@ TrainingOptimizer make_by_name(const RunOptions& options, const SentenceClassifi
     if (!is_set && options.weight_decay != 0) {
       fail("--weight-decay ", options.weight_decay, ": ", options.optimizer,
            " does not take one here; leave it out, or choose rite, adam or adamw");
+    }
+    if (!is_set && options.beta2 != RunOptions().beta2) {
+      fail("--beta2 ", options.beta2, ": ", options.optimizer,
+           " does not take it here; leave it out, or choose rite, adam or adamw");
     }
   }
   std::vector<torch::Tensor> head;

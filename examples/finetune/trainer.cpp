@@ -2,10 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <lora_rite/checkpoint.hpp>
+#include <lora_rite/schedulers.hpp>
 #include <nlohmann/json.hpp>
 #include <utility>
 
-#include "checkpoint.hpp"
 #include "error.hpp"
 #include "interrupt.hpp"
 #include "optimizers.hpp"
@@ -93,6 +94,15 @@ nlohmann::json summarize(const RunOptions& options, const TaskData& task, const 
           {"optimizer_share", ms_optimizer / ms_step}};
 }
 
+// What the library throws says what is wrong with the file; the way out is this program's to tell.
+void resume_from(const std::filesystem::path& path, lora_rite::TrainingState& state) {
+  try {
+    lora_rite::load_checkpoint(path, state);
+  } catch (const c10::Error& error) {
+    fail(error.what_without_backtrace(), "; start the run anew, without --resume, in another --out");
+  }
+}
+
 }  // namespace
 
 TaskData load_task(const RunOptions& options, const BertConfig& config) {
@@ -124,8 +134,11 @@ Outcome run_training(const RunOptions& options, SentenceClassifier& model, const
   const TrainingOptimizer training = make_optimizer(options, model);
   std::vector<lora_rite::WarmupLinear> schedulers;
   for (const auto& optimizer : training.optimizers) schedulers.emplace_back(*optimizer, options.warmup, options.steps);
-  TrainingState state{model, training.optimizers, schedulers};
-  if (resume) load_checkpoint(checkpoint, state);
+  lora_rite::TrainingState state;
+  state.tensors = lora_rite::trained_tensors(model);
+  for (const auto& optimizer : training.optimizers) state.optimizers.push_back(optimizer.get());
+  for (lora_rite::WarmupLinear& scheduler : schedulers) state.others.push_back(&scheduler);
+  if (resume) resume_from(checkpoint, state);
   MetricsLog log(folder / "metrics.jsonl", state.step);
 
   BatchOrder order(task.train.size(), options.batch, options.seed);
@@ -141,11 +154,12 @@ Outcome run_training(const RunOptions& options, SentenceClassifier& model, const
     }
     log.write(record);
     progress.update(record);
-    if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0) save_checkpoint(checkpoint, state);
+    if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0)
+      lora_rite::save_checkpoint(checkpoint, state);
     if (display.after_step) display.after_step(record);
   }
   progress.finish();
-  save_checkpoint(checkpoint, state);
+  lora_rite::save_checkpoint(checkpoint, state);
   if (state.step < options.steps) return Outcome::Interrupted;
 
   save_adapter(folder, model.bert(), options.lora(), options.model);

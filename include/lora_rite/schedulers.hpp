@@ -50,6 +50,7 @@ class WarmupScheduler : public torch::optim::LRScheduler {
                 "scheduler: the archive holds no scheduler (entries 'finished_steps' and 'base_lrs')");
     TORCH_CHECK(lrs.toDoubleVector().size() == base_lrs_.size(), "scheduler: the archive has ",
                 lrs.toDoubleVector().size(), " param groups, expected ", base_lrs_.size());
+    check_groups();
     base_lrs_ = lrs.toDoubleVector();
     step_count_ = static_cast<unsigned>(steps.toInt());
     set_rates(finished_steps());
@@ -82,10 +83,14 @@ class WarmupScheduler : public torch::optim::LRScheduler {
     return result;
   }
 
+  void check_groups() const {
+    TORCH_CHECK(base_lrs_.size() == optimizer_.param_groups().size(), "scheduler: the optimizer has ",
+                optimizer_.param_groups().size(), " param groups, expected ", base_lrs_.size());
+  }
+
   void set_rates(int64_t finished) {
+    check_groups();
     const auto wanted = rates(finished);
-    TORCH_CHECK(wanted.size() == optimizer_.param_groups().size(), "scheduler: the optimizer has ",
-                optimizer_.param_groups().size(), " param groups, expected ", wanted.size());
     for (size_t i = 0; i < wanted.size(); ++i) optimizer_.param_groups()[i].options().set_lr(wanted[i]);
   }
 

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <filesystem>
 #include <functional>
@@ -14,6 +13,7 @@
 #include "classifier.hpp"
 #include "error.hpp"
 #include "safetensors.hpp"
+#include "support/temporary_folder.hpp"
 #include "trainer.hpp"
 
 namespace finetune {
@@ -22,27 +22,7 @@ inline std::filesystem::path golden(const std::string& name) {
   return std::filesystem::path(LORA_RITE_TEST_DATA_DIR) / "finetune" / "golden" / name;
 }
 
-/// A folder of its own for a test, gone with it.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string pattern = std::filesystem::temp_directory_path() / "finetune-test-XXXXXX";
-    if (mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("no temporary folder could be made");
-    path_ = pattern;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
-  std::string string() const { return path_.string(); }
-
- private:
-  std::filesystem::path path_;
-};
+using lora_rite::testing::TemporaryFolder;
 
 /// The message of the Error that `action` throws; fails the test if it throws none.
 inline std::string error_of(const std::function<void()>& action) {

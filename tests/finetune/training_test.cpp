@@ -2,7 +2,6 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "checkpoint.hpp"
 #include "files.hpp"
 #include "interrupt.hpp"
 #include "optimizers.hpp"

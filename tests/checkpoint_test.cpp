@@ -1,0 +1,736 @@
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/fsuid.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <lora_rite/baselines/registry.hpp>
+#include <lora_rite/checkpoint.hpp>
+#include <random>
+#include <set>
+#include <sstream>
+#include <thread>
+
+#include "support/pairs.hpp"
+#include "support/temporary_folder.hpp"
+
+namespace lora_rite {
+namespace {
+
+using testing::equal_factors;
+using testing::error_of;
+using testing::mentions;
+using testing::random_pair;
+using testing::saved_bytes;
+using testing::TemporaryFolder;
+
+/// LibTorch on one thread while this lives: with tensors this small others only wait, and a forked process has none.
+class OneThread {
+ public:
+  OneThread() { at::set_num_threads(1); }
+  ~OneThread() { at::set_num_threads(threads_); }
+
+ private:
+  int threads_ = at::get_num_threads();
+};
+
+/// Two groups of pairs, a head by AdamW, a buffer, a schedule, and gradients drawn from the default generator: what a
+/// step does depends on all that a checkpoint holds. data/checkpoint-v1.ckpt is one of this run's: a change here needs
+/// a new file.
+struct TrainingRun {
+  TrainingRun() : first_group(seeded_group()) {
+    optimizer.add_pairs(second_group, LoraRiteOptions(3e-3).row_equilibration(true).master_weights(true));
+    optimizer.add_parameters({head}, torch::optim::AdamWOptions(1e-2));
+    scheduler.emplace(optimizer, /*warmup_steps=*/4, /*total_steps=*/2000);
+    state.tensors = trained_tensors(first_group);
+    state.tensors.merge(trained_tensors(second_group));
+    state.tensors["head"] = head;
+    state.tensors["mean"] = mean;
+    state.optimizers = {&optimizer};
+    state.others = {&*scheduler};
+  }
+
+  void train(int steps) {
+    for (int i = 0; i < steps; ++i) {
+      for (auto& [name, tensor] : state.tensors) {
+        const auto drawn = torch::rand(tensor.sizes(), torch::kDouble) - 0.5;
+        if (tensor.requires_grad()) {
+          tensor.mutable_grad() = drawn.to(tensor.scalar_type());
+        } else {
+          tensor.lerp_(drawn, 0.1);
+        }
+      }
+      optimizer.step();
+      scheduler->step();
+      ++state.step;
+      state.values["examples"] = 32 * state.step;
+    }
+  }
+
+  static std::vector<FactorPair> seeded_group() {
+    torch::manual_seed(21);
+    return {random_pair("q", 2, 4, 3, torch::kFloat), random_pair("k", 2, 4, 3, torch::kFloat)};
+  }
+
+  OneThread one_thread;
+  std::vector<FactorPair> first_group;
+  std::vector<FactorPair> second_group = {random_pair("v", 2, 3, 5, torch::kBFloat16)};
+  torch::Tensor head = torch::randn({3}).requires_grad_();
+  torch::Tensor mean = torch::zeros({2}, torch::kDouble);
+  LoraRite<> optimizer = LoraRite<>(first_group, LoraRiteOptions(1e-2));
+  std::optional<WarmupCosine> scheduler;
+  TrainingState state;
+};
+
+/// All that a run is, the generator included, as bytes.
+std::string fingerprint(const TrainingState& state) {
+  std::stringstream bytes;
+  for (const auto& [name, tensor] : state.tensors) bytes << name << saved_bytes(tensor.detach());
+  for (const auto* optimizer : state.optimizers) bytes << saved_bytes(*optimizer);
+  for (const auto& other : state.others) bytes << detail::saved_object(other);
+  bytes << saved_bytes(detail::generator_states().at("cpu")) << state.step;
+  for (const auto& [name, value] : state.values) bytes << name << value;
+  return bytes.str();
+}
+
+std::string read_bytes(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+void write_bytes(const std::filesystem::path& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary) << bytes;
+}
+
+std::set<std::string> names_in(const std::string& folder) {
+  std::set<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) names.insert(entry.path().filename());
+  return names;
+}
+
+TEST(Checkpoint, ARunGoesOnBitForBit) {
+  const TemporaryFolder folder;
+  TrainingRun run;
+  const auto start = testing::clone_pairs(run.first_group);
+  run.train(5);
+  save_checkpoint(folder / "c", run.state);
+  run.train(4);
+  const std::string expected = fingerprint(run.state);
+  EXPECT_FALSE(equal_factors(start, run.first_group));
+
+  TrainingRun resumed;
+  load_checkpoint(folder / "c", resumed.state);
+  EXPECT_EQ(resumed.state.step, 5);
+  EXPECT_EQ(resumed.state.values.at("examples").toInt(), 160);
+  resumed.train(4);
+  EXPECT_EQ(fingerprint(resumed.state), expected);
+}
+
+TEST(Checkpoint, LoadedIntoARunThatIsFurtherTakesItBack) {
+  const TemporaryFolder folder;
+  TrainingRun run;
+  save_checkpoint(folder / "c", run.state);
+  run.train(3);
+  const std::string expected = fingerprint(run.state);
+  run.train(3);
+  load_checkpoint(folder / "c", run.state);
+  EXPECT_EQ(run.state.values.size(), 0U);
+  run.train(3);
+  EXPECT_EQ(fingerprint(run.state), expected);
+}
+
+TEST(Checkpoint, OfEveryOptimizerGoesOnBitForBit) {
+  const TemporaryFolder folder;
+  const auto train = [](TrainingState& state, int64_t steps) {
+    for (int64_t i = 0; i < steps; ++i) {
+      for (auto& [name, tensor] : state.tensors) tensor.mutable_grad() = torch::randn_like(tensor.detach());
+      state.optimizers[0]->step();
+    }
+  };
+  for (const std::string& name : optimizer_names()) {
+    const auto build = [&](std::vector<FactorPair>& pairs, std::unique_ptr<torch::optim::Optimizer>& optimizer) {
+      pairs = TrainingRun::seeded_group();
+      optimizer = make_optimizer(name, pairs, 1e-2);
+      return TrainingState{trained_tensors(pairs), {optimizer.get()}, {}, 0, {}};
+    };
+    std::vector<FactorPair> pairs, resumed_pairs;
+    std::unique_ptr<torch::optim::Optimizer> optimizer, resumed_optimizer;
+    TrainingState state = build(pairs, optimizer);
+    train(state, 3);
+    save_checkpoint(folder / "c", state);
+    train(state, 3);
+    TrainingState resumed = build(resumed_pairs, resumed_optimizer);
+    load_checkpoint(folder / "c", resumed);
+    train(resumed, 3);
+    EXPECT_TRUE(equal_factors(pairs, resumed_pairs)) << name;
+  }
+}
+
+TEST(Checkpoint, OfAnOptimizerBeforeItsFirstStepForgetsTheStepsSince) {
+  const TemporaryFolder folder;
+  const torch::Tensor x = torch::ones({3}).requires_grad_();
+  torch::optim::Adam adam({x}, torch::optim::AdamOptions(0.1));
+  TrainingState state{{{"x", x}}, {&adam}, {}, 0, {}};
+  save_checkpoint(folder / "c", state);
+  x.mutable_grad() = torch::ones({3});
+  adam.step();
+  const torch::Tensor after_one = x.detach().clone();
+  x.mutable_grad() = -10 * torch::ones({3});
+  adam.step();
+  load_checkpoint(folder / "c", state);
+  x.mutable_grad() = torch::ones({3});
+  adam.step();
+  EXPECT_TRUE(torch::equal(x, after_one));
+}
+
+TEST(Checkpoint, KeepsARateThatTheScheduleDoesNotKnow) {
+  const TemporaryFolder folder;
+  TrainingRun run, resumed;
+  run.train(3);
+  run.optimizer.param_groups()[1].options().set_lr(0.125);
+  save_checkpoint(folder / "c", run.state);
+  load_checkpoint(folder / "c", resumed.state);
+  EXPECT_EQ(resumed.optimizer.param_groups()[1].options().get_lr(), 0.125);
+}
+
+TEST(Checkpoint, KeepsValuesOfManyKindsUnderAnyName) {
+  const TemporaryFolder folder;
+  TrainingState state;
+  state.values = {{"epoch", 3},
+                  {"best loss", 0.25},
+                  {"shuffled", true},
+                  {"a.b/c \"ü\"", std::string("text")},
+                  {"order", torch::arange(5)},
+                  {"seeds", std::vector<int64_t>{4, 5}},
+                  {"losses", std::vector<double>{0.5, 0.125}},
+                  {"", std::vector<std::string>{"x", ""}}};
+  save_checkpoint(folder / "c", state);
+  TrainingState loaded;
+  loaded.values["gone"] = 1;
+  load_checkpoint(folder / "c", loaded);
+  EXPECT_EQ(loaded.values.size(), state.values.size());
+  EXPECT_EQ(loaded.values.at("epoch").toInt(), 3);
+  EXPECT_EQ(loaded.values.at("best loss").toDouble(), 0.25);
+  EXPECT_EQ(loaded.values.at("shuffled").toBool(), true);
+  EXPECT_EQ(loaded.values.at("a.b/c \"ü\"").toStringRef(), "text");
+  EXPECT_TRUE(loaded.values.at("order").toTensor().equal(torch::arange(5)));
+  EXPECT_EQ(loaded.values.at("seeds").toIntVector(), (std::vector<int64_t>{4, 5}));
+  EXPECT_EQ(loaded.values.at("losses").toDoubleVector(), (std::vector<double>{0.5, 0.125}));
+  EXPECT_EQ(detail::to_strings(loaded.values.at("")), (std::vector<std::string>{"x", ""}));
+}
+
+TEST(Checkpoint, OfAViewIsAsLargeAsTheView) {
+  const TemporaryFolder folder;
+  const torch::Tensor large = torch::zeros({1000, 100});
+  TrainingState state;
+  state.tensors["row"] = large[3];
+  save_checkpoint(folder / "c", state);
+  EXPECT_LT(std::filesystem::file_size(folder / "c"), large.nbytes() / 4);
+}
+
+TEST(Checkpoint, IsNotWrittenWithoutAParameterThatAnOptimizerSteps) {
+  const TemporaryFolder folder;
+  TrainingRun run;
+  run.state.tensors.erase("v.b");
+  EXPECT_TRUE(mentions(error_of([&] { save_checkpoint(folder / "c", run.state); }),
+                       "c: cannot be saved: parameter 1 of group 1 of the optimizer with lora_rite::LoraRiteOptions is "
+                       "not among TrainingState::tensors"));
+  EXPECT_TRUE(names_in(folder.string()).empty());
+}
+
+TEST(TrainedTensors, AreAModulesTrainableParametersAndBuffers) {
+  torch::nn::Module module;
+  module.register_parameter("frozen", torch::zeros({2}),
+                            /*requires_grad=*/false);
+  module.register_parameter("trained", torch::zeros({3}));
+  module.register_buffer("mean", torch::zeros({4}));
+  const auto tensors = trained_tensors(module);
+  EXPECT_EQ(tensors.size(), 2U);
+  EXPECT_EQ(tensors.at("trained").numel(), 3);
+  EXPECT_EQ(tensors.at("mean").numel(), 4);
+}
+
+TEST(TrainedTensors, AreThePairsFactorsByNameOrPlace) {
+  const auto tensors = trained_tensors({random_pair("q", 2, 4, 3), random_pair("", 2, 4, 3)});
+  EXPECT_EQ(tensors.size(), 4U);
+  EXPECT_EQ(tensors.count("q.a") + tensors.count("q.b") + tensors.count("1.a") + tensors.count("1.b"), 4U);
+  const std::vector<FactorPair> twice = {random_pair("q", 2, 4, 3), random_pair("q", 2, 4, 3)};
+  EXPECT_TRUE(mentions(error_of([&] { trained_tensors(twice); }), "two pairs are named 'q'"));
+}
+
+/// Loading is refused with these words, and the run goes on as if it had not been tried.
+void expect_refused(const std::filesystem::path& path, const std::string& words) {
+  const auto train = [&](bool try_to_load) {
+    TrainingRun run;
+    run.train(4);
+    if (try_to_load) {
+      const std::string before = fingerprint(run.state);
+      EXPECT_TRUE(mentions(error_of([&] { load_checkpoint(path, run.state); }), words));
+      EXPECT_EQ(fingerprint(run.state), before);
+    }
+    run.train(2);
+    return fingerprint(run.state);
+  };
+  EXPECT_EQ(train(true), train(false));
+}
+
+/// One row: how a run that does not fit `TrainingRun` writes its checkpoint, and what the message must say.
+struct Misfit {
+  const char* name;
+  std::function<void(TrainingRun&, const std::filesystem::path&)> save;
+  std::string words;
+};
+
+class CheckpointOfAnotherRun : public ::testing::TestWithParam<Misfit> {};
+
+TEST_P(CheckpointOfAnotherRun, IsRefusedAndChangesNothing) {
+  const TemporaryFolder folder;
+  {
+    TrainingRun run;
+    run.train(2);
+    GetParam().save(run, folder / "c");
+  }
+  expect_refused(folder / "c", "c: does not fit this run: " + GetParam().words);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Table, CheckpointOfAnotherRun,
+    ::testing::Values(Misfit{"FewerTensors",
+                             [](TrainingRun& run, const auto& path) {
+                               run.state.tensors.erase("mean");
+                               save_checkpoint(path, run.state);
+                             },
+                             "the file has no tensor 'mean'"},
+                      Misfit{"MoreTensors",
+                             [](TrainingRun& run, const auto& path) {
+                               run.state.tensors["more"] = torch::zeros({1});
+                               save_checkpoint(path, run.state);
+                             },
+                             "the file has a tensor 'more', which the run lacks"},
+                      Misfit{"AnotherShape",
+                             [](TrainingRun& run, const auto& path) {
+                               run.state.tensors["mean"] = torch::zeros({3}, torch::kDouble);
+                               save_checkpoint(path, run.state);
+                             },
+                             "tensor 'mean' is Double[3], expected Double[2]"},
+                      Misfit{"AnotherDtype",
+                             [](TrainingRun& run, const auto& path) {
+                               run.state.tensors["mean"] = torch::zeros({2});
+                               save_checkpoint(path, run.state);
+                             },
+                             "tensor 'mean' is Float[2], expected Double[2]"},
+                      Misfit{"AnotherOptimizer",
+                             [](TrainingRun& run, const auto& path) {
+                               torch::optim::Adam adam({run.head}, torch::optim::AdamOptions(0.1));
+                               run.state.optimizers = {&adam};
+                               save_checkpoint(path, run.state);
+                             },
+                             "optimizer0 is of torch::optim::AdamOptions, expected lora_rite::LoraRiteOptions"},
+                      Misfit{"AnotherBasis",
+                             [](TrainingRun& run, const auto& path) {
+                               LoraRite<QrBasis> optimizer(run.first_group);
+                               optimizer.add_pairs(run.second_group, LoraRiteOptions());
+                               optimizer.add_parameters({run.head}, torch::optim::AdamWOptions());
+                               run.state.optimizers = {&optimizer};
+                               save_checkpoint(path, run.state);
+                             },
+                             "load: the archive's basis is 'qr', expected 'polar'"},
+                      Misfit{"AnotherNumberOfOptimizers",
+                             [](TrainingRun& run, const auto& path) {
+                               run.state.optimizers.clear();
+                               save_checkpoint(path, run.state);
+                             },
+                             "optimizer_count is 0, expected 1"},
+                      Misfit{"FewerParameters",
+                             [](TrainingRun& run, const auto& path) {
+                               LoraRite<> optimizer(run.first_group);
+                               run.state.optimizers = {&optimizer};
+                               save_checkpoint(path, run.state);
+                             },
+                             "optimizer0 has 4 parameters, expected 7"},
+                      Misfit{"AnotherOrderOfParameters",
+                             [](TrainingRun& run, const auto& path) {
+                               LoraRite<> optimizer({run.first_group[1], run.first_group[0]});
+                               optimizer.add_pairs(run.second_group, LoraRiteOptions());
+                               optimizer.add_parameters({run.head}, torch::optim::AdamWOptions());
+                               run.state.optimizers = {&optimizer};
+                               save_checkpoint(path, run.state);
+                             },
+                             "optimizer0: parameter 0 is 'k.a', expected 'q.a'"},
+                      Misfit{"AnotherSchedule",
+                             [](TrainingRun& run, const auto& path) {
+                               WarmupLinear scheduler(run.optimizer, 4, 2000);
+                               run.state.others = {&scheduler};
+                               save_checkpoint(path, run.state);
+                             },
+                             "other0 is of lora_rite::WarmupLinear, expected lora_rite::WarmupCosine"},
+                      Misfit{"NoSchedule",
+                             [](TrainingRun& run, const auto& path) {
+                               run.state.others.clear();
+                               save_checkpoint(path, run.state);
+                             },
+                             "other_count is 0, expected 1"},
+                      // The schedule is loaded before the optimizer finds this.
+                      Misfit{"AnOptionOutOfItsRange",
+                             [](TrainingRun& run, const auto& path) {
+                               run.optimizer.param_groups()[1].options().set_lr(-1);
+                               save_checkpoint(path, run.state);
+                             },
+                             "load: group 1: lr is -1"}),
+    [](const auto& info) { return info.param.name; });
+
+TEST(Checkpoint, RefusedByTheLastObjectChangesNothing) {
+  const TemporaryFolder folder;
+  // SGD with momentum first: LibTorch's optimizers are changed before the second one refuses.
+  struct RefusingSgd : torch::optim::SGD {
+    using SGD::SGD;
+    bool refuses = false;
+    void load(torch::serialize::InputArchive& archive) override {
+      SGD::load(archive);
+      if (std::exchange(refuses, false)) throw std::runtime_error("refused");
+    }
+  };
+  const torch::Tensor x = torch::ones({3}).requires_grad_(), y = torch::ones({2}).requires_grad_();
+  const auto options = torch::optim::SGDOptions(0.1).momentum(0.9);
+  torch::optim::SGD first({x}, options);
+  RefusingSgd second({y}, options);
+  WarmupLinear scheduler(first, 2, 10);
+  TrainingState state{{{"x", x}, {"y", y}}, {&first, &second}, {&scheduler}, 0, {}};
+  const auto step = [&] {
+    x.mutable_grad() = torch::randn({3});
+    y.mutable_grad() = torch::randn({2});
+    first.step();
+    second.step();
+    scheduler.step();
+    ++state.step;
+  };
+  step();
+  save_checkpoint(folder / "c", state);
+  step();
+  const std::string before = fingerprint(state);
+  second.refuses = true;
+  EXPECT_TRUE(mentions(error_of([&] { load_checkpoint(folder / "c", state); }), "c: does not fit this run: refused"));
+  EXPECT_EQ(fingerprint(state), before);
+  load_checkpoint(folder / "c", state);
+  EXPECT_EQ(state.step, 1);
+  EXPECT_NE(fingerprint(state), before);
+}
+
+/// A run with a checkpoint in a folder, and a second run that is elsewhere and is to stay there.
+class DamagedCheckpoint : public ::testing::Test {
+ protected:
+  DamagedCheckpoint() {
+    running.train(2);
+    save_checkpoint(path, running.state);
+    bytes = read_bytes(path);
+    running.train(2);
+    before = fingerprint(running.state);
+  }
+
+  /// The message with which these bytes are refused; the run is where it was.
+  std::string refusal(const std::string& damaged) {
+    write_bytes(path, damaged);
+    const std::string message = error_of([&] { load_checkpoint(path, running.state); });
+    EXPECT_EQ(fingerprint(running.state), before);
+    return message;
+  }
+
+  TemporaryFolder folder;
+  const std::filesystem::path path = folder / "c";
+  TrainingRun running;
+  std::string bytes, before;
+};
+
+TEST_F(DamagedCheckpoint, TruncatedAtAnyLengthIsRefused) {
+  std::mt19937 random(31);
+  std::set<size_t> lengths = {bytes.size() - 1};
+  for (size_t length = 0; length < 64; ++length) lengths.insert(length);
+  while (lengths.size() < 300) lengths.insert(random() % bytes.size());
+  for (const size_t length : lengths) {
+    EXPECT_TRUE(mentions(refusal(bytes.substr(0, length)), "c: is truncated: ")) << length;
+  }
+}
+
+TEST_F(DamagedCheckpoint, WithAnySingleBitFlippedIsRefused) {
+  std::mt19937 random(32);
+  std::set<size_t> bits;
+  for (size_t bit = 0; bit < 8 * detail::kHeaderBytes; ++bit) bits.insert(bit);
+  while (bits.size() < 1000) bits.insert(random() % (8 * bytes.size()));
+  for (const size_t bit : bits) {
+    std::string flipped = bytes;
+    flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << (bit % 8)));
+    const std::string message = refusal(flipped);
+    if (bit < 8 * detail::kMagicBytes) {
+      EXPECT_TRUE(mentions(message, "c: is no checkpoint")) << bit;
+    } else if (bit < 8 * (detail::kMagicBytes + detail::kVersionBytes)) {
+      EXPECT_TRUE(mentions(message, "this library reads up to 1")) << bit;
+    } else if (bit < 8 * detail::kHeaderBytes) {
+      EXPECT_TRUE(mentions(message, "its payload has ")) << bit;
+    } else {
+      EXPECT_TRUE(mentions(message, "c: checksum differs: the file is damaged")) << bit;
+    }
+  }
+}
+
+TEST_F(DamagedCheckpoint, OfAnotherKindIsRefused) {
+  EXPECT_TRUE(mentions(refusal("PK and so on, for some length"), "c: is no checkpoint"));
+  EXPECT_TRUE(mentions(refusal(bytes + "x"), "c: is damaged: its payload has "));
+  std::string later = bytes;
+  later[detail::kMagicBytes] = 3;
+  EXPECT_TRUE(mentions(refusal(later), "c: is of version 3, this library reads up to 1"));
+  EXPECT_TRUE(mentions(refusal(detail::checkpoint_file("no archive")), "c: does not fit this run: "));
+}
+
+TEST_F(DamagedCheckpoint, ThatIsNotThereOrNoFileIsRefused) {
+  EXPECT_TRUE(mentions(error_of([&] { load_checkpoint(folder / "d", running.state); }), "d: does not exist"));
+  EXPECT_TRUE(mentions(error_of([&] { load_checkpoint(folder.string(), running.state); }), "cannot be read: "));
+  EXPECT_EQ(fingerprint(running.state), before);
+}
+
+TEST(Crc64, IsThatOfXz) {
+  // The catalogue's check value, and that of nothing.
+  EXPECT_EQ(detail::crc64("123456789", 9), 0x995DC9BBDF1939FAU);
+  EXPECT_EQ(detail::crc64("", 0), 0U);
+}
+
+/// No file of this process grows beyond so many bytes while this lives: a full disk.
+class FileSizeLimit {
+ public:
+  explicit FileSizeLimit(rlim_t bytes) : old_handler_(signal(SIGXFSZ, SIG_IGN)) {
+    getrlimit(RLIMIT_FSIZE, &old_limit_);
+    const rlimit limit{bytes, old_limit_.rlim_max};
+    setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~FileSizeLimit() {
+    setrlimit(RLIMIT_FSIZE, &old_limit_);
+    signal(SIGXFSZ, old_handler_);
+  }
+
+ private:
+  rlimit old_limit_;
+  void (*old_handler_)(int);
+};
+
+/// This thread cannot write to the folder while this lives, not even as root: permission bits do not hold root back,
+/// but they do whoever it poses as to the file system.
+class ReadOnlyFolder {
+ public:
+  explicit ReadOnlyFolder(std::string folder) : folder_(std::move(folder)) {
+    chmod(folder_.c_str(), 0555);
+    if (geteuid() == 0) setfsuid(65534);
+  }
+  ~ReadOnlyFolder() {
+    setfsuid(geteuid());
+    chmod(folder_.c_str(), 0700);
+  }
+
+ private:
+  std::string folder_;
+};
+
+TEST(CheckpointThatCannotBeWritten, BecauseTheDiskIsFullLeavesTheOldOne) {
+  const TemporaryFolder folder;
+  TrainingRun run;
+  save_checkpoint(folder / "c", run.state);
+  const std::string old = read_bytes(folder / "c");
+  run.train(1);
+  for (const rlim_t limit : std::vector<rlim_t>{0, 1, 4096, old.size() - 1}) {
+    const std::string message = error_of([&] {
+      const FileSizeLimit full(limit);
+      save_checkpoint(folder / "c", run.state);
+    });
+    EXPECT_TRUE(mentions(message, "c: cannot be written: File too large"));
+    EXPECT_EQ(read_bytes(folder / "c"), old);
+    EXPECT_EQ(names_in(folder.string()), std::set<std::string>{"c"});
+  }
+  save_checkpoint(folder / "c", run.state);
+  EXPECT_NE(read_bytes(folder / "c"), old);
+}
+
+TEST(CheckpointThatCannotBeWritten, BecauseTheFolderIsReadOnlyLeavesTheOldOne) {
+  const TemporaryFolder folder;
+  TrainingRun run;
+  save_checkpoint(folder / "c", run.state);
+  const std::string old = read_bytes(folder / "c");
+  run.train(1);
+  const std::string message = error_of([&] {
+    const ReadOnlyFolder read_only(folder.string());
+    save_checkpoint(folder / "c", run.state);
+  });
+  EXPECT_TRUE(mentions(message, "c: cannot be written: Permission denied"));
+  EXPECT_EQ(read_bytes(folder / "c"), old);
+}
+
+TEST(CheckpointThatCannotBeWritten, BecauseThereIsNoFolderOrAFolderIsInItsPlaceIsRefused) {
+  const TemporaryFolder folder;
+  const TrainingRun run;
+  const auto refusal = [&](const char* path) { return error_of([&] { save_checkpoint(folder / path, run.state); }); };
+  EXPECT_TRUE(mentions(refusal("missing/c"), "missing/c: cannot be written: No such file or directory"));
+  write_bytes(folder / "file", "x");
+  EXPECT_TRUE(mentions(refusal("file/c"), "file/c: cannot be written: Not a directory"));
+  std::filesystem::create_directory(folder / "c");
+  EXPECT_TRUE(mentions(refusal("c"), "c: cannot be written: Is a directory"));
+  EXPECT_EQ(names_in(folder.string()), (std::set<std::string>{"c", "file"}));
+  const std::string message = error_of([&] { CheckpointFolder(folder / "file/checkpoints").save(run.state); });
+  EXPECT_TRUE(mentions(message, "file/checkpoints: cannot be made: "));
+}
+
+TEST(CheckpointFolder, KeepsTheLastOnesAndFindsTheLatest) {
+  const TemporaryFolder folder;
+  const CheckpointFolder checkpoints(folder / "run", 3);
+  EXPECT_FALSE(checkpoints.latest());
+  TrainingRun run;
+  write_bytes(folder / "run-notes.txt", "");
+  for (int64_t step : {8, 9, 10, 11}) {  // by number: as text, 9 would come last
+    run.state.step = step;
+    EXPECT_EQ(checkpoints.save(run.state), folder / ("run/step-" + std::to_string(step) + ".ckpt"));
+  }
+  write_bytes(folder / "run/step-x.ckpt", "");
+  write_bytes(folder / "run/step-012.ckpt", "");
+  EXPECT_EQ(names_in(folder / "run"),
+            (std::set<std::string>{"step-9.ckpt", "step-10.ckpt", "step-11.ckpt", "step-x.ckpt", "step-012.ckpt"}));
+  ASSERT_TRUE(checkpoints.latest());
+  EXPECT_EQ(*checkpoints.latest(), folder / "run/step-11.ckpt");
+  EXPECT_TRUE(mentions(error_of([&] { CheckpointFolder("x", 0); }), "keep is 0, expected ≥ 1"));
+}
+
+TEST(CheckpointFolder, SkipsDamagedOnesAndLetsTheRunWriteOverThem) {
+  const TemporaryFolder folder;
+  const CheckpointFolder checkpoints(folder.string(), 2);
+  TrainingRun run;
+  for (const int64_t step : {10, 20}) {
+    run.state.step = step;
+    checkpoints.save(run.state);
+  }
+  write_bytes(folder / "step-20.ckpt", read_bytes(folder / "step-20.ckpt").substr(0, 1000));
+  write_bytes(folder / "step-30.ckpt", "");
+  write_bytes(folder / "step-30.ckpt.tmp", "left by a kill");
+  EXPECT_EQ(*checkpoints.latest(), folder / "step-10.ckpt");
+
+  run.state.step = 15;  // from step 10 on, saving more often than before
+  checkpoints.save(run.state);
+  EXPECT_EQ(*checkpoints.latest(), folder / "step-15.ckpt");
+  EXPECT_EQ(names_in(folder.string()),
+            (std::set<std::string>{"step-10.ckpt", "step-15.ckpt", "step-20.ckpt", "step-30.ckpt"}));
+  run.state.step = 20;
+  checkpoints.save(run.state);
+  EXPECT_EQ(*checkpoints.latest(), folder / "step-20.ckpt");
+  EXPECT_EQ(names_in(folder.string()), (std::set<std::string>{"step-15.ckpt", "step-20.ckpt", "step-30.ckpt"}));
+}
+
+/// The run that is killed: goes on from its latest checkpoint, saves after every step and reports the step then.
+[[noreturn]] void train_until_killed(const CheckpointFolder& checkpoints, int report) {
+  TrainingRun run;
+  if (const auto latest = checkpoints.latest()) load_checkpoint(*latest, run.state);
+  for (;;) {
+    if (write(report, &run.state.step, sizeof(run.state.step)) < 0) _exit(1);
+    run.train(1);
+    checkpoints.save(run.state);
+  }
+}
+
+TEST(KilledWhileSaving, ARunLosesNothingThatWasSavedAndGoesOnBitForBit) {
+  const TemporaryFolder folder;
+  const CheckpointFolder checkpoints(folder.string(), 2);
+  std::mt19937 random(33);
+  TrainingRun uninterrupted;
+  std::chrono::duration<double> duration_of_a_step(0);  // a save included
+  auto generator = detail::generator_states();
+  int64_t unfinished = 0;
+  for (int kill_number = 0; kill_number < 200; ++kill_number) {
+    int ends[2];
+    ASSERT_EQ(pipe(ends), 0);
+    const pid_t child = fork();
+    if (child == 0) train_until_killed(checkpoints, ends[1]);
+    close(ends[1]);
+    int64_t saved = 0;
+    for (auto reports = 1 + random() % 3; reports > 0; --reports) {
+      const auto start = std::chrono::steady_clock::now();
+      ASSERT_EQ(read(ends[0], &saved, sizeof(saved)), static_cast<ssize_t>(sizeof(saved)));
+      duration_of_a_step = std::chrono::steady_clock::now() - start;
+    }
+    std::this_thread::sleep_for(duration_of_a_step * (1.5 * static_cast<double>(random()) / std::mt19937::max()));
+    kill(child, SIGKILL);
+    int status = 0;
+    waitpid(child, &status, 0);
+    ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) << status;
+    while (read(ends[0], &saved, sizeof(saved)) > 0) {
+    }
+    close(ends[0]);
+
+    for (const std::string& name : names_in(folder.string())) {
+      const bool is_whole = std::filesystem::path(name).extension() == ".ckpt";
+      if (is_whole) detail::read_checkpoint_file(folder / name);
+      unfinished += is_whole ? 0 : 1;
+    }
+    const auto latest = checkpoints.latest();
+    if (!latest && saved == 0) continue;  // killed before its first save
+    ASSERT_TRUE(latest);
+    TrainingRun found;
+    load_checkpoint(*latest, found.state);
+    ASSERT_GE(found.state.step, saved);
+    const std::string bytes = fingerprint(found.state);
+    detail::set_generator_states(generator);
+    uninterrupted.train(static_cast<int>(found.state.step - uninterrupted.state.step));
+    generator = detail::generator_states();
+    ASSERT_EQ(bytes, fingerprint(uninterrupted.state)) << "step " << found.state.step;
+  }
+  EXPECT_GT(unfinished, 0) << "no kill came in the middle of a save";
+  EXPECT_GT(uninterrupted.state.step, 100);
+}
+
+std::filesystem::path version_1() { return LORA_RITE_TEST_DATA_DIR "/data/checkpoint-v1.ckpt"; }
+
+/// The sum of each tensor.
+std::map<std::string, double> sums(const TrainingRun& run) {
+  std::map<std::string, double> result;
+  for (const auto& [name, tensor] : run.state.tensors)
+    result[name] = tensor.detach().to(torch::kDouble).sum().item<double>();
+  return result;
+}
+
+TEST(CheckpointOfVersion1, GoesOnAsItDidWhenItWasWritten) {
+  const std::map<std::string, double> at_step_5 = {{"head", -0.93691819906234741}, {"k.a", 4.2413371801376343},
+                                                   {"k.b", 0.85690439864993095},   {"mean", -0.044779425483976704},
+                                                   {"q.a", -2.2079297602176666},   {"q.b", -0.090238392353057861},
+                                                   {"v.a", -0.1240234375},         {"v.b", 2.169921875}};
+  const std::map<std::string, double> at_step_8 = {{"head", -0.92416126281023026}, {"k.a", 4.2755228281021118},
+                                                   {"k.b", 0.85384267196059227},   {"mean", 0.02949709236965032},
+                                                   {"q.a", -2.1660103872418404},   {"q.b", -0.098183291032910347},
+                                                   {"v.a", -0.1416015625},         {"v.b", 2.1962890625}};
+  TrainingRun run;
+  load_checkpoint(version_1(), run.state);
+  EXPECT_EQ(run.state.step, 5);
+  EXPECT_EQ(run.state.values.at("examples").toInt(), 160);
+  for (const auto& [name, sum] : sums(run)) EXPECT_NEAR(sum, at_step_5.at(name), 1e-12) << name;
+  run.train(3);
+  // The steps change a sum by about 1e-2 and are taken in float on whatever processor this is: 1e-6 leaves four digits
+  // of what they do. bfloat16 factors (v) may round the other way, by 2⁻⁸ of an element.
+  for (const auto& [name, sum] : sums(run)) EXPECT_NEAR(sum, at_step_8.at(name), name[0] == 'v' ? 1e-2 : 1e-6) << name;
+}
+
+/// Writes the file and prints the numbers above; to be run by hand when `TrainingRun` or the version changes (then to a
+/// new name, and the old file and its test stay): lora_rite_tests --gtest_also_run_disabled_tests
+/// --gtest_filter='*WriteTheFile'
+TEST(CheckpointOfVersion1, DISABLED_WriteTheFile) {
+  TrainingRun run;
+  const auto print = [&] {
+    for (const auto& [name, sum] : sums(run)) std::printf("{\"%s\", %.17g}, ", name.c_str(), sum);
+    std::printf("\n");
+  };
+  run.train(5);
+  print();
+  std::filesystem::create_directories(version_1().parent_path());
+  save_checkpoint(version_1(), run.state);
+  run.train(3);
+  print();
+}
+
+}  // namespace
+}  // namespace lora_rite

@@ -1,0 +1,39 @@
+// The program's optimizers: what they take and what they refuse.
+
+#include "optimizers.hpp"
+
+#include <gtest/gtest.h>
+
+#include "bert.hpp"
+#include "support.hpp"
+
+namespace finetune {
+namespace {
+
+TEST(FinetuneOptimizers, RefuseOptionsThatTheyWouldIgnore) {
+  const SentenceClassifier model(load_bert(golden("tiny")), 2);
+  const auto message = [&](const std::string& optimizer, const std::function<void(RunOptions&)>& change) {
+    RunOptions options;
+    options.optimizer = optimizer;
+    change(options);
+    return error_of([&] { make_optimizer(options, model); });
+  };
+  const std::vector<std::pair<std::string, std::function<void(RunOptions&)>>> only_for_rite = {
+      {"--clip", [](RunOptions& options) { options.clip = 0; }},
+      {"--escape", [](RunOptions& options) { options.escape = false; }},
+      {"--max-relative-change", [](RunOptions& options) { options.max_relative_change = 0.3; }},
+      {"--row-equilibration", [](RunOptions& options) { options.row_equilibration = true; }},
+      {"--lr-ratio-b", [](RunOptions& options) { options.lr_ratio_b = 4; }}};
+  for (const auto& [flag, change] : only_for_rite) {
+    EXPECT_EQ(message("adam", change).find(flag + ": adam has no such option"), 0u) << flag;
+    RunOptions options;
+    change(options);
+    EXPECT_NO_THROW(make_optimizer(options, model)) << flag;
+  }
+  EXPECT_EQ(message("sgd", [](RunOptions& options) { options.beta2 = 0.9; }).find("--beta2 0.9: sgd"), 0u);
+  EXPECT_EQ(message("sgd", [](RunOptions& options) { options.weight_decay = 0.1; }).find("--weight-decay 0.1: sgd"),
+            0u);
+}
+
+}  // namespace
+}  // namespace finetune
