@@ -10,13 +10,15 @@
 namespace finetune {
 namespace {
 
-TEST(FinetuneOptimizers, RefuseOptionsThatTheyWouldIgnore) {
-  const SentenceClassifier model(load_bert(golden("tiny")), 2);
+TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
+  const TemporaryFolder folder;
+  const RunOptions usual = tiny_options(folder.string(), "rite");
+  const auto model = make_classifier(usual, load_bert(usual.model), 2);
   const auto message = [&](const std::string& optimizer, const std::function<void(RunOptions&)>& change) {
-    RunOptions options;
+    RunOptions options = usual;
     options.optimizer = optimizer;
     change(options);
-    return error_of([&] { make_optimizer(options, model); });
+    return error_of([&] { make_optimizer(options, *model); });
   };
   const std::vector<std::pair<std::string, std::function<void(RunOptions&)>>> only_for_rite = {
       {"--clip", [](RunOptions& options) { options.clip = 0; }},
@@ -26,9 +28,9 @@ TEST(FinetuneOptimizers, RefuseOptionsThatTheyWouldIgnore) {
       {"--lr-ratio-b", [](RunOptions& options) { options.lr_ratio_b = 4; }}};
   for (const auto& [flag, change] : only_for_rite) {
     EXPECT_EQ(message("adam", change).find(flag + ": adam has no such option"), 0u) << flag;
-    RunOptions options;
+    RunOptions options = usual;
     change(options);
-    EXPECT_NO_THROW(make_optimizer(options, model)) << flag;
+    EXPECT_NO_THROW(make_optimizer(options, *model)) << flag;
   }
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.beta2 = 0.9; }).find("--beta2 0.9: sgd"), 0u);
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.weight_decay = 0.1; }).find("--weight-decay 0.1: sgd"),
