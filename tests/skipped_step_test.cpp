@@ -1,6 +1,7 @@
 // A gradient that is NaN or infinite, anywhere: the whole step is skipped, counted, and leaves no trace.
 // A run with such a step put in between equals the run without it bit for bit.
 
+#include "support/mixed_groups.hpp"
 #include "support/tensors.hpp"
 
 #include <gtest/gtest.h>
@@ -8,7 +9,6 @@
 
 #include <functional>
 #include <limits>
-#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -16,72 +16,16 @@
 namespace lora_rite_test {
 namespace {
 
-using lora_rite::FactorPair;
-using lora_rite::LoraRite;
 using lora_rite::LoraRiteOptions;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-/// Two groups of pairs (two of the same shape, so that they share a batch, and another) and a head that
-/// AdamW steps.
-template <class Basis>
-struct Setup {
-  std::vector<FactorPair> first, second;
-  torch::Tensor head;
-  std::unique_ptr<LoraRite<Basis>> optimizer;
-
-  Setup(torch::ScalarType dtype, const LoraRiteOptions& options) {
-    torch::manual_seed(67);
-    const auto add = [&](std::vector<FactorPair>& group, int64_t out, int64_t in, int64_t rank) {
-      group.push_back({"pair", torch::randn({rank, in}).to(dtype).requires_grad_(),
-                       torch::randn({out, rank}).to(dtype).requires_grad_()});
-    };
-    add(first, 8, 6, 3);
-    add(first, 8, 6, 3);
-    add(first, 5, 9, 2);
-    add(second, 8, 6, 3);
-    add(second, 7, 7, 4);
-    head = torch::randn({5}).requires_grad_();
-    optimizer = std::make_unique<LoraRite<Basis>>(first, options);
-    optimizer->add_pairs(second, LoraRiteOptions(0.03).escape(false));
-    optimizer->add_parameters({head}, torch::optim::AdamWOptions(0.01));
-  }
-
-  std::vector<torch::Tensor> parameters() const {
-    std::vector<torch::Tensor> result;
-    for (const auto* group : {&first, &second}) {
-      for (const auto& pair : *group) result.insert(result.end(), {pair.a, pair.b});
-    }
-    result.push_back(head);
-    return result;
-  }
-
-  /// A good step with the random gradients of that number.
-  void step(int number) {
-    torch::manual_seed(1000 + number);
-    for (auto& parameter : parameters()) {
-      parameter.mutable_grad() = torch::randn(parameter.sizes()).to(parameter.scalar_type());
-    }
-    optimizer->step();
-  }
-
-  /// A step with `value` in one element of the gradient of parameter `place`.
-  void bad_step(size_t place, double value) {
-    torch::manual_seed(5);
-    for (auto& parameter : parameters()) {
-      parameter.mutable_grad() = torch::randn(parameter.sizes()).to(parameter.scalar_type());
-    }
-    parameters()[place].mutable_grad().view(-1)[2] = value;
-    optimizer->step();
-  }
-};
-
 /// Runs 8 good steps, `bad` steps put in before step `when`, and compares with the run without.
 template <class Basis>
 void expect_no_trace(torch::ScalarType dtype, const LoraRiteOptions& options, int when,
-                     const std::function<int(Setup<Basis>&)>& bad) {
-  Setup<Basis> clean(dtype, options), hit(dtype, options);
+                     const std::function<int(MixedGroups<Basis>&)>& bad) {
+  MixedGroups<Basis> clean(dtype, options), hit(dtype, options);
   for (int step = 0; step < 8; ++step) {
     if (step == when) {
       std::vector<torch::Tensor> before;
@@ -113,7 +57,7 @@ TYPED_TEST(SkippedStep, BadValueInAnyParameterSkipsTheWholeStep) {
   // Ten factors and the head of AdamW, each in its turn.
   for (size_t place = 0; place < 11; ++place) {
     SCOPED_TRACE("parameter " + std::to_string(place));
-    expect_no_trace<TypeParam>(torch::kFloat, LoraRiteOptions(0.02), 4, [&](Setup<TypeParam>& setup) {
+    expect_no_trace<TypeParam>(torch::kFloat, LoraRiteOptions(0.02), 4, [&](MixedGroups<TypeParam>& setup) {
       setup.bad_step(place, kNaN);
       return 1;
     });
@@ -122,7 +66,7 @@ TYPED_TEST(SkippedStep, BadValueInAnyParameterSkipsTheWholeStep) {
 
 TYPED_TEST(SkippedStep, InfinitiesOfEitherSignAreBadToo) {
   for (const double value : {kInf, -kInf}) {
-    expect_no_trace<TypeParam>(torch::kDouble, LoraRiteOptions(0.02), 3, [&](Setup<TypeParam>& setup) {
+    expect_no_trace<TypeParam>(torch::kDouble, LoraRiteOptions(0.02), 3, [&](MixedGroups<TypeParam>& setup) {
       setup.bad_step(1, value);
       return 1;
     });
@@ -131,7 +75,7 @@ TYPED_TEST(SkippedStep, InfinitiesOfEitherSignAreBadToo) {
 
 TYPED_TEST(SkippedStep, BadFirstStepLeavesAFreshOptimizer) {
   for (const auto dtype : {torch::kFloat, torch::kDouble}) {
-    expect_no_trace<TypeParam>(dtype, LoraRiteOptions(0.02), 0, [](Setup<TypeParam>& setup) {
+    expect_no_trace<TypeParam>(dtype, LoraRiteOptions(0.02), 0, [](MixedGroups<TypeParam>& setup) {
       setup.bad_step(8, kNaN);
       return 1;
     });
@@ -139,7 +83,7 @@ TYPED_TEST(SkippedStep, BadFirstStepLeavesAFreshOptimizer) {
 }
 
 TYPED_TEST(SkippedStep, ManyBadStepsAreCounted) {
-  expect_no_trace<TypeParam>(torch::kFloat, LoraRiteOptions(0.02), 5, [](Setup<TypeParam>& setup) {
+  expect_no_trace<TypeParam>(torch::kFloat, LoraRiteOptions(0.02), 5, [](MixedGroups<TypeParam>& setup) {
     for (int i = 0; i < 7; ++i) setup.bad_step(i, i % 2 == 0 ? kNaN : kInf);
     return 7;
   });
@@ -148,10 +92,11 @@ TYPED_TEST(SkippedStep, ManyBadStepsAreCounted) {
 TYPED_TEST(SkippedStep, LeavesMasterCopiesAlone) {
   for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
     for (const int when : {0, 4}) {
-      expect_no_trace<TypeParam>(dtype, LoraRiteOptions(0.02).master_weights(true), when, [](Setup<TypeParam>& setup) {
-        setup.bad_step(3, kNaN);
-        return 1;
-      });
+      expect_no_trace<TypeParam>(dtype, LoraRiteOptions(0.02).master_weights(true), when,
+                                 [](MixedGroups<TypeParam>& setup) {
+                                   setup.bad_step(3, kNaN);
+                                   return 1;
+                                 });
     }
   }
 }
@@ -164,7 +109,7 @@ TYPED_TEST(SkippedStep, WithEveryOptionOnLeavesNoTrace) {
                            .lr_ratio_b(2)
                            .maximize(true)
                            .clip_unmagnified_norm(0.5);
-  expect_no_trace<TypeParam>(torch::kFloat, options, 2, [](Setup<TypeParam>& setup) {
+  expect_no_trace<TypeParam>(torch::kFloat, options, 2, [](MixedGroups<TypeParam>& setup) {
     setup.bad_step(9, kNaN);
     return 1;
   });
@@ -172,9 +117,9 @@ TYPED_TEST(SkippedStep, WithEveryOptionOnLeavesNoTrace) {
 
 TYPED_TEST(SkippedStep, SavedStateDiffersOnlyInTheCount) {
   // The state after a skipped step, written and read by another optimizer, goes on like the clean one.
-  Setup<TypeParam> clean(torch::kFloat, LoraRiteOptions(0.02));
-  Setup<TypeParam> hit(torch::kFloat, LoraRiteOptions(0.02));
-  Setup<TypeParam> resumed(torch::kFloat, LoraRiteOptions(0.02));
+  MixedGroups<TypeParam> clean(torch::kFloat, LoraRiteOptions(0.02));
+  MixedGroups<TypeParam> hit(torch::kFloat, LoraRiteOptions(0.02));
+  MixedGroups<TypeParam> resumed(torch::kFloat, LoraRiteOptions(0.02));
   for (int step = 0; step < 3; ++step) {
     clean.step(step);
     hit.step(step);
@@ -200,7 +145,7 @@ TYPED_TEST(SkippedStep, SavedStateDiffersOnlyInTheCount) {
 }
 
 TYPED_TEST(SkippedStep, GoodStepsAreNotSkipped) {
-  Setup<TypeParam> setup(torch::kFloat, LoraRiteOptions(0.02));
+  MixedGroups<TypeParam> setup(torch::kFloat, LoraRiteOptions(0.02));
   const auto before = setup.parameters()[0].detach().clone();
   setup.step(0);
   EXPECT_EQ(setup.optimizer->skipped_steps(), 0);

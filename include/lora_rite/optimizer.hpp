@@ -5,6 +5,7 @@
 #include <torch/optim/optimizer.h>
 #include <torch/serialize/archive.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <memory>
@@ -35,7 +36,8 @@ namespace lora_rite {
 /// - A factor that someone else changed since the last step (a merge, a loaded checkpoint, averaged weights) is noticed
 ///   by sums over its columns. Its statistics are always fresh; the second moment in its old basis keeps its place in
 ///   the new one, and the momenta stay as they are, as Adam's would.
-/// - An exception leaves factors and state as they were, as far as it comes from a check of the input.
+/// - An exception of `step` leaves factors and state as they were, whether a check of the input threw it, the closure,
+///   or an allocation of a tensor.
 ///
 /// `Basis` (PolarBasis or QrBasis) is the root of the Gram matrix; both give the same trajectory up to round-off.
 template <class Basis = PolarBasis>
@@ -88,7 +90,7 @@ class LoraRite : public torch::optim::Optimizer {
     }
     add_group(std::move(factors), std::make_unique<LoraRiteOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({std::move(pairs), {}, {}, std::nullopt});
+    groups_.push_back({std::move(pairs), {}, {}, {}, std::nullopt});
   }
 
   /// Another group of parameters that are no LoRA factors, stepped by AdamW.
@@ -105,7 +107,7 @@ class LoraRite : public torch::optim::Optimizer {
     }
     add_group(parameters, std::make_unique<torch::optim::AdamWOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({{}, {}, {}, engine::AdamWParameters(std::move(parameters))});
+    groups_.push_back({{}, {}, {}, {}, engine::AdamWParameters(std::move(parameters))});
   }
 
   /// LibTorch's way to add a group: alternating factors with LoraRiteOptions (or none: the defaults), or other
@@ -133,55 +135,17 @@ class LoraRite : public torch::optim::Optimizer {
       loss = closure();
     }
     at::NoGradGuard no_grad;
-    build_batches();
-    check_inputs();
-
-    // Act 1, observe: tall data become r×r statistics.
-    struct Work {
-      const LoraRiteOptions* options;
-      engine::Batch* batch;
-    };
-    std::vector<Work> work;
-    std::vector<at::Tensor> finite;
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      if (groups_[i].others) {
-        for (auto& flag : groups_[i].others->finite()) finite.push_back(flag);
-        continue;
-      }
-      for (const auto& batch : groups_[i].batches) {
-        if (!batch->observe(rite_options(i))) continue;
-        work.push_back({&rite_options(i), batch.get()});
-        finite.push_back(batch->finite());
-      }
-    }
-    const at::Tensor proceed =
-        agree(finite.empty() ? at::Tensor() : at::stack(to_device(finite, finite[0].device())).all());
-    if (!proceed.defined()) return loss;
-    const at::Device home = proceed.device();
-
-    // Act 2, decide: the partner's bases, the norm of all unmagnified gradients, the maps for the rows.
-    std::vector<at::Tensor> norms_squared;  // of the pairs of a batch
-    std::vector<int64_t> order;             // their places among the pairs of all groups
-    for (const auto& [options, batch] : work) {
-      norms_squared.push_back(batch->unmagnify(proceed.to(batch->device(), /*non_blocking=*/true)));
-      order.insert(order.end(), places_.at(batch).begin(), places_.at(batch).end());
-    }
-    const at::Tensor norm = total(in_order(norms_squared, order, home)).sum().sqrt();
-    for (const auto& [options, batch] : work) {
-      const double bound = options->clip_unmagnified_norm();
-      const at::Tensor clip_factor = bound > 0 ? (bound / norm).clamp_max(1.0) : at::ones_like(norm);
-      // Act 3, apply: the rows move.
-      batch->apply(*options, clip_factor.to(batch->device(), /*non_blocking=*/true),
-                   proceed.to(batch->device(), /*non_blocking=*/true));
-    }
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      if (groups_[i].others) groups_[i].others->step(adamw_options(i), proceed);
-    }
-    const at::Tensor skipped = negated(proceed).to(at::kLong);
-    if (skipped_.defined() && skipped_.device() == home) {
-      skipped_.add_(skipped);  // in place: a recorded step counts, too
-    } else {
-      skipped_ = skipped_.defined() ? skipped_.to(home) + skipped : skipped;
+    std::vector<bool> had_batches;
+    for (const Group& group : groups_) had_batches.push_back(!group.places.empty());
+    try {
+      build_batches();
+      check_inputs();
+      move_factors();
+    } catch (...) {
+      // A first step that failed did not take place: the module may still be moved or converted.
+      for (size_t i = 0; i < groups_.size(); ++i)
+        if (!had_batches[i]) groups_[i].forget_batches();
+      throw;
     }
     return loss;
   }
@@ -349,11 +313,17 @@ class LoraRite : public torch::optim::Optimizer {
   struct Group {
     std::vector<FactorPair> pairs;
     std::vector<std::unique_ptr<engine::Batch>> batches;
+    std::vector<std::vector<int64_t>> numbers;                  ///< of a batch's pairs among those of all groups
     std::vector<std::optional<engine::Batches::Place>> places;  ///< of the pairs; empty before the first step
     std::optional<engine::AdamWParameters> others;
 
     std::optional<engine::Batches::Place> place_of(size_t pair) const {
       return places.empty() ? std::nullopt : places[pair];
+    }
+    void forget_batches() {
+      batches.clear();
+      numbers.clear();
+      places.clear();
     }
   };
 
@@ -410,6 +380,7 @@ class LoraRite : public torch::optim::Optimizer {
       }
       const LoraRiteOptions& options = rite_options(g);
       std::vector<std::unique_ptr<engine::Batch>> batches;
+      std::vector<std::vector<int64_t>> numbers;
       std::vector<std::optional<engine::Batches::Place>> places(group.pairs.size());
       for (const auto& [key, indices] : members) {
         std::vector<FactorPair> pairs;
@@ -423,9 +394,11 @@ class LoraRite : public torch::optim::Optimizer {
         engine::Batches made =
             engine::make_batches<Basis>(pairs, labels, needs_device ? Engine::Device : options.engine());
         for (size_t k = 0; k < indices.size(); ++k) {
-          places[indices[k]] = {batches.size() + made.places[k].batch, made.places[k].index};
+          const size_t batch = batches.size() + made.places[k].batch;
+          places[indices[k]] = {batch, made.places[k].index};
           // Pairs of a batch are in the order in which they were given.
-          places_[made.all[made.places[k].batch].get()].push_back(first_pair + static_cast<int64_t>(indices[k]));
+          numbers.resize(std::max(numbers.size(), batch + 1));
+          numbers[batch].push_back(first_pair + static_cast<int64_t>(indices[k]));
         }
         for (auto& batch : made.all) {
           if (shards) batch->set_row_shards(*shards);
@@ -433,6 +406,7 @@ class LoraRite : public torch::optim::Optimizer {
         }
       }
       group.batches = std::move(batches);
+      group.numbers = std::move(numbers);
       group.places = std::move(places);
     }
   }
@@ -457,6 +431,65 @@ class LoraRite : public torch::optim::Optimizer {
       }
       detail::check_options(rite_options(i), label);
       for (const auto& batch : group.batches) batch->check_inputs();
+    }
+  }
+
+  /// The step, with inputs that were checked and batches that were built.
+  void move_factors() {
+    // Act 1, observe: tall data become r×r statistics.
+    struct Work {
+      const LoraRiteOptions* options;
+      engine::Batch* batch;
+      const std::vector<int64_t>* numbers;
+    };
+    std::vector<Work> work;
+    std::vector<at::Tensor> finite;
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      if (groups_[i].others) {
+        for (auto& flag : groups_[i].others->finite()) finite.push_back(flag);
+        continue;
+      }
+      for (size_t b = 0; b < groups_[i].batches.size(); ++b) {
+        const auto& batch = groups_[i].batches[b];
+        if (!batch->observe(rite_options(i))) continue;
+        work.push_back({&rite_options(i), batch.get(), &groups_[i].numbers[b]});
+        finite.push_back(batch->finite());
+      }
+    }
+    const at::Tensor proceed =
+        agree(finite.empty() ? at::Tensor() : at::stack(to_device(finite, finite[0].device())).all());
+    if (!proceed.defined()) return;
+    const at::Device home = proceed.device();
+
+    // Act 2, decide: the partner's bases, the norm of all unmagnified gradients, the maps for the rows.
+    std::vector<at::Tensor> norms_squared;  // of the pairs of a batch
+    std::vector<int64_t> order;             // their places among the pairs of all groups
+    for (const auto& [options, batch, numbers] : work) {
+      norms_squared.push_back(batch->unmagnify(proceed.to(batch->device(), /*non_blocking=*/true)));
+      order.insert(order.end(), numbers->begin(), numbers->end());
+    }
+    const at::Tensor norm = total(in_order(norms_squared, order, home)).sum().sqrt();
+    for (const auto& [options, batch, numbers] : work) {
+      const double bound = options->clip_unmagnified_norm();
+      const at::Tensor clip_factor = bound > 0 ? (bound / norm).clamp_max(1.0) : at::ones_like(norm);
+      batch->prepare(*options, clip_factor.to(batch->device(), /*non_blocking=*/true),
+                     proceed.to(batch->device(), /*non_blocking=*/true));
+    }
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      if (groups_[i].others) groups_[i].others->prepare(adamw_options(i), proceed);
+    }
+    at::Tensor skipped = negated(proceed).to(at::kLong);
+    if (skipped_.defined() && skipped_.device() != home) skipped_ = skipped_.to(home);
+
+    // Act 3, apply: the rows move. Nothing from here on asks for memory.
+    for (const Work& w : work) w.batch->commit(*w.options);
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      if (groups_[i].others) groups_[i].others->commit(adamw_options(i));
+    }
+    if (skipped_.defined()) {
+      skipped_.add_(skipped);  // in place: a recorded step counts, too
+    } else {
+      skipped_ = std::move(skipped);
     }
   }
 
@@ -500,8 +533,7 @@ class LoraRite : public torch::optim::Optimizer {
   }
 
   std::vector<Group> groups_;
-  std::map<const void*, std::string> owners_;                    ///< every tensor of every group, and whose it is
-  std::map<const engine::Batch*, std::vector<int64_t>> places_;  ///< of a batch's pairs among those of all groups
+  std::map<const void*, std::string> owners_;  ///< every tensor of every group, and whose it is
   std::vector<int64_t> known_order_;
   at::Tensor order_;    ///< the same, on the device
   at::Tensor skipped_;  ///< scalar on the device, so that counting needs no host read

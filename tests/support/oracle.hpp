@@ -64,11 +64,11 @@ inline Matrix pseudo_inverse(const Matrix& matrix) {
 
 /// Largest over smallest singular value, exact zeros left out: how much a product with the matrix and
 /// one with its pseudo-inverse can magnify round-off together.
-inline double condition(const Matrix& matrix) {
+inline double condition(const Matrix& matrix, double cutoff = kRankCutoff) {
   const Vector s = Eigen::JacobiSVD<Matrix>(matrix).singularValues();
   double smallest = s[0];
   for (const double value : s) {
-    if (value > kRankCutoff * s[0]) smallest = value;
+    if (value > cutoff * s[0]) smallest = value;
   }
   return smallest > 0 ? s[0] / smallest : 1;
 }
@@ -122,15 +122,16 @@ inline double escaped_mass(const Matrix& v, const Matrix& transported) {
 
 /// One factor, and its moments in the partner's basis.
 struct OracleFactor {
-  Matrix x;                  ///< [n, r]
-  Matrix m;                  ///< [n, r], momentum in the partner's basis
-  Matrix v;                  ///< [r, r], second moment in the partner's basis
-  Vector rows;               ///< [n], second moments of the rows
-  double rho = 0;            ///< escaped mass
-  int64_t t = 0;             ///< steps with a gradient
-  Basis basis;               ///< of this factor at the last step
-  bool edited = false;       ///< changed from outside since then
-  double amplification = 1;  ///< largest κ(R) κ((V + ρI)^{1/2} + εI) of any step, or κ(R_X) κ(R_Y) κ(K)
+  Matrix x;                   ///< [n, r]
+  Matrix m;                   ///< [n, r], momentum in the partner's basis
+  Matrix v;                   ///< [r, r], second moment in the partner's basis
+  Vector rows;                ///< [n], second moments of the rows
+  double rho = 0;             ///< escaped mass
+  int64_t t = 0;              ///< steps with a gradient
+  Basis basis;                ///< of this factor at the last step
+  bool edited = false;        ///< changed from outside since then
+  double amplification = 1;   ///< largest κ(R) κ((V + ρI)^{1/2} + εI) of any step, or κ(R_X) κ(R_Y) κ(K)
+  double gram_condition = 1;  ///< largest κ(V) of any step, zeros of V left out
 
   explicit OracleFactor(Matrix initial)
       : x(std::move(initial)),
@@ -222,12 +223,19 @@ class Oracle {
       x.v = transported;
       x.m = x.m * p.transpose();
     }
-    if (!gradient) return;
+    if (gradient) add_gradient(x, *gradient, basis, own, c, lr, o);
+    if (o.max_update_rms > 0) {
+      const double rms = x.m.norm() / std::sqrt(static_cast<double>(x.m.size()));
+      x.m /= std::max(1.0, rms / o.max_update_rms);
+    }
+  }
 
+  static void add_gradient(OracleFactor& x, const Matrix& gradient, const Basis& basis, const Basis& own, double c,
+                           double lr, const OracleOptions& o) {
     x.t += 1;
     const double beta1 = corrected_decay(o.beta1, x.t);
     const double beta2 = corrected_decay(o.beta2, x.t);
-    const Matrix g = c * *gradient;
+    const Matrix g = c * gradient;
     x.rho = o.escape ? beta2 * x.rho : 0;
     const Matrix seen = o.row_equilibration ? Matrix(row_scale(x.rows, 1).asDiagonal() * g) : g;
     x.v = beta2 * x.v + (1 - beta2) * (seen.transpose() * seen) / static_cast<double>(g.rows());
@@ -239,6 +247,7 @@ class Oracle {
       s = row_scale(x.rows, 0).asDiagonal() * s;
     }
     x.amplification = std::max(x.amplification, condition(basis.r) * condition(preconditioner));
+    x.gram_condition = std::max(x.gram_condition, condition(x.v, /*cutoff=*/1e-15));
     if (o.max_relative_change > 0) {
       const Matrix k = damping(basis, own, lr * std::sqrt(static_cast<double>(g.rows())) / (2 * o.max_relative_change));
       s = s * k;
@@ -246,10 +255,6 @@ class Oracle {
       x.amplification = std::max(x.amplification, condition(basis.r) * condition(own.r) * condition(k));
     }
     x.m = beta1 * x.m + (1 - beta1) * s;
-    if (o.max_update_rms > 0) {
-      const double rms = x.m.norm() / std::sqrt(static_cast<double>(x.m.size()));
-      x.m /= std::max(1.0, rms / o.max_update_rms);
-    }
   }
 
   /// row^{-1/2}, `unseen` for a row that never had a gradient.
@@ -271,13 +276,18 @@ class Oracle {
     x.x = (1 - lr * o.weight_decay) * x.x - lr * x.m * partner.r_pinv.transpose();
   }
 
-  /// Equal norms, same product. U does not change, so neither do moments in the basis.
+  /// Equal norms, same product. U does not change, so neither do moments in the basis; R does.
   static void balance(OraclePair& pair) {
     const double norm_a = pair.a.x.norm(), norm_b = pair.b.x.norm();
     if (norm_a == 0 || norm_b == 0) return;
     const double scale = std::sqrt(norm_b / norm_a);
-    pair.a.x *= scale;
-    pair.b.x /= scale;
+    multiply(pair.a, scale);
+    multiply(pair.b, 1 / scale);
+  }
+  static void multiply(OracleFactor& factor, double scale) {
+    factor.x *= scale;
+    factor.basis.r *= scale;
+    factor.basis.r_pinv /= scale;
   }
 
   Root root_;

@@ -49,38 +49,53 @@ class AdamWParameters {
     return result;
   }
 
-  /// One AdamW step of the parameters that have a gradient; none where `proceed` (a scalar on any device) is false.
-  void step(const torch::optim::AdamWOptions& options, const at::Tensor& proceed) {
+  /// All of an AdamW step of the parameters that have a gradient that can fail; none where `proceed` (a scalar on any
+  /// device) is false. Changes neither parameters nor state.
+  void prepare(const torch::optim::AdamWOptions& options, const at::Tensor& proceed) {
+    next_ = state_;  // the same tensors, and those that are new
+    calls_.clear();
     for (const auto& [device_and_dtype, indices] : with_gradient()) {
-      std::vector<at::Tensor> parameters, gradients, means, squares, largest_squares, steps;
+      Call call;
       for (const size_t i : indices) {
-        State& state = state_[i];
+        State& state = next_[i];
         if (!state.mean.defined()) {
           state.step = at::zeros({}, parameters_[i].options().dtype(at::kFloat).requires_grad(false));
           state.mean = at::zeros_like(parameters_[i]);
           state.square = at::zeros_like(parameters_[i]);
         }
         if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();
-        parameters.push_back(parameters_[i]);
-        gradients.push_back(parameters_[i].grad());
-        means.push_back(state.mean);
-        squares.push_back(state.square);
-        if (options.amsgrad()) largest_squares.push_back(state.largest_square);
-        steps.push_back(state.step);
+        call.parameters.push_back(parameters_[i]);
+        // The fused kernel wants the parameter's dtype; `GradScaler` leaves float gradients of half parameters.
+        call.gradients.push_back(parameters_[i].grad().to(parameters_[i].scalar_type()));
+        call.means.push_back(state.mean);
+        call.squares.push_back(state.square);
+        if (options.amsgrad()) call.largest_squares.push_back(state.largest_square);
+        call.steps.push_back(state.step);
       }
       // The fused kernels have no meta version, and a tensor without data has nothing to update.
-      if (parameters[0].is_meta()) continue;
+      if (call.parameters[0].is_meta()) continue;
+      const at::Device device = call.parameters[0].device();
       DeviceNumbers& rate = rates_[device_and_dtype.first];
-      rate.upload({options.lr()}, parameters[0].device());
+      rate.upload({options.lr()}, device);
       // A CPU takes the rate in double, accelerators read a float.
-      const at::Tensor lr = parameters[0].is_cpu() ? rate.tensor()[0] : rate.tensor()[0].to(at::kFloat);
-      const at::Tensor skip = negated(proceed).to(parameters[0].device(), at::kFloat, /*non_blocking=*/true);
-      at::_foreach_add_(steps, 1.0);
-      at::_fused_adamw_(parameters, gradients, means, squares, largest_squares, steps, lr, std::get<0>(options.betas()),
-                        std::get<1>(options.betas()), options.weight_decay(), options.eps(), options.amsgrad(),
-                        /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/skip);
-      at::_foreach_sub_(steps, std::vector<at::Tensor>(steps.size(), skip));
+      call.lr = device.is_cpu() ? rate.tensor()[0] : rate.tensor()[0].to(at::kFloat);
+      call.skip = negated(proceed).to(device, at::kFloat, /*non_blocking=*/true);
+      call.counted.assign(call.steps.size(), proceed.to(device, at::kFloat, /*non_blocking=*/true));
+      calls_.push_back(std::move(call));
     }
+  }
+
+  /// The rest of the step. Asks for no tensor's memory; see Batch::commit.
+  void commit(const torch::optim::AdamWOptions& options) {
+    for (Call& call : calls_) {
+      at::_foreach_add_(call.steps, call.counted);
+      at::_fused_adamw_(call.parameters, call.gradients, call.means, call.squares, call.largest_squares, call.steps,
+                        call.lr, std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
+                        options.eps(), options.amsgrad(),
+                        /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/call.skip);
+    }
+    state_ = std::move(next_);
+    calls_.clear();
   }
 
   /// Hands the rate to the devices; `step` does it, but not the replay of a recorded one.
@@ -153,9 +168,20 @@ class AdamWParameters {
     return result;
   }
 
+  /// What one call of the fused kernel takes.
+  struct Call {
+    std::vector<at::Tensor> parameters, gradients, means, squares, largest_squares, steps;
+    std::vector<at::Tensor> counted;  ///< what is added to the steps, 1 or 0
+    at::Tensor lr, skip;
+  };
+
   std::vector<at::Tensor> parameters_;
   std::vector<State> state_;
   std::map<std::string, DeviceNumbers> rates_;  ///< by device
+
+  // From `prepare` to `commit`.
+  std::vector<State> next_;  ///< the state, new tensors among it
+  std::vector<Call> calls_;
 };
 
 }  // namespace lora_rite::engine

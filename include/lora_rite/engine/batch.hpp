@@ -60,9 +60,13 @@ class Batch {
   /// Where the step will be skipped (`proceed` false) nothing that is not finite comes near an eigensolver.
   virtual at::Tensor unmagnify(const at::Tensor& proceed) = 0;
 
-  /// Act 2, second half, and act 3: decides with the clip factor c (scalar), moves factors and momenta, and remembers.
-  /// Where `proceed` is false everything stays bit for bit.
-  virtual void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) = 0;
+  /// Act 2, second half, with the clip factor c (scalar), and all of act 3 that can fail. Changes neither factors nor
+  /// what is remembered.
+  virtual void prepare(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) = 0;
+
+  /// The rest of act 3: moves factors and momenta, and remembers. Where `proceed` was false everything stays bit for
+  /// bit. Asks for no tensor's memory: of several batches none must fail when others have moved.
+  virtual void commit(const LoraRiteOptions& options) = 0;
 
   /// Tells, before the first step, that the factors are shards. Only some engines can.
   virtual void set_row_shards(RowShards) { TORCH_CHECK(false, "this engine has no row shards"); }

@@ -152,7 +152,7 @@ class DeviceBatch final : public Batch {
     rates_.upload({options.lr(), options.lr() * options.lr_ratio_b()}, device_);
   }
 
-  void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
+  void prepare(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
     // The transport of a side's moments depends on its partner.
     const at::Tensor partner_edited = at::stack({edited_[1], edited_[0]});
     upload_rates(options);
@@ -199,25 +199,30 @@ class DeviceBatch final : public Batch {
     at::Tensor inverse_root = decision.moments.inverse_root;
     if (options.balance()) balance(moved, momentum, inverse_root);
 
-    const auto remember = [&](at::Tensor& old, const at::Tensor& fresh) { old.copy_(choose(proceed, fresh, old)); };
+    next_ = state_;  // the same tensors, and those that are new
+    writes_.clear();
+    const auto remember = [&](const at::Tensor& old, const at::Tensor& fresh) {
+      writes_.emplace_back(old, choose(proceed, fresh, old));
+    };
     std::array<at::Tensor, 2> sums;
     for (const size_t side : {0, 1}) {
       if (momentum[side].defined()) {
-        at::Tensor& stored = state_.momentum[side];
+        at::Tensor& stored = next_.momentum[side];
         const at::Tensor fresh = stacked(momentum[side], side, shapes_[side]).to(wide_dtype());
         if (!stored.defined()) stored = at::zeros(fresh.sizes(), fresh.options());
         remember(stored, fresh);
       }
       if (rows[side].defined()) {
-        at::Tensor& stored = state_.rows[side];
+        at::Tensor& stored = next_.rows[side];
         if (!stored.defined()) stored = at::ones(rows[side].sizes(), rows[side].options().dtype(wide_dtype()));
         remember(stored, rows[side].to(wide_dtype()));
       }
       sums[side] =
-          gradients_[side].defined() ? write_back(moved[side], side, proceed) : column_sums(gather(side), side);
+          column_sums(gradients_[side].defined() ? prepare_factors(moved[side], side, proceed) : gather(side), side);
+      moved[side] = momentum[side] = rows[side] = at::Tensor();
     }
     sum_over_shards({&sums});
-    rule::Moments<at::Tensor>& moments = state_.moments;
+    const rule::Moments<at::Tensor>& moments = state_.moments;
     remember(moments.second_moment, decision.moments.second_moment);
     remember(moments.escaped_mass, decision.moments.escaped_mass);
     remember(moments.inverse_root, inverse_root);
@@ -229,6 +234,16 @@ class DeviceBatch final : public Batch {
     remember(clip_factor_, clip_factor);
     unmagnified_ = {};
     factors_ = gradients_ = {};
+  }
+
+  void commit(const LoraRiteOptions&) override {
+    for (const auto& [old, fresh] : writes_) old.copy_(fresh);
+    for (auto& [factors, destinations] : moved_) {
+      if (factors.defined()) write_slices(factors, destinations);
+      factors = at::Tensor();
+    }
+    state_ = std::move(next_);
+    writes_.clear();
   }
 
  private:
@@ -326,13 +341,15 @@ class DeviceBatch final : public Batch {
     for (const size_t side : {0, 1}) {
       for (const bool flag : has_gradient[side]) *data++ = flag;
     }
-    has_gradient_ = flags.to(device_);
+    std::array<at::Tensor, 2> with_gradient;
     for (const size_t side : {0, 1}) {
       std::vector<int64_t> indices;
       for (int64_t i = 0; i < count(); ++i)
         if (has_gradient[side][i]) indices.push_back(i);
-      with_gradient_[side] = at::tensor(indices, at::kLong).to(device_);
+      with_gradient[side] = at::tensor(indices, at::kLong).to(device_);
     }
+    has_gradient_ = flags.to(device_);
+    with_gradient_ = std::move(with_gradient);
     known_has_gradient_ = has_gradient;
   }
 
@@ -374,19 +391,19 @@ class DeviceBatch final : public Batch {
     inverse_root = inverse_root * at::stack({scales[0], scales[1]});  // side s holds the root of its partner
   }
 
-  /// Stores the moved factors, those with a gradient only, and returns the column sums of what is stored then.
-  at::Tensor write_back(const at::Tensor& moved, size_t side, const at::Tensor& proceed) {
+  /// Makes ready the moved factors, those with a gradient only, and returns all factors as they will be stored.
+  at::Tensor prepare_factors(const at::Tensor& moved, size_t side, const at::Tensor& proceed) {
     const at::Tensor fresh = stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
     const at::Tensor kept = choose(proceed, fresh, factors_[side]);
-    if (factors_[side].scalar_type() != dtype_) state_.master[side] = kept;
-    at::Tensor stored = kept.to(dtype_);
+    if (factors_[side].scalar_type() != dtype_) next_.master[side] = kept;
+    const at::Tensor stored = kept.to(dtype_).contiguous();
     const std::vector<bool>& has_gradient = known_has_gradient_[side];
     std::vector<at::Tensor> destinations;
     for (int64_t i = 0; i < count(); ++i)
       if (has_gradient[i]) destinations.push_back(factor_of(i, side));
     const bool all = static_cast<int64_t>(destinations.size()) == count();
-    write_slices(all ? stored : stored.index_select(0, with_gradient_[side]), destinations);
-    return column_sums(all ? stored : gather(side), side);
+    moved_[side] = {all ? stored : stored.index_select(0, with_gradient_[side]), std::move(destinations)};
+    return stored;
   }
 
   at::Tensor rows_;  ///< n of both sides [2, 1, 1, 1]
@@ -405,6 +422,11 @@ class DeviceBatch final : public Batch {
   rule::Statistics<at::Tensor> statistics_;    ///< [2, k, r, r]
   rule::Unmagnified<at::Tensor> unmagnified_;  ///< [2, k, r, r]
   at::Tensor fresh_norm_squared_;              ///< [2, k]
+
+  // From `prepare` to `commit`.
+  PairState next_;                                                       ///< the state, new tensors among it
+  std::vector<std::pair<at::Tensor, at::Tensor>> writes_;                ///< a tensor of the state, and what it becomes
+  std::array<std::pair<at::Tensor, std::vector<at::Tensor>>, 2> moved_;  ///< stacked, and the factors they become
 };
 
 }  // namespace lora_rite::engine

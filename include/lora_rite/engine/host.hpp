@@ -133,23 +133,32 @@ class HostBatch final : public Batch {
     return norms;
   }
 
-  void apply(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
-    if (!proceed.item<bool>()) return;
-    const double clip = clip_factor.item<double>();
+  void prepare(const LoraRiteOptions&, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
+    proceed_ = proceed.item<bool>();
+    clip_ = clip_factor.item<double>();
+    fresh_momentum_ = state_.momentum;
+    if (!proceed_) return;
+    for (const size_t side : {0, 1}) {
+      for (const at::Tensor& gradient : sides_[side].gradients) {
+        if (!gradient.defined() || fresh_momentum_[side].defined()) continue;
+        std::vector<int64_t> shape = shapes_[side];
+        shape.insert(shape.begin(), count());
+        fresh_momentum_[side] = at::zeros(shape, double_options().dtype(at::kFloat));
+      }
+    }
+  }
+
+  void commit(const LoraRiteOptions& options) override {
+    if (!proceed_) return;
+    state_.momentum = fresh_momentum_;
     for (const size_t side : {0, 1}) {
       Side& s = sides_[side];
       const double rate = options.lr() * (side == 0 ? 1.0 : options.lr_ratio_b());
       s.rate = static_cast<float>(rate);
       s.keep = static_cast<float>(1 - rate * options.weight_decay());
-      for (const at::Tensor& gradient : s.gradients) {
-        if (!gradient.defined() || state_.momentum[side].defined()) continue;
-        std::vector<int64_t> shape = shapes_[side];
-        shape.insert(shape.begin(), count());
-        state_.momentum[side] = at::zeros(shape, double_options().dtype(at::kFloat));
-      }
       s.momentum = state_.momentum[side].defined() ? state_.momentum[side].template data_ptr<float>() : nullptr;
     }
-    parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) { decide(g, options, clip); });
+    parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) { decide(g, options, clip_); });
     if (options.max_update_rms() > 0) bound_updates(options.max_update_rms());
     for_each_chunk(
         [&](Side& s, size_t i, int64_t first, int64_t end, size_t part) { move_rows(s, i, first, end, part); });
@@ -160,7 +169,7 @@ class HostBatch final : public Batch {
         tensor_of(factor).unsafeGetTensorImpl()->bump_version();
     }
     if (options.balance()) balance();
-    finish_step(clip);
+    finish_step();
   }
 
   void restore(const std::vector<PairState>& states) override {
@@ -513,18 +522,25 @@ class HostBatch final : public Batch {
       const double scale = std::pow(squared[1] / squared[0], 0.25);
       const std::array<double, 2> scales = {scale, 1 / scale};
       for (const size_t side : {0, 1}) {
-        at::Tensor factor = factor_of(static_cast<int64_t>(i), side);
-        factor.mul_(scales[side]);
-        state_.momentum[side][static_cast<int64_t>(i)].mul_(scales[side]);
+        Side& s = sides_[side];
+        const int64_t factor = factor_number(s, i), size = s.shape.rows * rank_;
+        multiply(static_cast<float*>(tensor_of(factor).unsafeGetTensorImpl()->mutable_data()), size, scales[side]);
+        multiply(momentum_of(s, i), size, scales[side]);
         // Side s holds the root of its partner, which is scaled by 1 / scales[s].
-        state_.moments.inverse_root[static_cast<int64_t>(side)][static_cast<int64_t>(i)].mul_(scales[side]);
-        remember_rows(sides_[side], i);
+        multiply(state_.moments.inverse_root.template data_ptr<double>() + factor * rank_ * rank_, rank_ * rank_,
+                 scales[side]);
+        remember_rows(s, i);
       }
     }
   }
 
+  template <class Number>
+  static void multiply(Number* numbers, int64_t size, double factor) {
+    for (int64_t e = 0; e < size; ++e) numbers[e] *= static_cast<Number>(factor);
+  }
+
   /// Remembers where the step left everything.
-  void finish_step(double clip) {
+  void finish_step() {
     double* scale = state_.previous_scale.template data_ptr<double>();
     double* rate = state_.previous_rate.template data_ptr<double>();
     double* norm = unmagnified_norm_.template data_ptr<double>();
@@ -543,13 +559,18 @@ class HostBatch final : public Batch {
       s.seen[i] = Glimpse::of(tensor_of(factor));
       s.gradients[i] = at::Tensor();
     });
-    clip_factor_.fill_(clip);
+    *clip_factor_.template data_ptr<double>() = clip_;
   }
 
   int64_t padded_;  ///< p
   std::array<Side, 2> sides_;
   at::Tensor weights_;         ///< of the column sums
   std::vector<Group> groups_;  ///< from the first to the second half of act 2
+
+  // From `prepare` to `commit`.
+  bool proceed_ = false;
+  double clip_ = 1;
+  std::array<at::Tensor, 2> fresh_momentum_;  ///< the state's, new ones among them
 };
 
 }  // namespace lora_rite::engine

@@ -2,12 +2,13 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace lora_rite::engine {
 
@@ -29,7 +30,9 @@ void parallel_tasks(int64_t count, const Task& task) {
   if (threads <= 1 || at::in_parallel_region()) return work();
   thread_local std::unique_ptr<at::TensorIterator> places;
   if (!places || places->numel() != threads) {
-    const at::Tensor elements = at::empty({threads}, at::kByte);
+    thread_local std::vector<char> memory;  // our own: Batch::commit must ask LibTorch for none
+    memory.resize(static_cast<size_t>(threads));
+    const at::Tensor elements = at::from_blob(memory.data(), {threads}, at::kByte);
     places = std::make_unique<at::TensorIterator>(
         at::TensorIteratorConfig().set_check_mem_overlap(false).add_output(elements).add_input(elements).build());
   }
