@@ -21,10 +21,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <iostream>
+#include <memory>
 #include <optional>
 #include <random>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "support/duel.hpp"
@@ -45,7 +48,8 @@ struct Parameter {
   void (*set)(LoraRiteOptions&, double) = nullptr;
 };
 
-enum Start { kRandom, kZeroB, kDeficientA };
+/// How the factors start.
+constexpr double kRandom = 0, kZeroB = 1, kDeficientA = 2;
 
 const std::vector<Parameter>& parameters() {
   static const std::vector<double> sizes = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, flag = {0, 1};
@@ -174,10 +178,9 @@ class Run {
       Matrix a = normal(random, c.size("in") + more, c.size("rank"));
       Matrix b = normal(random, c.size("out"), c.size("rank"));
       if (c.value("start") == kZeroB) b.setZero();
-      if (c.value("start") == kDeficientA) a.col(a.cols() - 1) = 2 * a.col(0);  // exact in every dtype
       a = rounded(a, is_float_);
-      if (c.value("start") == kDeficientA && a.cols() > 1) a.col(a.cols() - 1) = 2 * a.col(0);
       b = rounded(b, is_float_);
+      if (c.value("start") == kDeficientA && a.cols() > 1) a.col(a.cols() - 1) = 2 * a.col(0);  // exact in every dtype
       const auto empty = [&](int64_t rows, int64_t columns) { return torch::empty({rows, columns}, c.dtype()); };
       pairs_.push_back({"pair", from_tall(a, empty(a.cols(), a.rows()), 0).contiguous().requires_grad_(),
                         from_tall(b, empty(b.rows(), b.cols()), 1).contiguous().requires_grad_()});
