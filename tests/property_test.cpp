@@ -8,10 +8,10 @@
 // length of the way that X went, with one more κ(R) for the way of an error from the partner, and 256 in place of 32,
 // for among a million cases some are unlucky; plus 2^-51 κ(V) path, for the smallest eigenvalue of V is known to κ(V)
 // times double's round-off; plus what the problem itself does to round-off: a second oracle has every factor and
-// gradient perturbed by a share δ ≫ u, and u / δ times the distance between the two oracles, times 64 for what one
+// gradient perturbed by a share δ ≫ u, and u / δ times the distance between the two oracles, times 1024 for what one
 // direction of perturbation can miss, is the error that rounding each of them causes. Where the sum exceeds a share of
 // the path (1e-6 for double, 1e-3 for float), or a factor's rank is a matter of round-off, the oracle is no judge, and
-// the factor is only checked to be finite.
+// the factor is only checked to be finite. A hundredth of that share is always allowed.
 
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
@@ -189,7 +189,6 @@ class Run {
     for (Oracle* oracle : {&oracle_, &perturbed_}) oracle->groups.push_back(oracle_options(options_));
     size_.resize(2 * pairs_.size());
     path_.resize(2 * pairs_.size());
-    root_condition_.resize(pairs_.size());
     optimizer_ = std::make_unique<LoraRite<Basis>>(pairs_, options_);
   }
 
@@ -201,14 +200,17 @@ class Run {
       std::vector<Matrix> before;
       for (size_t place = 0; place < size_.size(); ++place) before.push_back(factor(oracle_, place).x);
       step_all(step);
+      measure_conditions();
       for (size_t place = 0; place < size_.size(); ++place) {
         const OracleFactor& expected = factor(oracle_, place);
         path_[place] += (expected.x - before[place]).norm();
         size_[place] = std::max({size_[place], before[place].norm(), expected.x.norm()});
+        rank_is_known_ = rank_is_known_ && has_known_rank(place);
+      }
+      for (size_t place = 0; place < size_.size(); ++place) {
         const std::string wrong = compare(place, step, count);
         if (!wrong.empty()) return wrong + " after step " + std::to_string(step);
       }
-      for (size_t place = 0; place < size_.size(); ++place) rank_is_known_ = rank_is_known_ && has_known_rank(place);
       perturb();
     }
     if (optimizer_->skipped_steps() != 0) return "steps were skipped";
@@ -257,7 +259,8 @@ class Run {
     Matrix result = case_.value("gradient_size") * normal(random, rows, columns);
     if (case_.is("zero_gradients") && with_chance(random, 0.3)) result.setZero();
     if (case_.is("deficient_gradients") && with_chance(random, 0.6)) {
-      for (Eigen::Index j = 1; j < columns; ++j) result.col(j) = (j % 2 == 0 ? 2 : -0.5) * result.col(0);
+      // Not orthogonal to a deficient A's rows: such a product is nothing but round-off.
+      for (Eigen::Index j = 1; j < columns; ++j) result.col(j) = (j % 2 == 0 ? 2 : 0.5) * result.col(0);
     }
     return rounded(result, is_float_);
   }
@@ -283,13 +286,22 @@ class Run {
     perturbed_.step(perturbed_gradients);
   }
 
-  /// Where a factor that has moved lacks rank in the oracle, round-off fills the gap in the library, and each takes the
-  /// inverse of what it sees.
+  void measure_conditions() {
+    for (const OraclePair& pair : oracle_.pairs) {
+      for (const OracleFactor* x : {&pair.a, &pair.b}) {
+        amplification_ = std::max(amplification_, x->amplification);
+        root_condition_ = std::max(root_condition_, condition(x->basis.r));
+        gram_condition_ = std::max(gram_condition_, x->gram_condition);
+      }
+    }
+  }
+
+  /// Where a factor that has moved lacks rank in the oracle, or came back to zero, round-off fills the gap in the
+  /// library, and each takes the inverse of what it sees.
   bool has_known_rank(size_t place) {
-    const OraclePair& pair = oracle_.pairs[place / 2];
-    const double noise = 1024 * round_off() * std::max(pair.a.amplification, pair.b.amplification);
+    const double noise = 64 * round_off() * amplification_;
     const Vector values = Eigen::JacobiSVD<Matrix>(factor(oracle_, place).x).singularValues();
-    return path_[place] == 0 || values[values.size() - 1] > noise * values[0];
+    return path_[place] == 0 || values[values.size() - 1] > noise * size_[place];
   }
 
   /// What is wrong with a factor, or "".
@@ -297,17 +309,13 @@ class Run {
     const Matrix actual = value(place);
     const std::string name = std::string(place % 2 == 0 ? "A" : "B") + " of pair " + std::to_string(place / 2);
     if (!actual.allFinite()) return name + " is not finite";
-    const OraclePair& pair = oracle_.pairs[place / 2];
-    const double amplification = std::max(pair.a.amplification, pair.b.amplification);
-    double& root = root_condition_[place / 2];
-    root = std::max({root, condition(pair.a.basis.r), condition(pair.b.basis.r)});
-    const double gram_condition = std::max(pair.a.gram_condition, pair.b.gram_condition);
     const Matrix& expected = factor(oracle_, place).x;
     const double distance = (factor(perturbed_, place).x - expected).norm();
-    const double bound =
-        256 * static_cast<double>(step) * round_off() * (size_[place] + amplification * root * path_[place]) +
-        0x1p-51 * gram_condition * path_[place] + 64 * round_off() / perturbation() * distance;
     const double judged = (is_float_ ? 1e-3 : 1e-6) * std::max(path_[place], 0.1 * size_[place]);
+    const double bound = 0.01 * judged +
+                         256 * static_cast<double>(step) * round_off() *
+                             (size_[place] + amplification_ * root_condition_ * path_[place]) +
+                         0x1p-51 * gram_condition_ * path_[place] + 1024 * round_off() / perturbation() * distance;
     if (!rank_is_known_ || !(bound <= judged)) {
       ++count.ill_conditioned;
       return "";
@@ -328,8 +336,9 @@ class Run {
   Oracle oracle_, perturbed_;
   Random perturbations_;
   bool rank_is_known_ = true;
-  std::vector<double> size_, path_;     ///< of a factor: largest norm so far, way of its steps
-  std::vector<double> root_condition_;  ///< of a pair: largest κ(R) so far
+  std::vector<double> size_, path_;  ///< of a factor: largest norm so far, way of its steps
+  /// The largest so far of all pairs, which the clip joins.
+  double amplification_ = 1, root_condition_ = 1, gram_condition_ = 1;
 };
 
 std::optional<std::string> failure(const Case& c, Count& count) {
@@ -379,7 +388,7 @@ TEST(Property, EveryConfigurationAgreesWithTheOracle) {
   std::cout << cases << " cases: " << count.compared << " factors compared, " << count.ill_conditioned
             << " only checked to be finite\n";
   // Otherwise this would be a test that nothing fails.
-  EXPECT_GT(count.compared, count.ill_conditioned);
+  EXPECT_GT(count.compared, static_cast<int64_t>(2 * cases));
 }
 
 }  // namespace
