@@ -1,12 +1,12 @@
 #include "bert.hpp"
 
 #include <algorithm>
+#include <lora_rite/io/safetensors.hpp>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "error.hpp"
 #include "files.hpp"
-#include "safetensors.hpp"
 
 namespace finetune {
 namespace {
@@ -239,7 +239,7 @@ std::vector<std::pair<std::string, std::shared_ptr<LoraLinear>>> BertModel::line
 std::shared_ptr<BertModel> load_bert(const std::filesystem::path& folder) {
   auto model = std::make_shared<BertModel>(BertConfig::from_file(folder / "config.json"));
   const std::filesystem::path path = folder / "model.safetensors";
-  Safetensors file = load_safetensors(path);
+  lora_rite::Safetensors file = lora_rite::load_safetensors(path);
   for (auto& item : model->named_parameters()) {
     const auto names = checkpoint_names(item.key());
     const auto name = std::find_if(names.begin(), names.end(),

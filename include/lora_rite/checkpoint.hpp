@@ -4,21 +4,16 @@
 #include <ATen/core/Generator.h>
 #include <c10/util/Exception.h>
 #include <c10/util/Type.h>
-#include <fcntl.h>
 #include <torch/nn/module.h>
 #include <torch/optim/optimizer.h>
 #include <torch/serialize/archive.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -30,6 +25,7 @@
 #include <vector>
 
 #include "lora_rite/factor_pair.hpp"
+#include "lora_rite/io/files.hpp"
 
 /// Checkpoints of a training run that survive a crash while they are written, and are refused when damaged: see
 /// docs/checkpoints.md for the file format. POSIX only.
@@ -137,60 +133,6 @@ inline uint64_t read_little_endian(const std::string& text, size_t position, siz
   return number;
 }
 
-/// A POSIX file descriptor, closed when it goes.
-class FileDescriptor {
- public:
-  explicit FileDescriptor(int number) : number_(number) {}
-  ~FileDescriptor() {
-    if (number_ >= 0) ::close(number_);
-  }
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-
-  int number() const { return number_; }
-
-  /// False if the system says so, in errno.
-  bool close() { return ::close(std::exchange(number_, -1)) == 0; }
-
- private:
-  int number_;
-};
-
-/// Writes all bytes to a new file and waits until the disk has them. False with errno set if the system refuses.
-inline bool write_and_sync(const std::filesystem::path& path, const std::string& bytes) {
-  FileDescriptor file(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-  if (file.number() < 0) return false;
-  for (size_t done = 0; done < bytes.size();) {
-    const ssize_t count = ::write(file.number(), bytes.data() + done, bytes.size() - done);
-    if (count < 0 && errno == EINTR) continue;
-    if (count < 0) return false;
-    done += static_cast<size_t>(count);
-  }
-  return ::fsync(file.number()) == 0 && file.close();
-}
-
-/// Waits until the disk has the folder's entries. False with errno set if the system refuses.
-inline bool sync_folder(const std::filesystem::path& folder) {
-  const FileDescriptor opened(::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (opened.number() < 0) return false;
-  // EINVAL: a file system whose folders cannot be synchronised, and there is nothing to wait for.
-  return ::fsync(opened.number()) == 0 || errno == EINVAL;
-}
-
-/// Puts a file of these bytes in place of whatever is there, so that an interruption leaves the old one or the new one.
-/// Throws c10::Error naming the file if the system refuses; the old one is still there then.
-inline void replace_file(const std::filesystem::path& path, const std::string& bytes) {
-  std::filesystem::path temporary = path;
-  temporary += ".tmp";
-  if (!write_and_sync(temporary, bytes) || ::rename(temporary.c_str(), path.c_str()) != 0) {
-    const std::string reason = std::strerror(errno);
-    ::unlink(temporary.c_str());
-    TORCH_CHECK(false, checkpoint_label(path), "cannot be written: ", reason);
-  }
-  TORCH_CHECK(sync_folder(path.parent_path()), checkpoint_label(path),
-              "is written, but its folder cannot be synchronised: ", std::strerror(errno));
-}
-
 /// The whole file around a payload.
 inline std::string checkpoint_file(const std::string& payload) {
   std::string file(kCheckpointMagic, kMagicBytes);
@@ -205,15 +147,7 @@ inline std::string checkpoint_file(const std::string& payload) {
 /// expected.
 inline std::string read_checkpoint_file(const std::filesystem::path& path) {
   const std::string label = checkpoint_label(path);
-  std::error_code error;
-  TORCH_CHECK(std::filesystem::exists(path, error) || error, label, "does not exist");
-  const uintmax_t size = std::filesystem::file_size(path, error);
-  TORCH_CHECK(!error, label, "cannot be read: ", error.message());
-  std::string file(size, '\0');
-  std::ifstream stream(path, std::ios::binary);
-  stream.read(file.data(), static_cast<std::streamsize>(size));
-  TORCH_CHECK(stream, label, "cannot be read");
-
+  std::string file = read_file(path, label);
   TORCH_CHECK(file.compare(0, kMagicBytes, kCheckpointMagic, std::min(file.size(), kMagicBytes)) == 0, label,
               "is no checkpoint (its first bytes are not '", kCheckpointMagic, "')");
   TORCH_CHECK(file.size() >= kHeaderBytes + kChecksumBytes, label, "is truncated: it has ", file.size(),
@@ -518,7 +452,7 @@ inline void save_checkpoint(const std::filesystem::path& path, const TrainingSta
   } catch (const c10::Error& error) {
     TORCH_CHECK(false, detail::checkpoint_label(path), "cannot be saved: ", error.what_without_backtrace());
   }
-  detail::replace_file(path, detail::checkpoint_file(payload));
+  detail::replace_file(path, detail::checkpoint_label(path), detail::checkpoint_file(payload));
 }
 
 /// Brings a run to where it was when `path` was written: it goes on bit for bit. The run must be built as that one was:

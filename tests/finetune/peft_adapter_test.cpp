@@ -1,5 +1,6 @@
 #include "peft_adapter.hpp"
 
+#include <lora_rite/io/peft.hpp>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -16,10 +17,8 @@ std::shared_ptr<BertModel> adapted_model() {
   const auto model = load_bert(golden("tiny"));
   model->add_adapters(kConfig);
   const torch::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : load_safetensors(golden("tiny_adapter/adapter_model.safetensors")).tensors) {
-    const std::string prefix = "base_model.model.";
-    EXPECT_EQ(name.compare(0, prefix.size(), prefix), 0) << name;
-    model->named_parameters()[name.substr(prefix.size())].copy_(tensor);
+  for (const auto& [name, tensor] : lora_rite::load_adapter(golden("tiny_adapter")).tensors) {
+    model->named_parameters()[name].copy_(tensor);
   }
   return model;
 }

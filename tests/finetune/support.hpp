@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <functional>
 #include <iostream>
+#include <lora_rite/io/safetensors.hpp>
 #include <map>
 #include <memory>
 #include <random>
@@ -12,7 +13,6 @@
 
 #include "classifier.hpp"
 #include "error.hpp"
-#include "safetensors.hpp"
 #include "support/temporary_folder.hpp"
 #include "trainer.hpp"
 
@@ -22,6 +22,9 @@ inline std::filesystem::path golden(const std::string& name) {
   return std::filesystem::path(LORA_RITE_TEST_DATA_DIR) / "finetune" / "golden" / name;
 }
 
+using lora_rite::load_safetensors;
+using lora_rite::Safetensors;
+using lora_rite::save_safetensors;
 using lora_rite::testing::TemporaryFolder;
 
 /// The message of the Error that `action` throws; fails the test if it throws none.
