@@ -1,0 +1,6 @@
+#include "targets.hpp"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  lora_rite::fuzz::safetensors({reinterpret_cast<const char*>(data), size});
+  return 0;
+}
