@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Turns token ids into text: reads one line of space-separated ids a text, writes one JSON string a line, without special
+tokens. The C++ side calls it on what a model generated."""
+
+import argparse
+import json
+import os
+import sys
+
+BAD_TOKENIZER = 3  # exit code, which finetune knows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", required=True, help="the model's tokenizer.json")
+    parser.add_argument("--input", required=True, help="ids, one text a line")
+    parser.add_argument("--output", required=True, help="file to write")
+    options = parser.parse_args()
+
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        print(f"{sys.executable}: the package 'tokenizers' is missing ({error})", file=sys.stderr)
+        return 1
+    try:
+        tokenizer = Tokenizer.from_file(options.tokenizer)
+    except Exception as error:  # the package raises nothing narrower
+        print(f"{options.tokenizer}: {error}", file=sys.stderr)
+        return BAD_TOKENIZER
+    with open(options.input, encoding="utf-8") as file:
+        texts = tokenizer.decode_batch([[int(token) for token in line.split()] for line in file])
+    with open(options.output + ".tmp", "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(text) + "\n" for text in texts)
+    os.replace(options.output + ".tmp", options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
