@@ -268,12 +268,15 @@ TEST(LoraRite, ConvolutionAndEmbeddingFactorsStepLikeTheirMatrices) {
 }
 
 TEST(LoraRite, AutogradNoticesThatAStepChangedAFactor) {
-  const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4)};
-  LoraRite<> optimizer(pairs);
-  const auto product = torch::matmul(pairs[0].b, pairs[0].a).square().sum();  // keeps the factors for backward
-  set_gradients(pairs, 1);
-  optimizer.step();
-  EXPECT_THROW(product.backward(), c10::Error);
+  torch::manual_seed(21);
+  for (const Engine engine : {Engine::Host, Engine::Device}) {
+    const std::vector<FactorPair> pairs = {random_pair("q", 3, 7, 5, torch::kFloat)};
+    LoraRite<> optimizer(pairs, LoraRiteOptions().engine(engine));
+    const auto product = pairs[0].b.matmul(pairs[0].a).sum();
+    set_gradients(pairs, 1);
+    optimizer.step();
+    EXPECT_THROW(product.backward(), c10::Error);
+  }
 }
 
 TEST(LoraRite, StateIsAboutHalfOfAdams) {
