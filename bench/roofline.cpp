@@ -69,7 +69,7 @@ std::vector<std::pair<std::string, Pass>> passes(int64_t r, bool rank_first) {
   };
   const double rank = static_cast<double>(r);
   const double gram = run([&](int64_t at, double* sums, const kernels::Blocks& blocks) {
-    kernels::best().gram(g.const_data_ptr<float>() + at, shape, 0, shape.rows, blocks, sums);
+    kernels::best().gram(g.const_data_ptr<float>() + at, nullptr, shape, 0, shape.rows, blocks, sums, nullptr);
   });
   const double apply = run([&](int64_t at, double* sums, const kernels::Blocks& blocks) {
     kernels::best().apply(x.data_ptr<float>() + at, n.data_ptr<float>() + at, g.const_data_ptr<float>() + at,

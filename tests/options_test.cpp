@@ -35,7 +35,7 @@ const std::vector<BadOption>& bad_options() {
       {"NaNMaxRms", LoraRiteOptions().max_update_rms(kNaN), "max_update_rms is nan"},
       {"NaNRelativeChange", LoraRiteOptions().max_relative_change(kNaN), "max_relative_change is nan"},
       {"ZeroRatio", LoraRiteOptions().lr_ratio_b(0), "lr_ratio_b is 0"},
-      {"HostAndRows", LoraRiteOptions().engine(Engine::Host).row_equilibration(true), "engine is Engine::Host"},
+      {"HostAndCapturable", LoraRiteOptions().engine(Engine::Host).capturable(true), "engine is Engine::Host"},
       {"UnknownEngine", LoraRiteOptions().engine(static_cast<Engine>(9)), "engine is 9"},
   };
   return rows;

@@ -134,7 +134,7 @@ struct Case {
     LoraRiteOptions result;
     for (size_t i = 0; i < chosen.size(); ++i)
       if (parameters()[i].set != nullptr) parameters()[i].set(result, parameters()[i].values[chosen[i]]);
-    const bool host = is("host") && is("float") && !result.row_equilibration();
+    const bool host = is("host") && is("float");
     return result.engine(host ? Engine::Host : Engine::Device);
   }
 

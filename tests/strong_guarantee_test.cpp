@@ -140,6 +140,7 @@ std::vector<Configuration> configurations() {
   const auto rows = [](LoraRiteOptions options) { return options.row_equilibration(true); };
   return {{"host", torch::kFloat, with(plain, Engine::Host)},
           {"host_with_options", torch::kFloat, balanced(with(all, Engine::Host))},
+          {"host_with_rows", torch::kFloat, rows(with(all, Engine::Host))},
           {"device", torch::kFloat, with(plain, Engine::Device)},
           {"device_with_options", torch::kFloat, balanced(with(all, Engine::Device))},
           {"double_with_rows", torch::kDouble, rows(all)},

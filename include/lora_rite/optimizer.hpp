@@ -390,7 +390,7 @@ class LoraRite : public torch::optim::Optimizer {
           labels.push_back(label_of(g, i));
         }
         const auto shards = row_shards(g, indices[0]);
-        const bool needs_device = options.capturable() || options.row_equilibration() || shards;
+        const bool needs_device = options.capturable() || shards;
         engine::Batches made =
             engine::make_batches<Basis>(pairs, labels, needs_device ? Engine::Device : options.engine());
         for (size_t k = 0; k < indices.size(); ++k) {

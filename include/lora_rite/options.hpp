@@ -52,8 +52,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   /// Bound τ on how much each gradient makes a step change a factor relative to itself, in every direction, and with it
   /// on the cross term dB·dA; 0 = off, 0.3 is a good value. Without momentum ‖dX X⁺‖ ≤ τ. See docs/algorithm.md.
   TORCH_ARG(double, max_relative_change) = 0.0;
-  /// Adapt from row to row as well: a second moment for each row of a factor beside V. See docs/algorithm.md. Takes
-  /// Engine::Device. Chosen in the first step.
+  /// Adapt from row to row as well: a second moment for each row of a factor beside V. See docs/algorithm.md.
   TORCH_ARG(bool, row_equilibration) = false;
   /// Rate of B divided by the rate of A (LoRA+, Hayou et al. 2024); > 0.
   TORCH_ARG(double, lr_ratio_b) = 1.0;
@@ -136,9 +135,8 @@ inline void check_options(const LoraRiteOptions& options, const std::string& whe
               largest_rate * options.weight_decay(), ", expected < 1 (a step would turn the factors around)");
   TORCH_CHECK(options.engine() >= Engine::Automatic && options.engine() <= Engine::Host, where, ": engine is ",
               static_cast<int64_t>(options.engine()), ", expected Engine::Automatic, Engine::Device or Engine::Host");
-  TORCH_CHECK(options.engine() != Engine::Host || !(options.capturable() || options.row_equilibration()), where,
-              ": engine is Engine::Host, expected Engine::Device or Engine::Automatic for ",
-              options.capturable() ? "a capturable step" : "row equilibration");
+  TORCH_CHECK(options.engine() != Engine::Host || !options.capturable(), where,
+              ": engine is Engine::Host, expected Engine::Device or Engine::Automatic for a capturable step");
 }
 
 }  // namespace detail

@@ -44,6 +44,21 @@ const Setting kSettings[] = {
     {"bounded_updates", [] { return LoraRiteOptions(1e-2).max_update_rms(0.3).lr_ratio_b(3); }},
     {"balanced", [] { return LoraRiteOptions(1e-2).balance(true).clip_unmagnified_norm(0); }},
     {"ascent", [] { return LoraRiteOptions(1e-2).maximize(true).clip_unmagnified_norm(0.1); }},
+    {"bounded_change", [] { return LoraRiteOptions(1e-2).max_relative_change(0.05).lr_ratio_b(2); }},
+    {"rows",
+     [] {
+       return LoraRiteOptions(1e-2).row_equilibration(true).betas({0.9, 0.9});
+     }},
+    {"rows_and_all",
+     [] {
+       return LoraRiteOptions(1e-2)
+           .row_equilibration(true)
+           .max_relative_change(0.1)
+           .max_update_rms(0.3)
+           .balance(true)
+           .weight_decay(0.5)
+           .betas({0.8, 0.9});
+     }},
 };
 
 class HostEngine : public ::testing::TestWithParam<std::tuple<int64_t, Setting>> {};
@@ -90,14 +105,17 @@ INSTANTIATE_TEST_SUITE_P(Ranks, HostEngine,
                          });
 
 TEST(HostEngineTest, AgreesForQrBasisAndLongFactors) {
-  torch::manual_seed(52);
-  const std::vector<FactorPair> host = {random_pair("long", 16, 9001, 5003, torch::kFloat)};
-  const auto device = clone_pairs(host);
-  LoraRite<QrBasis> on_host(host, with_engine(LoraRiteOptions(1e-2), Engine::Host));
-  LoraRite<QrBasis> on_device(device, with_engine(LoraRiteOptions(1e-2), Engine::Device));
-  run_steps(on_host, host, 0, 5);
-  run_steps(on_device, device, 0, 5);
-  EXPECT_LT(distance(host, device), 3e-6);
+  for (const bool rows : {false, true}) {
+    torch::manual_seed(52);
+    const std::vector<FactorPair> host = {random_pair("long", 16, 9001, 5003, torch::kFloat)};
+    const auto device = clone_pairs(host);
+    const auto options = LoraRiteOptions(1e-2).row_equilibration(rows);
+    LoraRite<QrBasis> on_host(host, with_engine(options, Engine::Host));
+    LoraRite<QrBasis> on_device(device, with_engine(options, Engine::Device));
+    run_steps(on_host, host, 0, 5);
+    run_steps(on_device, device, 0, 5);
+    EXPECT_LT(distance(host, device), 3e-6) << "rows " << rows;
+  }
 }
 
 TEST(HostEngineTest, IsWhatAutomaticChoosesForFloatsOnACpu) {
@@ -114,20 +132,23 @@ TEST(HostEngineTest, IsWhatAutomaticChoosesForFloatsOnACpu) {
 }
 
 TEST(HostEngineTest, ResultDoesNotDependOnTheNumberOfThreads) {
-  const auto run = [](int threads) {
+  const auto run = [](int threads, bool rows) {
     const int before = at::get_num_threads();
     at::set_num_threads(threads);
     torch::manual_seed(54);
     std::vector<FactorPair> pairs;
     for (int i = 0; i < 5; ++i) pairs.push_back(random_pair(std::to_string(i), 8, 300, 20000, torch::kFloat));
-    LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).max_update_rms(0.1));
+    LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).max_update_rms(0.1).row_equilibration(rows));
     run_steps(optimizer, pairs, 0, 4);
     at::set_num_threads(before);
-    return pairs;
+    return std::pair(pairs, saved_bytes(optimizer));
   };
-  const auto one = run(1), two = run(2), four = run(4);
-  EXPECT_TRUE(equal_factors(one, two));
-  EXPECT_TRUE(equal_factors(one, four));
+  for (const bool rows : {false, true}) {
+    const auto one = run(1, rows), two = run(2, rows), four = run(4, rows);
+    EXPECT_TRUE(equal_factors(one.first, two.first));
+    EXPECT_TRUE(equal_factors(one.first, four.first));
+    EXPECT_TRUE(one.second == two.second && one.second == four.second) << "the states differ";
+  }
 }
 
 TEST(HostEngineTest, LeavesOtherPairsToTheDeviceEngine) {
@@ -141,6 +162,15 @@ TEST(HostEngineTest, LeavesOtherPairsToTheDeviceEngine) {
     LoraRite<> forced({pair}, with_engine(LoraRiteOptions(1e-2), Engine::Host));
     EXPECT_TRUE(mentions(error_of([&] { run_steps(forced, {pair}, 0, 1); }), pair.name));
   }
+}
+
+TEST(HostEngineTest, RefusesACapturableStepOnceItWasChosen) {
+  torch::manual_seed(60);
+  const std::vector<FactorPair> pairs = {random_pair("q", 4, 9, 7, torch::kFloat)};
+  LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2));
+  run_steps(optimizer, pairs, 0, 1);
+  static_cast<LoraRiteOptions&>(optimizer.param_groups()[0].options()).capturable(true);
+  EXPECT_TRUE(mentions(error_of([&] { run_steps(optimizer, pairs, 1, 2); }), "capturable was set when the engine"));
 }
 
 TEST(HostEngineTest, TakesGradientsThatAreNotContiguous) {
@@ -159,28 +189,31 @@ TEST(HostEngineTest, TakesGradientsThatAreNotContiguous) {
 }
 
 TEST(HostEngineTest, CheckpointsGoFromEngineToEngine) {
-  for (const Engine writer : {Engine::Host, Engine::Device}) {
-    const Engine reader = writer == Engine::Host ? Engine::Device : Engine::Host;
-    torch::manual_seed(57);
-    const std::vector<FactorPair> pairs = {random_pair("q", 5, 40, 30, torch::kFloat)};
-    LoraRite<> written(pairs, with_engine(LoraRiteOptions(1e-2), writer));
-    run_steps(written, pairs, 0, 4);
-    const auto resumed_pairs = clone_pairs(pairs), edited_pairs = clone_pairs(pairs);
-    LoraRite<> resumed(resumed_pairs, with_engine(LoraRiteOptions(1e-2), reader));
-    load_bytes(resumed, saved_bytes(written));
-    run_steps(written, pairs, 4, 8);
-    run_steps(resumed, resumed_pairs, 4, 8);
-    EXPECT_LT(distance(resumed_pairs, pairs), 1e-6);
+  for (const auto& options : {LoraRiteOptions(1e-2), LoraRiteOptions(1e-2).row_equilibration(true)}) {
+    for (const Engine writer : {Engine::Host, Engine::Device}) {
+      const Engine reader = writer == Engine::Host ? Engine::Device : Engine::Host;
+      torch::manual_seed(57);
+      const std::vector<FactorPair> pairs = {random_pair("q", 5, 40, 30, torch::kFloat)};
+      LoraRite<> written(pairs, with_engine(options, writer));
+      run_steps(written, pairs, 0, 4);
+      const auto resumed_pairs = clone_pairs(pairs);
+      LoraRite<> resumed(resumed_pairs, with_engine(options, reader));
+      load_bytes(resumed, saved_bytes(written));
+      run_steps(written, pairs, 4, 8);
+      run_steps(resumed, resumed_pairs, 4, 8);
+      EXPECT_LT(distance(resumed_pairs, pairs), 1e-6);
+    }
   }
 }
 
 /// Steps two runs, of which one is edited in a way that its neighbour would notice if it happened there.
-double distance_after(void (*edit)(torch::Tensor&), Engine engine) {
+double distance_after(void (*edit)(torch::Tensor&), Engine engine, bool rows = false) {
   torch::manual_seed(58);
   const std::vector<FactorPair> pairs = {random_pair("q", 4, 300, 200, torch::kFloat)};
   const auto reference = clone_pairs(pairs);
-  LoraRite<> optimizer(pairs, with_engine(LoraRiteOptions(5e-2), engine));
-  LoraRite<> expected(reference, with_engine(LoraRiteOptions(5e-2), Engine::Device));
+  const auto options = LoraRiteOptions(5e-2).row_equilibration(rows);
+  LoraRite<> optimizer(pairs, with_engine(options, engine));
+  LoraRite<> expected(reference, with_engine(options, Engine::Device));
   run_steps(optimizer, pairs, 0, 4);
   run_steps(expected, reference, 0, 4);
   {
@@ -194,6 +227,7 @@ double distance_after(void (*edit)(torch::Tensor&), Engine engine) {
 
 TEST(HostEngineTest, NoticesEdits) {
   EXPECT_LT(distance_after([](torch::Tensor& b) { b.mul_(3); }, Engine::Host), 1e-5);
+  EXPECT_LT(distance_after([](torch::Tensor& b) { b.mul_(3); }, Engine::Host, /*rows=*/true), 1e-5);
   EXPECT_LT(distance_after([](torch::Tensor& b) { b.copy_(b.flip(0).clone()); }, Engine::Host), 1e-5);
   EXPECT_LT(distance_after([](torch::Tensor& b) { b.select(0, 17).add_(5); }, Engine::Host), 1e-5);
   EXPECT_LT(distance_after([](torch::Tensor& b) { b.data().add_(1); }, Engine::Host), 1e-5) << "past the version";

@@ -200,7 +200,7 @@ TEST(Kernels, PassesOverTheRows) {
             return result;
           };
           std::vector<double> gram(static_cast<size_t>(p * p)), update_gram(gram);
-          table->gram(g.data(), shape, 0, rows, blocks, gram.data());
+          table->gram(g.data(), nullptr, shape, 0, rows, blocks, gram.data(), nullptr);
           EXPECT_LT(relative(square(gram, 0, p, true), g0.transpose() * g0), 1e-13) << where;
 
           const Maps maps = {momentum_map.data(), gradient_map.data(), 0.9F, 0.1F, true};
@@ -244,6 +244,87 @@ TEST(Kernels, PassesOverTheRows) {
                           {products_again.data(), weighted_again.data()});
           EXPECT_EQ(products, products_again) << where;
           EXPECT_EQ(weighted, weighted_again) << where;
+        }
+      }
+    }
+  }
+}
+
+TEST(Kernels, RowEquilibration) {
+  for (const Table* table : tables()) {
+    for (const bool rank_first : {true, false}) {
+      for (const int64_t rank : {1, 3, 4, 7, 8, 16, 20, 33, 64}) {
+        for (const int64_t rows : {1, 5, 16, 63, 300}) {
+          const std::string where = std::string(table->name) + ", rank " + std::to_string(rank) + ", rows " +
+                                    std::to_string(rows) + (rank_first ? ", A" : ", B");
+          const Shape shape = {rows, rank, rank_first};
+          const int64_t p = padded_rank(rank);
+          Aligned memory(Blocks::size(rank));
+          std::fill_n(memory.data(), Blocks::size(rank), 1e3);  // what an earlier step left there
+          const Blocks blocks = Blocks::in(memory.data(), rank);
+          Random random;
+          std::vector<float> n = random.floats(rows * rank), g = random.floats(rows * rank);
+          const int64_t silent = rows > 4 ? 3 : rows;  // a row that has no gradient, and never had one
+          std::vector<float> moments(static_cast<size_t>(rows)), nothing(n.size());
+          for (size_t k = 0; k < moments.size(); ++k) moments[k] = 0.01F + 0.7F * static_cast<float>(k % 11);
+          if (silent < rows) {
+            moments[static_cast<size_t>(silent)] = 0;
+            for (int64_t i = 0; i < rank; ++i)
+              g[static_cast<size_t>(rank_first ? i * rows + silent : silent * rank + i)] = 0;
+          }
+          std::vector<float> momentum_map(static_cast<size_t>(p * p));
+          std::vector<double> gradient_map(momentum_map.size()), plain_map(momentum_map.size());
+          MatrixXd gm(rank, rank), pm(rank, rank);
+          for (MatrixXd* map : {&gm, &pm}) {
+            const std::vector<float> entries = random.floats(rank * rank);
+            for (int64_t e = 0; e < rank * rank; ++e) (*map)(e / rank, e % rank) = entries[static_cast<size_t>(e)];
+          }
+          for (int64_t i = 0; i < rank; ++i)
+            for (int64_t j = 0; j < rank; ++j) {
+              momentum_map[static_cast<size_t>(i * p + j)] = i == j ? 0.5F : 0;
+              gradient_map[static_cast<size_t>(i * p + j)] = gm(i, j);
+              plain_map[static_cast<size_t>(i * p + j)] = pm(i, j);
+            }
+          const MatrixXd g0 = tall(g, shape), n0 = tall(n, shape);
+          const double decay = 0.75;
+          Eigen::VectorXd next(rows), scale(rows), known_scale(rows);
+          for (int64_t k = 0; k < rows; ++k) {
+            const double known = moments[static_cast<size_t>(k)];
+            known_scale(k) = known > 0 ? 1 / std::sqrt(known) : 1;
+            next(k) = decay * known + (1 - decay) * (g0.row(k) * pm).squaredNorm() / static_cast<double>(rank);
+            scale(k) = next(k) > 0 ? 1 / std::sqrt(next(k)) : 0;
+          }
+
+          // Of a symmetric matrix only i ≤ j is there.
+          const auto symmetric = [&](const std::vector<double>& sums) {
+            MatrixXd result(rank, rank);
+            for (int64_t i = 0; i < rank; ++i)
+              for (int64_t j = 0; j < rank; ++j)
+                result(i, j) = sums[static_cast<size_t>(std::min(i, j) * p + std::max(i, j))];
+            return result;
+          };
+          std::vector<double> plain(static_cast<size_t>(p * p)), equilibrated(plain), of_update(plain);
+          table->gram(g.data(), moments.data(), shape, 0, rows, blocks, plain.data(), equilibrated.data());
+          const MatrixXd scaled = known_scale.asDiagonal() * g0;
+          EXPECT_LT(relative(symmetric(plain), g0.transpose() * g0), 1e-13) << where;
+          EXPECT_LT(relative(symmetric(equilibrated), scaled.transpose() * scaled), 1e-13) << where;
+
+          // An update is as good as floats are. Moments are rounded to float, and so is what they are the squares of.
+          const MatrixXd n1 = 0.5 * n0 + scale.asDiagonal() * g0 * gm;
+          Maps maps = {momentum_map.data(), gradient_map.data(), 1, 0.1F, true};
+          maps.rows = {plain_map.data(), moments.data(), decay};
+          const std::vector<float> before = moments;
+          table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, of_update.data());
+          EXPECT_LT(relative(symmetric(of_update), n1.transpose() * n1), 2e-6) << where;
+          EXPECT_EQ(moments, before) << where;
+
+          maps.rows.next = moments.data();
+          std::vector<double> weights(moments.size()), products(2 * plain.size()), weighted(static_cast<size_t>(p));
+          table->apply(nothing.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,
+                       {products.data(), weighted.data()});
+          EXPECT_LT(relative(tall(n, shape), n1), 1e-6) << where;
+          for (int64_t k = 0; k < rows; ++k)
+            EXPECT_NEAR(moments[static_cast<size_t>(k)], next(k), 2e-7 * next(k)) << where << ", row " << k;
         }
       }
     }

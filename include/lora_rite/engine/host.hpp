@@ -9,6 +9,7 @@
 #include <limits>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -70,9 +71,9 @@ class HostBatch final : public Batch {
   }
 
   bool observe(const LoraRiteOptions& options) override {
-    TORCH_CHECK(!options.row_equilibration() && !options.capturable(),
-                "LoraRite: ", options.capturable() ? "capturable" : "row_equilibration",
-                " was set when the engine was chosen already, expected before the first step or `load`");
+    TORCH_CHECK(!options.capturable(),
+                "LoraRite: capturable was set when the engine was chosen already, expected before the first step or "
+                "`load`");
     bool any = false;
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
       const at::Tensor& gradient = tensor_of(factor).grad();
@@ -81,15 +82,27 @@ class HostBatch final : public Batch {
       any = any || gradient.defined();
     }
     if (!any) return false;
+    equilibrates_ = options.row_equilibration();
+    if (equilibrates_) {
+      for (Side& s : sides_) {
+        s.equilibrated_gram.resize(s.gradient_gram.size());
+        s.plain_maps.resize(s.gradient_maps.size());
+        s.row_decay.resize(static_cast<size_t>(count()));
+      }
+    }
+    find_rows();
     for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
       double* gram = s.gradient_gram.data() + part * square();
+      double* equilibrated = s.rows == nullptr ? nullptr : s.equilibrated_gram.data() + part * square();
       std::memset(gram, 0, square() * sizeof(double));
+      if (equilibrated != nullptr) std::memset(equilibrated, 0, square() * sizeof(double));
       if (!s.gradients[i].defined()) return;
       const Workspace workspace(rank_);
-      kernels::best().gram(gradient_of(s, i), s.shape, first, end, workspace.blocks, gram);
+      kernels::best().gram(gradient_of(s, i), rows_of(s, i), s.shape, first, end, workspace.blocks, gram, equilibrated);
     });
     for_each_factor([&](Side& s, size_t i) {
       add_chunks(s, i, s.gradient_gram, square());
+      if (s.rows != nullptr) add_chunks(s, i, s.equilibrated_gram, square());
       s.stale[i] = !(Glimpse::of(tensor_of(factor_number(s, i))) == s.seen[i]);
       s.edited[i] = false;
     });
@@ -119,10 +132,11 @@ class HostBatch final : public Batch {
     const double cutoff = rule::relative_cutoff(std::numeric_limits<float>::epsilon(), rank_);
     parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) {
       rule::Statistics<LaneMatrix> statistics = {{}, LaneMatrix(rank_), LaneMatrix(rank_), LaneMatrix(rank_), {}};
+      if (equilibrates_) statistics.plain_gradient_gram = LaneMatrix(rank_);
       for (int64_t lane = 0; lane < kLanes; ++lane) load_statistics(g * kLanes + lane, lane, statistics);
       Group& group = groups_[static_cast<size_t>(g)];
       group = rule::unmagnify<Basis>(statistics, cutoff);
-      const Lanes squared = at_least(trace_of(group.gradient_gram), 0.0);
+      const Lanes squared = at_least(trace_of(equilibrates_ ? group.plain_gradient_gram : group.gradient_gram), 0.0);
       for (int64_t lane = 0; lane < kLanes && g * kLanes + lane < 2 * count(); ++lane) {
         side_of(g * kLanes + lane).unmagnified_squared[index_of(g * kLanes + lane)] = squared[lane];
       }
@@ -137,20 +151,28 @@ class HostBatch final : public Batch {
     proceed_ = proceed.item<bool>();
     clip_ = clip_factor.item<double>();
     fresh_momentum_ = state_.momentum;
+    fresh_rows_ = state_.rows;
     if (!proceed_) return;
     for (const size_t side : {0, 1}) {
-      for (const at::Tensor& gradient : sides_[side].gradients) {
-        if (!gradient.defined() || fresh_momentum_[side].defined()) continue;
+      Side& s = sides_[side];
+      bool any = false;
+      for (const at::Tensor& gradient : s.gradients) any = any || gradient.defined();
+      if (!any) continue;
+      const at::TensorOptions floats = double_options().dtype(at::kFloat);
+      if (!fresh_momentum_[side].defined()) {
         std::vector<int64_t> shape = shapes_[side];
         shape.insert(shape.begin(), count());
-        fresh_momentum_[side] = at::zeros(shape, double_options().dtype(at::kFloat));
+        fresh_momentum_[side] = at::zeros(shape, floats);
       }
+      if (equilibrates_ && !fresh_rows_[side].defined()) fresh_rows_[side] = at::ones({count(), s.shape.rows}, floats);
     }
   }
 
   void commit(const LoraRiteOptions& options) override {
     if (!proceed_) return;
     state_.momentum = fresh_momentum_;
+    state_.rows = fresh_rows_;
+    find_rows();
     for (const size_t side : {0, 1}) {
       Side& s = sides_[side];
       const double rate = options.lr() * (side == 0 ? 1.0 : options.lr_ratio_b());
@@ -213,6 +235,7 @@ class HostBatch final : public Batch {
     kernels::Shape shape;
     int64_t chunk_rows, chunks;
     std::vector<double> gradient_gram;        ///< GᵀG [k, chunks, p, p]
+    std::vector<double> equilibrated_gram;    ///< GᵀDG, the same of scaled rows, where `rows` are known
     std::vector<double> products;             ///< XᵀX | XᵀN [k, chunks, p, 2p]
     std::vector<double> weighted;             ///< column sums with `weights_` [k, chunks, p]
     std::vector<at::Tensor> gradients;        ///< undefined where there is none
@@ -225,8 +248,11 @@ class HostBatch final : public Batch {
     std::vector<double> wide_momentum_maps;   ///< the same in double
     std::vector<char> is_wide;                ///< is it the one in double that is needed?
     std::vector<double> gradient_maps;        ///< G → N [k, p, p]
+    std::vector<double> plain_maps;           ///< G → S₀, for row equilibration only [k, p, p]
+    std::vector<double> row_decay;            ///< β₂' [k], for row equilibration only
     float keep = 1, rate = 0;                 ///< X ← keep · X − rate · N
     float* momentum = nullptr;                ///< [k, factor]
+    float* rows = nullptr;                    ///< second moments of rows [k, n], null if not known or not wanted
   };
   using Group = rule::Unmagnified<LaneMatrix>;  ///< of eight factors
 
@@ -281,6 +307,17 @@ class HostBatch final : public Batch {
   template <class Numbers>
   static auto sums_of(const Side& s, size_t i, Numbers& parts, size_t size) {
     return parts.data() + i * static_cast<size_t>(s.chunks) * size;
+  }
+
+  /// Where the rows' second moments are now.
+  void find_rows() {
+    for (const size_t side : {0, 1}) {
+      const at::Tensor& rows = state_.rows[side];
+      sides_[side].rows = equilibrates_ && rows.defined() ? rows.template data_ptr<float>() : nullptr;
+    }
+  }
+  static float* rows_of(const Side& s, size_t i) {
+    return s.rows == nullptr ? nullptr : s.rows + static_cast<int64_t>(i) * s.shape.rows;
   }
 
   kernels::Sums clear_sums(Side& s, size_t part) const {
@@ -346,14 +383,19 @@ class HostBatch final : public Batch {
   /// What act 2 reads of one factor's partner and gradient; zeros beyond the last factor.
   void load_statistics(int64_t factor, int64_t lane, rule::Statistics<LaneMatrix>& statistics) {
     if (factor >= 2 * count()) {
-      for (const LaneMatrix* matrix : {&statistics.gram, &statistics.cross, &statistics.gradient_gram})
+      for (const LaneMatrix* matrix :
+           {&statistics.gram, &statistics.cross, &statistics.gradient_gram, &statistics.plain_gradient_gram}) {
+        if (!matrix->defined()) continue;
         for (int64_t i = 0; i < rank_; ++i)
           for (int64_t j = 0; j < rank_; ++j) matrix->at(i, j, lane) = 0;
+      }
       return;
     }
     const size_t side = factor < count() ? 0 : 1, index = index_of(factor);
     const Side &own = sides_[side], &partner = sides_[1 - side];
-    const double* gradient_gram = sums_of(own, index, own.gradient_gram, square());
+    const double* plain_gram = sums_of(own, index, own.gradient_gram, square());
+    const double* gradient_gram =
+        own.rows == nullptr ? plain_gram : sums_of(own, index, own.equilibrated_gram, square());
     const double* products = sums_of(partner, index, partner.products, 2 * square());
     const size_t place = (1 - side) * static_cast<size_t>(count()) + index;
     const bool edited = partner.edited[index] != 0;
@@ -366,6 +408,7 @@ class HostBatch final : public Batch {
         statistics.gram.at(i, j, lane) = gram;
         statistics.cross.at(i, j, lane) = scale * gram + rate * products[(2 * i + 1) * padded_ + j];
         statistics.gradient_gram.at(i, j, lane) = gradient_gram[row * padded_ + column];
+        if (equilibrates_) statistics.plain_gradient_gram.at(i, j, lane) = plain_gram[row * padded_ + column];
       }
     }
   }
@@ -405,6 +448,9 @@ class HostBatch final : public Batch {
     const LaneMatrix& new_root = decision.moments.inverse_root;
     const LaneMatrix momentum_to_momentum = matmul(decision.momentum_map, transpose(new_root));
     const LaneMatrix gradient_to_momentum = matmul(decision.gradient_map, transpose(new_root));
+    Lanes row_decay;
+    if (equilibrates_)
+      row_decay = rule::bias_corrected_decay(std::get<1>(options.betas()), decision.moments.step, has_gradient);
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t factor = first + lane;
       float* momentum_map = side_of(factor).momentum_maps.data() + index_of(factor) * square();
@@ -422,6 +468,12 @@ class HostBatch final : public Batch {
           root[factor * size + i * rank_ + j] = new_root.at(i, j, lane);
         }
       side_of(factor).is_wide[index_of(factor)] = largest > kMostInFloat;
+      if (side_of(factor).rows != nullptr) {
+        double* plain_map = side_of(factor).plain_maps.data() + index_of(factor) * square();
+        for (int64_t i = 0; i < rank_; ++i)
+          for (int64_t j = 0; j < rank_; ++j) plain_map[i * padded_ + j] = decision.plain_map.at(i, j, lane);
+        side_of(factor).row_decay[index_of(factor)] = row_decay[lane];
+      }
       mass[factor] = decision.moments.escaped_mass[lane];
       step[factor] = decision.moments.step[lane];
     }
@@ -450,12 +502,15 @@ class HostBatch final : public Batch {
   }
 
   kernels::Maps maps_of(const Side& s, size_t i) const {
-    return {s.momentum_maps.data() + i * square(),
-            s.gradient_maps.data() + i * square(),
-            s.keep,
-            s.rate,
-            s.gradients[i].defined(),
-            s.is_wide[i] ? s.wide_momentum_maps.data() + i * square() : nullptr};
+    kernels::Maps maps = {s.momentum_maps.data() + i * square(),
+                          s.gradient_maps.data() + i * square(),
+                          s.keep,
+                          s.rate,
+                          s.gradients[i].defined(),
+                          s.is_wide[i] ? s.wide_momentum_maps.data() + i * square() : nullptr};
+    if (s.rows != nullptr && maps.has_gradient)
+      maps.rows = {s.plain_maps.data() + i * square(), rows_of(s, i), s.row_decay[i]};
+    return maps;
   }
   float* momentum_of(const Side& s, size_t i) const {
     return s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_;
@@ -467,7 +522,8 @@ class HostBatch final : public Batch {
   /// Act 3 for some rows of one factor.
   void move_rows(Side& s, size_t i, int64_t first, int64_t end, size_t part) {
     if (s.momentum == nullptr) return;
-    const kernels::Maps maps = maps_of(s, i);
+    kernels::Maps maps = maps_of(s, i);
+    maps.rows.next = rows_of(s, i);
     // A factor that rests keeps its sums; XᵀN is then not asked for, as its rate was 0.
     const kernels::Sums sums = maps.has_gradient ? clear_sums(s, part) : kernels::Sums{};
     const Workspace workspace(rank_);
@@ -568,9 +624,10 @@ class HostBatch final : public Batch {
   std::vector<Group> groups_;  ///< from the first to the second half of act 2
 
   // From `prepare` to `commit`.
+  bool equilibrates_ = false;  ///< from `observe` on
   bool proceed_ = false;
   double clip_ = 1;
-  std::array<at::Tensor, 2> fresh_momentum_;  ///< the state's, new ones among them
+  std::array<at::Tensor, 2> fresh_momentum_, fresh_rows_;  ///< the state's, new ones among them
 };
 
 }  // namespace lora_rite::engine

@@ -25,7 +25,7 @@ namespace lora_rite::engine::kernels {
 
 namespace baseline {
 #include "lora_rite/engine/kernels/tall.inc"
-// After it, for it uses its loads and stores.
+// After it, for it uses its loads, stores and roots.
 #include "lora_rite/engine/kernels/lanes.inc"
 inline constexpr Table table = {"baseline", gram, remember, apply, update_gram, multiply, eigh};
 }  // namespace baseline
@@ -40,7 +40,7 @@ inline constexpr Table table = {"baseline", gram, remember, apply, update_gram, 
 #endif
 namespace avx2 {
 #include "lora_rite/engine/kernels/tall.inc"
-// After it, for it uses its loads and stores.
+// After it, for it uses its loads, stores and roots.
 #include "lora_rite/engine/kernels/lanes.inc"
 inline constexpr Table table = {"avx2", gram, remember, apply, update_gram, multiply, eigh};
 }  // namespace avx2
@@ -60,7 +60,7 @@ inline constexpr Table table = {"avx2", gram, remember, apply, update_gram, mult
 #endif
 namespace avx512 {
 #include "lora_rite/engine/kernels/tall.inc"
-// After it, for it uses its loads and stores.
+// After it, for it uses its loads, stores and roots.
 #include "lora_rite/engine/kernels/lanes.inc"
 inline constexpr Table table = {"avx512", gram, remember, apply, update_gram, multiply, eigh};
 }  // namespace avx512

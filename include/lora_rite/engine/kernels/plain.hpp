@@ -2,6 +2,7 @@
 
 #include <Eigen/Core>
 #include <Eigen/Eigenvalues>
+#include <cmath>
 #include <cstdint>
 
 #include "lora_rite/engine/kernels/types.hpp"
@@ -30,9 +31,17 @@ auto square_of(Number* data, int64_t rank, int64_t columns) {
   return Eigen::Map<View, 0, Eigen::OuterStride<>>(data, rank, rank, Eigen::OuterStride<>(columns));
 }
 
-inline void gram(const float* data, const Shape& shape, int64_t first, int64_t end, const Blocks&, double* products) {
-  const Matrix g = rows_of(data, shape, first, end).template cast<double>();
-  square_of(products, shape.rank, padded_rank(shape.rank)) += g.transpose() * g;
+/// row^{-1/2}, `unseen` for a row that never had a gradient.
+inline double row_scale(double row, double unseen) { return row > 0 ? 1 / std::sqrt(row) : unseen; }
+
+inline void gram(const float* data, const float* rows, const Shape& shape, int64_t first, int64_t end, const Blocks&,
+                 double* products, double* equilibrated) {
+  const int64_t p = padded_rank(shape.rank);
+  Matrix g = rows_of(data, shape, first, end).template cast<double>();
+  square_of(products, shape.rank, p) += g.transpose() * g;
+  if (rows == nullptr) return;
+  for (int64_t row = 0; row < end - first; ++row) g.row(row) *= row_scale(rows[first + row], 1);
+  square_of(equilibrated, shape.rank, p) += g.transpose() * g;
 }
 
 inline void remember(const float* factor, const float* momentum, const double* weights, const Shape& shape,
@@ -48,6 +57,20 @@ inline void remember(const float* factor, const float* momentum, const double* w
       x.transpose() * Eigen::Map<const Eigen::VectorXd>(weights + first, end - first);
 }
 
+inline Matrix equilibrated(const float* gradient, const Shape& shape, int64_t first, int64_t end,
+                           const RowMoments& rows) {
+  Matrix g = rows_of(gradient, shape, first, end).template cast<double>();
+  if (rows.map == nullptr) return g;
+  const Matrix s = g * square_of(rows.map, shape.rank, padded_rank(shape.rank));
+  for (int64_t row = 0; row < end - first; ++row) {
+    const double fresh = s.row(row).squaredNorm() / static_cast<double>(shape.rank);
+    const double moment = rows.decay * rows.moments[first + row] + (1 - rows.decay) * fresh;
+    if (rows.next != nullptr) rows.next[first + row] = static_cast<float>(moment);
+    g.row(row) *= row_scale(moment, 0);
+  }
+  return g;
+}
+
 inline Matrix updated(const float* momentum, const float* gradient, const Shape& shape, int64_t first, int64_t end,
                       const Maps& maps) {
   const int64_t p = padded_rank(shape.rank);
@@ -55,7 +78,7 @@ inline Matrix updated(const float* momentum, const float* gradient, const Shape&
                                                    : Matrix(square_of(maps.momentum, shape.rank, p).cast<double>());
   Matrix n = rows_of(momentum, shape, first, end).template cast<double>() * map;
   if (maps.has_gradient)
-    n += rows_of(gradient, shape, first, end).template cast<double>() * square_of(maps.gradient, shape.rank, p);
+    n += equilibrated(gradient, shape, first, end, maps.rows) * square_of(maps.gradient, shape.rank, p);
   return n;
 }
 

@@ -57,14 +57,22 @@ struct Blocks {
   float *factor, *momentum, *gradient, *update;  ///< [b][p]
   double* gradient_wide;                         ///< [b][p]
   double* pairs;                                 ///< X | N [b][2p + 8]
+  double* rows;                                  ///< a number of each row [b]
 
   static int64_t size(int64_t rank) {  ///< in doubles
-    return block_rows(rank) * (3 * padded_rank(rank) + pair_stride(padded_rank(rank)));
+    return block_rows(rank) * (3 * padded_rank(rank) + pair_stride(padded_rank(rank)) + 1);
   }
   static Blocks in(double* memory, int64_t rank) {
-    const int64_t block = block_rows(rank) * padded_rank(rank);
+    const int64_t b = block_rows(rank), block = b * padded_rank(rank);
     float* floats = reinterpret_cast<float*>(memory);
-    return {floats, floats + block, floats + 2 * block, floats + 3 * block, memory + 2 * block, memory + 3 * block};
+    double* pairs = memory + 3 * block;
+    return {floats,
+            floats + block,
+            floats + 2 * block,
+            floats + 3 * block,
+            memory + 2 * block,
+            pairs,
+            pairs + b * pair_stride(padded_rank(rank))};
   }
 };
 
@@ -74,6 +82,15 @@ struct Sums {
   double* weighted;  ///< Σ w_i x_i [p]
 };
 
+/// Row equilibration of one factor: row ← decay·row + (1−decay)·mean_j (G·map)², and G's rows are divided by the root
+/// of that; a row that never had a gradient rests.
+struct RowMoments {
+  const double* map = nullptr;     ///< [p][p]; null: G's rows stay as they are
+  const float* moments = nullptr;  ///< [rows]
+  double decay = 1;
+  float* next = nullptr;  ///< [rows] what they become, perhaps in place; null: not kept
+};
+
 /// Act 3's instructions for one factor: N ← N·momentum + G·gradient, X ← keep·X − rate·N.
 struct Maps {
   const float* momentum;   ///< [p][p]
@@ -81,6 +98,7 @@ struct Maps {
   float keep, rate;
   bool has_gradient;                      ///< else X rests and only N is carried along
   const double* wide_momentum = nullptr;  ///< the momentum's map in double, where one in float would lose too much
+  RowMoments rows = {};                   ///< where there is a gradient
 };
 
 // --- Lanes ---------------------------------------------------------------------------------------------------------
@@ -100,8 +118,8 @@ inline int64_t eigh_work(int64_t r) { return 5 * r; }
 /// The loops, compiled for one instruction set.
 struct Table {
   const char* name;
-  void (*gram)(const float* data, const Shape& shape, int64_t first, int64_t end, const Blocks& blocks,
-               double* products);
+  void (*gram)(const float* data, const float* rows, const Shape& shape, int64_t first, int64_t end,
+               const Blocks& blocks, double* products, double* equilibrated);
   void (*remember)(const float* factor, const float* momentum, const double* weights, const Shape& shape, int64_t first,
                    int64_t end, const Blocks& blocks, const Sums& sums);
   void (*apply)(float* factor, float* momentum, const float* gradient, const double* weights, const Shape& shape,
