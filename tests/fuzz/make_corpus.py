@@ -34,6 +34,8 @@ def write_safetensors() -> None:
     cases = {
         "every-dtype": safetensors(json.dumps(every), bytes(at)),
         "good": safetensors(good, bytes(8)),
+        "surplus": safetensors(good, bytes(9)),
+        "truncated": safetensors(good, bytes(7)),
         "nothing": safetensors("{}"),
         "empty": b"",
         "seven-bytes": b"1234567",

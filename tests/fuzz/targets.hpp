@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <lora_rite/checkpoint.hpp>
 #include <lora_rite/io/peft.hpp>
 #include <lora_rite/io/safetensors.hpp>
@@ -52,7 +53,9 @@ inline void safetensors(const std::string& bytes) {
     for (const std::string& name : file.names()) {
       data_bytes += c10::elementSize(file.info(name).dtype) * c10::multiply_integers(file.info(name).shape);
     }
-    require(data_bytes < bytes.size(), "tensors lie within the file");
+    uint64_t header_bytes = 0;
+    std::memcpy(&header_bytes, bytes.data(), sizeof header_bytes);
+    require(sizeof header_bytes + header_bytes + data_bytes == bytes.size(), "header and tensors are the whole file");
     unsigned sum = 0;
     for (const std::string& name : file.names()) {
       const torch::Tensor tensor = file.tensor(name);
