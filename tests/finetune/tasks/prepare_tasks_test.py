@@ -27,6 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "examples/finetune"))
 
+sys.dont_write_bytecode = True  # the scripts lie among the sources
+
 import decode_tokens  # noqa: E402
 import prepare_tasks  # noqa: E402
 
