@@ -51,6 +51,8 @@ TASKS = {
     "isotropic": regression("regression, isotropic inputs", correlation=0, noise=0.05),
     "correlated": regression("regression, correlated inputs", correlation=1, noise=0.05),
     "noisy": regression("regression, correlated inputs, noisy labels", correlation=1, noise=1),
+    "narrow": regression("regression, 64 wide, isotropic inputs", correlation=0, noise=0.05, **{"in": 64, "out": 64}),
+    "wide": regression("regression, 1024 wide, isotropic inputs", correlation=0, noise=0.05, **{"in": 1024, "out": 1024}),
     "movies": Task("MiniLM, movie reviews", "finetune", 150, source="movies", test_size=1500, validation_size=1000),
     "amazon": Task("MiniLM, amazon reviews", "finetune", 150, source="amazon", test_size=800, validation_size=500),
     "tweets": Task("MiniLM, tweets", "finetune", 150, source="tweets", test_size=800, validation_size=500),
@@ -112,6 +114,7 @@ GRIDS = {
         ([Cell(task) for task in REGRESSIONS], OPTIONS),
         ([Cell(task) for task in TEXTS], USUAL),
         ([Cell(task, rank) for rank in (4, 64) for task in REGRESSIONS], USUAL + OTHERS),
+        ([Cell("narrow"), Cell("wide")], ("rite", "adam", "lora+")),  # does a rate carry over?
         ([Cell(task, start="lopsided") for task in TEXTS], ("rite", "adam")),
         ([Cell("movies")], OTHERS),
         ([Cell(task, rank) for rank in (4, 64) for task in TEXTS], ("rite", "adam")),

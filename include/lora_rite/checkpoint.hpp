@@ -491,7 +491,7 @@ class CheckpointFolder {
     std::error_code error;
     if (std::filesystem::create_directories(folder_, error)) detail::sync_folder(folder_ / "..");
     TORCH_CHECK(!error, "checkpoint folder ", folder_.string(), ": cannot be made: ", error.message());
-    const std::filesystem::path path = path_of(state.step);
+    std::filesystem::path path = path_of(state.step);
     save_checkpoint(path, state);
     std::vector<int64_t> old = steps_of(kEnding);
     old.erase(std::upper_bound(old.begin(), old.end(), state.step), old.end());

@@ -35,8 +35,7 @@ class DeviceBatch final : public Batch {
  public:
   DeviceBatch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
       : Batch(std::move(pairs), std::move(labels)) {
-    const double rows_a = static_cast<double>(pairs_[0].a.numel() / rank_);
-    const double rows_b = static_cast<double>(pairs_[0].b.numel() / rank_);
+    const int64_t rows_a = pairs_[0].a.numel() / rank_, rows_b = pairs_[0].b.numel() / rank_;
     rows_ = at::tensor({rows_a, rows_b}, at::kDouble).view({2, 1, 1, 1}).to(device_);
   }
 
@@ -396,7 +395,7 @@ class DeviceBatch final : public Batch {
     const at::Tensor fresh = stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
     const at::Tensor kept = choose(proceed, fresh, factors_[side]);
     if (factors_[side].scalar_type() != dtype_) next_.master[side] = kept;
-    const at::Tensor stored = kept.to(dtype_).contiguous();
+    at::Tensor stored = kept.to(dtype_).contiguous();
     const std::vector<bool>& has_gradient = known_has_gradient_[side];
     std::vector<at::Tensor> destinations;
     for (int64_t i = 0; i < count(); ++i)

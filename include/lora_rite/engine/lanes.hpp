@@ -261,7 +261,8 @@ inline Lanes trace_of(const LaneMatrix& m) {
 
 /// Eigenvalues in no order; the rows of what the solver returns are the eigenvectors.
 inline Spectrum<Transposed, LaneValues> eigh(const LaneMatrix& symmetric) {
-  LaneMatrix destroyed = symmetric, vectors(symmetric.rank());
+  LaneMatrix destroyed = symmetric;  // NOLINT(performance-unnecessary-copy-initialization): through a pointer
+  LaneMatrix vectors(symmetric.rank());
   LaneValues values(symmetric.rank()), work(kernels::eigh_work(symmetric.rank()));
   kernels::best().eigh(destroyed.data(), destroyed.rank(), destroyed.stride(), values.data(), work.data(),
                        vectors.data());
@@ -271,7 +272,7 @@ inline const LaneMatrix& transpose(const Transposed& m) { return m.matrix(); }
 
 /// Eigenvalues, ascending.
 inline LaneValues eigenvalues(const LaneMatrix& symmetric) {
-  LaneMatrix destroyed = symmetric;
+  LaneMatrix destroyed = symmetric;  // NOLINT(performance-unnecessary-copy-initialization): likewise
   LaneValues values(symmetric.rank()), work(kernels::eigh_work(symmetric.rank()));
   kernels::best().eigh(destroyed.data(), destroyed.rank(), destroyed.stride(), values.data(), work.data(), nullptr);
   for (int64_t lane = 0; lane < kLanes; ++lane) {  // insertion sort: the values come nearly in order

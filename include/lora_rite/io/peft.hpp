@@ -422,7 +422,7 @@ inline std::map<std::string, at::Tensor> adapter_tensors(
       rest.clear();
     } else if (detail::begins_with(rest, "." + adapter_name + ".")) {
       rest.erase(0, adapter_name.size() + 1);
-    } else if (rest != "" && rest != ".weight" && rest != ".bias") {
+    } else if (!rest.empty() && rest != ".weight" && rest != ".bias") {
       continue;
     }
     name = name.substr(0, dot);

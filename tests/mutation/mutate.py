@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Do the tests notice when the algorithm is wrong? Applies small mutations to the headers and runs the tests on each.
+
+    mutate.py --build FOLDER             all mutations of mutations.py
+    mutate.py --build FOLDER --only 3,17
+
+All mutants are compiled into one binary, each behind a switch that an environment variable turns ("mutant schemata",
+Untch, Offutt & Harrold 1993): building takes as long as building the tests once. A mutant is killed when a test fails, the
+process dies, or it hangs. Ends with 1 if a mutant survives that is not explained in mutations.py, or one that is
+explained was killed. FOLDER/results.tsv is written as it goes.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+from mutations import MUTATIONS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SWITCH = "LORA_RITE_MUTANT"
+HEADER = f"""#pragma once
+#ifdef __cplusplus
+#include <cstdlib>
+inline const int lora_rite_mutant = std::getenv("{SWITCH}") ? std::atoi(std::getenv("{SWITCH}")) : 0;
+#endif
+"""
+# What takes long and notices nothing that others miss. Soak and Property do run, but last and on survivors only.
+SLOW = "-Soak*:*/Soak*:Property*:HostKernels.*Speed*"
+
+
+def mutated(text: str, numbered: list[tuple[int, str, str]], file: str) -> str:
+    """`text` with every mutation of the file behind its switch. Parts may be the same in several mutations."""
+    parts: dict[tuple[int, int], list[tuple[int, str]]] = {}
+    for number, snippet, replacement in numbered:
+        before, part, after = re.fullmatch(r"(.*)«(.*)»(.*)", snippet, re.DOTALL).groups()
+        whole = before + part + after
+        if text.count(whole) != 1:
+            sys.exit(f"mutation {number}: {text.count(whole)} places in {file} read '{whole}', expected one; "
+                     "the header has changed: mend tests/mutation/mutations.py")
+        begin = text.index(whole) + len(before)
+        parts.setdefault((begin, begin + len(part)), []).append((number, replacement))
+    for (begin, end), choices in sorted(parts.items(), reverse=True):
+        part = text[begin:end]
+        for number, replacement in choices:
+            condition = f"lora_rite_mutant == {number}"
+            if part.endswith(";") or part.endswith("}"):
+                part = f"if ({condition}) {{ {replacement} }} else {{ {part} }}"
+            else:
+                part = f"({condition} ? ({replacement}) : ({part}))"
+        text = text[:begin] + part + text[end:]
+    return text
+
+
+def write_sources(folder: pathlib.Path) -> None:
+    """A copy of what git tracks, with mutated headers."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in files.rstrip("\0").split("\0"):
+        if not (ROOT / name).is_file():
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_bytes() != (ROOT / name).read_bytes():
+            shutil.copyfile(ROOT / name, target)
+    for file in dict.fromkeys(file for file, *_ in MUTATIONS):
+        source = ROOT / "include/lora_rite" / file
+        numbered = [(number, snippet, replacement)
+                    for number, (name, snippet, replacement, _) in enumerate(MUTATIONS, 1) if name == file]
+        (folder / "include/lora_rite" / file).write_text(mutated(source.read_text(encoding="utf-8"), numbered, file),
+                                                         encoding="utf-8")
+    (folder / "mutant.hpp").write_text(HEADER, encoding="utf-8")
+
+
+def build(folder: pathlib.Path) -> pathlib.Path:
+    source, binary = folder / "source", folder / "build"
+    write_sources(source)
+    # mutant.hpp comes by its name, since a precompiled header wants the same flags everywhere.
+    flags = f"-O1 -include {source / 'mutant.hpp'} -Wno-unused -Wno-parentheses"
+    for command in (["cmake", "-S", source, "-B", binary, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=None",
+                     f"-DCMAKE_CXX_FLAGS={flags}", "-DLORA_RITE_BUILD_COMPILED=ON"],
+                    ["cmake", "--build", binary, "--target", "lora_rite_tests"]):
+        with open(folder / "log", "a", encoding="utf-8") as log:
+            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
+                sys.exit(f"the mutants do not build: see {folder / 'log'}")
+    return binary / "tests/lora_rite_tests"
+
+
+def run(binary: pathlib.Path, mutant: int, timeout: float, test_filter: str) -> tuple[bool, str]:
+    """Is it killed, and by which test?"""
+    environment = {**os.environ, SWITCH: str(mutant)}
+    try:
+        result = subprocess.run([binary, "--gtest_fail_fast", "--gtest_brief=1", f"--gtest_filter={test_filter}"],
+                                env=environment, timeout=timeout, capture_output=True, text=True, errors="replace")
+    except subprocess.TimeoutExpired:
+        return True, "hangs"
+    failed = re.findall(r"^\[  FAILED  \] (\S+?)(?:,| \(|$)", result.stdout, re.MULTILINE)
+    return result.returncode != 0, failed[0] if failed else f"ended with {result.returncode}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=pathlib.Path, required=True, help="folder for the mutants")
+    parser.add_argument("--only", default="", help="numbers of mutations, separated by commas (default: all)")
+    options = parser.parse_args()
+    folder = options.build.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"building {len(MUTATIONS)} mutants into one binary, as long as building the tests", flush=True)
+    binary = build(folder)
+
+    begin = time.monotonic()
+    killed, why = run(binary, 0, 3600, "*")
+    if killed:
+        sys.exit(f"the tests fail without a mutation: {why}")
+    timeout = 60 + 4 * (time.monotonic() - begin)
+    print(f"unchanged: all tests pass, {time.monotonic() - begin:.0f} s", flush=True)
+
+    chosen = [int(number) for number in options.only.split(",") if number] or range(1, len(MUTATIONS) + 1)
+    wrong, kills = [], 0
+    with open(folder / "results.tsv", "w", encoding="utf-8") as results:
+        for number in chosen:
+            file, snippet, replacement, reason = MUTATIONS[number - 1]
+            part = re.search("«(.*)»", snippet, re.DOTALL).group(1)
+            killed, by = run(binary, number, timeout, SLOW)
+            if not killed:
+                killed, by = run(binary, number, timeout, "*")
+            kills += killed
+            verdict = f"killed by {by}" if killed else f"survives: {reason}" if reason else "SURVIVES"
+            if killed == bool(reason):
+                wrong.append(number)
+            print(f"{number:3} {file}: {part} → {replacement}: {verdict}", flush=True)
+            results.write(f"{number}\t{file}\t{part}\t{replacement}\t{verdict}\n")
+    print(f"{kills} of {len(chosen)} mutants killed, {len(chosen) - kills} survive")
+    if wrong:
+        sys.exit(f"not as mutations.py says: {wrong}")
+
+
+if __name__ == "__main__":
+    main()
