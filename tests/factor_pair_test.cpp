@@ -44,6 +44,20 @@ TEST(FindFactorPairs, LeavesOtherParametersAndBiasesAlone) {
   EXPECT_TRUE(find_factor_pairs(named({"a.weight"})).empty());
 }
 
+TEST(FindFactorPairs, KeepsAdaptersApartWhateverTheyAreCalled) {
+  const auto parameters =
+      named({"q.lora_A.one.weight", "q.lora_A.lora_A.weight", "q.lora_A.my_lora_up.weight", "q.lora_B.one.weight",
+             "q.lora_B.lora_A.weight", "q.lora_B.my_lora_up.weight", "q.lora_B.one.bias", "e.lora_embedding_A.bias",
+             "e.lora_embedding_A.lora_embedding_B", "e.lora_embedding_B.bias", "e.lora_embedding_B.lora_embedding_B"});
+  const auto pairs = find_factor_pairs(parameters);
+  std::vector<std::string> names;
+  for (const auto& pair : pairs) names.push_back(pair.name);
+  EXPECT_EQ(names, (std::vector<std::string>{"q.one.weight", "q.lora_A.weight", "q.my_lora_up.weight", "e.bias",
+                                             "e.lora_embedding_B"}));
+  EXPECT_TRUE(pairs[1].b.is_same(parameters["q.lora_B.lora_A.weight"]));
+  EXPECT_TRUE(pairs[4].b.is_same(parameters["e.lora_embedding_B.lora_embedding_B"]));
+}
+
 TEST(FindFactorPairs, FindsTheFactorsOfAModule) {
   torch::nn::Module outer("outer");
   const auto layer = std::make_shared<torch::nn::Module>("layer");

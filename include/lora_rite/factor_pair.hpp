@@ -41,13 +41,36 @@ inline size_t find_token(const std::string& name, const std::string& token) {
   return std::string::npos;
 }
 
-/// `name` with the token at `position` replaced.
-inline std::string with_token(std::string name, size_t position, const std::string& from, const std::string& to) {
-  return name.replace(position, from.size(), to);
-}
+/// A factor's token in a name, its partner's, where it stands (npos: the name is no factor's), and whether it is an A.
+struct FactorToken {
+  std::string token, partner_token;
+  size_t position = std::string::npos;
+  bool is_a = false;
+};
 
 inline bool ends_with(const std::string& text, const std::string& ending) {
   return text.size() >= ending.size() && text.compare(text.size() - ending.size(), ending.size(), ending) == 0;
+}
+
+/// The first token in a name: what stands behind it may be an adapter's name, which can be called like a token. Biases
+/// of LoRA layers are no factors; embeddings have none, so that "bias" there is an adapter's name.
+inline FactorToken first_factor_token(const std::string& name) {
+  FactorToken first;
+  for (const auto& [token_a, token_b] : kFactorNames) {
+    for (const bool is_a : {true, false}) {
+      const std::string token = is_a ? token_a : token_b;
+      const size_t at = find_token(name, token);
+      if (at < first.position) first = {token, is_a ? token_b : token_a, at, is_a};
+    }
+  }
+  const bool is_embedding = first.token.find("embedding") != std::string::npos;
+  if (ends_with(name, ".bias") && !is_embedding) return {};
+  return first;
+}
+
+/// `name` with the token at `position` replaced.
+inline std::string with_token(std::string name, size_t position, const std::string& from, const std::string& to) {
+  return name.replace(position, from.size(), to);
 }
 
 }  // namespace detail
@@ -63,27 +86,18 @@ inline std::vector<FactorPair> find_factor_pairs(
   std::vector<FactorPair> pairs;
   for (const auto& item : named_parameters) {
     const std::string& name = item.key();
-    if (detail::ends_with(name, ".bias")) continue;
-    for (const auto& [token_a, token_b] : detail::kFactorNames) {
-      if (const size_t at = detail::find_token(name, token_a); at != std::string::npos) {
-        const std::string partner = detail::with_token(name, at, token_a, token_b);
-        const auto* b = named_parameters.find(partner);
-        TORCH_CHECK(b != nullptr, "find_factor_pairs: '", name, "' has no partner, expected a parameter '", partner,
-                    "'");
-        std::string pair_name = name;
-        // The token goes, and the dot (or underscore) that joined it.
-        const size_t begin = at == 0 ? 0 : at - 1;
-        pair_name.erase(begin, std::string(token_a).size() + 1);
-        pairs.push_back({pair_name.empty() ? name : pair_name, item.value(), *b});
-        break;
-      }
-      if (const size_t at = detail::find_token(name, token_b); at != std::string::npos) {
-        const std::string partner = detail::with_token(name, at, token_b, token_a);
-        TORCH_CHECK(named_parameters.contains(partner), "find_factor_pairs: '", name,
-                    "' has no partner, expected a parameter '", partner, "'");
-        break;
-      }
-    }
+    const auto [token, partner_token, at, is_a] = detail::first_factor_token(name);
+    if (at == std::string::npos) continue;
+    const std::string partner = detail::with_token(name, at, token, partner_token);
+    const auto* found = named_parameters.find(partner);
+    TORCH_CHECK(found != nullptr, "find_factor_pairs: '", name, "' has no partner, expected a parameter '", partner,
+                "'");
+    if (!is_a) continue;
+    std::string pair_name = name;
+    // The token goes, and the dot (or underscore) that joined it.
+    const size_t begin = at == 0 ? 0 : at - 1;
+    pair_name.erase(begin, token.size() + 1);
+    pairs.push_back({pair_name.empty() ? name : pair_name, item.value(), *found});
   }
   return pairs;
 }
