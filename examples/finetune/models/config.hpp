@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "models/layers.hpp"
+#include "models/rope.hpp"
+
+namespace finetune {
+
+/// The token ids that generation and training need; -1 where config.json has none.
+struct SpecialTokens {
+  int64_t pad = -1;
+  std::vector<int64_t> end;    ///< any of them ends a text
+  int64_t decoder_start = -1;  ///< what the decoder of an encoder-decoder model begins with
+};
+
+/// The parts of a Hugging Face `config.json` that the forward pass of a decoder (Llama, Gemma, Gemma 2) depends on.
+struct DecoderConfig {
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_hidden_layers = 0;
+  int64_t num_attention_heads = 0;
+  int64_t num_key_value_heads = 0;
+  int64_t head_dim = 0;
+  double rms_norm_eps = 1e-6;
+  Activation activation = Activation::Silu;
+  bool attention_bias = false;
+  bool mlp_bias = false;
+  bool tie_word_embeddings = false;
+  double attention_dropout = 0;
+  RopeConfig rope;
+  SpecialTokens special_tokens;
+
+  // Gemma's: embeddings times √hidden_size, norms by 1 + weight.
+  bool gemma = false;
+  // Gemma 2's: norms also after attention and feed-forward, soft caps (0 = none), layers with a sliding window.
+  bool norms_after = false;
+  double attention_scale = 0;  ///< of the scores: 1/√head_dim, or 1/√query_pre_attn_scalar
+  double attn_logit_softcapping = 0;
+  double final_logit_softcapping = 0;
+  std::vector<int64_t> windows;  ///< a layer's sliding window, 0 = it sees the whole text
+
+  /// Reads config.json of model_type "llama", "gemma" or "gemma2". Throws Error naming the file and field where one is
+  /// missing, of the wrong kind, or asks for something this program has not.
+  static DecoderConfig from_file(const std::filesystem::path& path);
+};
+
+/// The parts of a Hugging Face `config.json` that the forward pass of T5 (1.0, 1.1) and mT5 depends on.
+struct T5Config {
+  int64_t vocab_size = 0;
+  int64_t d_model = 0;
+  int64_t d_kv = 0;
+  int64_t d_ff = 0;
+  int64_t num_layers = 0;
+  int64_t num_decoder_layers = 0;
+  int64_t num_heads = 0;
+  int64_t relative_attention_num_buckets = 32;
+  int64_t relative_attention_max_distance = 128;
+  double dropout_rate = 0.1;
+  double layer_norm_epsilon = 1e-6;
+  Activation activation = Activation::Relu;
+  bool gated = false;
+  bool tie_word_embeddings = true;
+  bool scale_decoder_outputs = true;  ///< by 1/√d_model before the output matrix, as T5 1.0 does
+  SpecialTokens special_tokens;
+
+  /// Reads config.json of model_type "t5" or "mt5"; errors as DecoderConfig::from_file.
+  static T5Config from_file(const std::filesystem::path& path);
+};
+
+/// The field `model_type` of a config.json.
+std::string read_model_type(const std::filesystem::path& path);
+
+}  // namespace finetune
