@@ -1,6 +1,8 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 
 #include <algorithm>
@@ -8,6 +10,8 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <sstream>
@@ -104,6 +108,22 @@ class Collectives {
     }
   }
 
+  /// Throws in all processes unless all have the same lines, naming the first that differs.
+  void check_same(const std::string& lines, at::Device device) {
+    const std::string reference = broadcast_bytes(lines, 0, device, "comparing the processes");
+    std::istringstream own(lines), expected(reference);
+    std::string complaint, line, other;
+    while (complaint.empty()) {
+      const bool has_line = static_cast<bool>(std::getline(own, line));
+      const bool has_other = static_cast<bool>(std::getline(expected, other));
+      if (!has_line && !has_other) break;
+      if (has_line && has_other && line == other) continue;
+      complaint = c10::str("process ", rank(), " has '", has_line ? line : "nothing more", "' where process 0 has '",
+                           has_other ? other : "nothing more", "', expected the same in all processes");
+    }
+    check(complaint, device);
+  }
+
  private:
   template <class Call>
   Pending start(const char* what, size_t bytes, const Call& call) {
@@ -161,7 +181,33 @@ inline void copy_back(const at::Tensor& flat, const std::vector<at::Tensor>& ten
   }
 }
 
+inline std::vector<torch::Tensor> parameters_of(const torch::optim::Optimizer& optimizer) {
+  std::vector<torch::Tensor> parameters;
+  for (const auto& group : optimizer.param_groups())
+    parameters.insert(parameters.end(), group.params().begin(), group.params().end());
+  return parameters;
+}
+
+inline std::vector<torch::Tensor> parameters_of(const std::vector<FactorPair>& pairs) {
+  std::vector<torch::Tensor> parameters;
+  for (const FactorPair& pair : pairs) parameters.insert(parameters.end(), {pair.a, pair.b});
+  return parameters;
+}
+
 }  // namespace detail
+
+/// Replaces a dense tensor by its sum over the processes, the same bit for bit in all of them. Collective; the shapes
+/// and dtypes agree. Throws c10::Error if a process does not answer.
+inline void sum_over_processes(const torch::Tensor& tensor, const ProcessGroup& group) {
+  at::NoGradGuard no_grad;
+  detail::Collectives(group).reduce(tensor, "adding up over the processes");
+}
+
+/// Throws c10::Error in all processes unless `lines`, such as a program's settings, are the same text in all of them;
+/// the message names the first line that differs, and its process. Collective. `device` is one of the group's.
+inline void check_same(const std::string& lines, const ProcessGroup& group, torch::Device device = torch::kCPU) {
+  detail::Collectives(group).check_same(lines, device);
+}
 
 /// Replaces every gradient by its mean over the processes: what data-parallel training does between `backward` and
 /// `step`. Collective; the parameters are the same, in the same order, everywhere. A gradient that only some processes
@@ -188,7 +234,7 @@ inline void average_gradients(const std::vector<torch::Tensor>& parameters, cons
   std::vector<at::Tensor> gradients;
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (present.data_ptr<int>()[i] == 0) continue;
-    at::Tensor parameter = parameters[i];
+    const at::Tensor& parameter = parameters[i];
     if (!parameter.grad().defined()) parameter.mutable_grad() = at::zeros_like(parameter);
     gradients.push_back(parameter.grad());
   }
@@ -211,20 +257,188 @@ inline void average_gradients(const std::vector<torch::Tensor>& parameters, cons
 /// The same for all parameters of an optimizer.
 inline void average_gradients(const torch::optim::Optimizer& optimizer, const ProcessGroup& group,
                               int64_t bucket_bytes = kBucketBytes) {
-  std::vector<torch::Tensor> parameters;
-  for (const auto& param_group : optimizer.param_groups()) {
-    parameters.insert(parameters.end(), param_group.params().begin(), param_group.params().end());
-  }
-  average_gradients(parameters, group, bucket_bytes);
+  average_gradients(detail::parameters_of(optimizer), group, bucket_bytes);
 }
 
 /// The same for factor pairs.
 inline void average_gradients(const std::vector<FactorPair>& pairs, const ProcessGroup& group,
                               int64_t bucket_bytes = kBucketBytes) {
-  std::vector<torch::Tensor> parameters;
-  for (const FactorPair& pair : pairs) parameters.insert(parameters.end(), {pair.a, pair.b});
-  average_gradients(parameters, group, bucket_bytes);
+  average_gradients(detail::parameters_of(pairs), group, bucket_bytes);
 }
+
+/// Averages gradients while `backward` computes the others: a message leaves as soon as the gradients in it are there,
+/// those of the last parameters first, because backward comes to them first. The means are those of `average_gradients`
+/// with the same `bucket_bytes`: bit for bit if every parameter has a gradient, else to round-off.
+///
+///     lora_rite::GradientAverager averager(optimizer, group);
+///     loss.backward();
+///     averager.finish();  // in place of average_gradients
+///     optimizer.step();
+///
+/// It pays where messages take long and there are several: docs/distributed.md. All processes construct it, and then
+/// each calls `finish` or `reset` once a step. Gradients are not changed between backward and `finish`.
+class GradientAverager {
+ public:
+  /// The parameters are leaves, the same, in the same order, everywhere. Throws c10::Error if one is no leaf, is listed
+  /// twice, or has a post-accumulate hook, of which LibTorch keeps one a tensor.
+  GradientAverager(std::vector<torch::Tensor> parameters, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
+      : parameters_(std::move(parameters)), collectives_(std::move(group)) {
+    std::map<const void*, size_t> places;
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      const at::Tensor& parameter = parameters_[i];
+      TORCH_CHECK(parameter.defined() && parameter.is_leaf(), "GradientAverager: parameter ", i, " is ",
+                  parameter.defined() ? "the result of a computation" : "undefined", ", expected a leaf");
+      TORCH_CHECK(torch::autograd::impl::post_acc_grad_hooks(parameter) == nullptr, "GradientAverager: parameter ", i,
+                  " has a post-accumulate hook, expected none");
+      const auto [other, is_new] = places.emplace(parameter.unsafeGetTensorImpl(), i);
+      TORCH_CHECK(is_new, "GradientAverager: parameters ", other->second, " and ", i,
+                  " are the same tensor, expected each once");
+    }
+    bucket_of_.resize(parameters_.size());
+    for (const auto& bucket : detail::buckets(parameters_, bucket_bytes)) {
+      members_.emplace_back();
+      for (const at::Tensor& parameter : bucket) {
+        members_.back().push_back(places.at(parameter.unsafeGetTensorImpl()));
+        bucket_of_[members_.back().back()] = members_.size() - 1;
+      }
+    }
+    restart();
+    for (size_t i = 0; i < parameters_.size(); ++i)
+      torch::autograd::impl::set_post_acc_grad_hooks(parameters_[i], std::make_unique<Hook>(*this, i));
+  }
+
+  /// The same for all parameters of an optimizer, or for factor pairs.
+  GradientAverager(const torch::optim::Optimizer& optimizer, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
+      : GradientAverager(detail::parameters_of(optimizer), std::move(group), bucket_bytes) {}
+  GradientAverager(const std::vector<FactorPair>& pairs, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
+      : GradientAverager(detail::parameters_of(pairs), std::move(group), bucket_bytes) {}
+
+  ~GradientAverager() {
+    for (const at::Tensor& parameter : parameters_) torch::autograd::impl::set_post_acc_grad_hooks(parameter, nullptr);
+  }
+  GradientAverager(const GradientAverager&) = delete;
+  GradientAverager& operator=(const GradientAverager&) = delete;
+
+  /// While one exists, gradients are added up in this process only: for all but the last backward of a step.
+  class Pause {
+   public:
+    explicit Pause(GradientAverager& averager) : averager_(averager) { ++averager_.pauses_; }
+    ~Pause() { --averager_.pauses_; }
+    Pause(const Pause&) = delete;
+    Pause& operator=(const Pause&) = delete;
+
+   private:
+    GradientAverager& averager_;
+  };
+
+  /// Waits, and replaces every gradient by its mean, as average_gradients does. Throws c10::Error, with the gradients
+  /// as they were, if another process gave the step up or does not answer.
+  void finish() { complete(/*gives_up=*/false); }
+
+  /// In place of `finish` after a backward that threw: drops this step's messages; `finish` then throws in the other
+  /// processes, and all can go on with another step.
+  void reset() { complete(/*gives_up=*/true); }
+
+  /// Messages that are under way: how much of the averaging backward has started.
+  size_t messages_under_way() const { return messages_.size(); }
+
+ private:
+  static constexpr const char* kWhat = "averaging gradients";
+
+  struct Hook final : torch::autograd::PostAccumulateGradHook {
+    Hook(GradientAverager& owner, size_t place) : averager(owner), parameter(place) {}
+    void operator()(const torch::autograd::Variable& /*tensor*/) override { averager.arrive(parameter); }
+
+    GradientAverager& averager;
+    size_t parameter;
+  };
+
+  struct Message {
+    size_t bucket;
+    at::Tensor sum;
+    detail::Collectives::Pending pending;
+  };
+
+  /// On a thread of autograd's, which has one a device.
+  void arrive(size_t i) {
+    if (pauses_ > 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!has_arrived_[i], "GradientAverager: parameter ", i, " has got a second gradient before finish(); ",
+                "call finish() or reset() after each backward, or keep a Pause during all but the last");
+    has_arrived_[i] = true;
+    --missing_[bucket_of_[i]];
+    while (messages_.size() < members_.size() && missing_[next_bucket()] == 0) send();
+  }
+
+  /// In the same order in all processes, whatever the order in which gradients arrive.
+  size_t next_bucket() const { return members_.size() - 1 - messages_.size(); }
+
+  void send() {
+    const at::NoGradGuard no_grad;
+    const size_t bucket = next_bucket();
+    std::vector<at::Tensor> gradients;
+    for (const size_t i : members_[bucket]) {
+      const at::Tensor& gradient = parameters_[i].grad();
+      TORCH_CHECK(!gradient.defined() || gradient.layout() == at::kStrided,
+                  "GradientAverager: the gradient of parameter ", i, " has layout ", gradient.layout(),
+                  ", expected a dense one");
+      gradients.push_back(gradient.defined() ? gradient : at::zeros_like(parameters_[i]));
+    }
+    const at::Tensor sum = detail::flat(gradients);
+    messages_.push_back({bucket, sum, collectives_.start_reduce(sum, kWhat)});
+  }
+
+  void complete(bool gives_up) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const at::NoGradGuard no_grad;
+    if (parameters_.empty()) return;
+    struct Restart {
+      GradientAverager& averager;
+      ~Restart() { averager.restart(); }
+    } const restart_at_the_end{*this};
+    while (messages_.size() < members_.size()) send();
+    // Who has a gradient, and behind that who gave up.
+    std::vector<int> own;
+    for (const at::Tensor& parameter : parameters_) own.push_back(parameter.grad().defined() ? 1 : 0);
+    own.push_back(gives_up ? 1 : 0);
+    at::Tensor counts = at::tensor(own, at::kInt).to(parameters_[0].device());
+    collectives_.reduce(counts, kWhat);
+    counts = counts.cpu();
+    for (const Message& message : messages_) collectives_.finish(message.pending, kWhat);
+    const int* count = counts.const_data_ptr<int>();
+    if (gives_up) return;
+    TORCH_CHECK(count[parameters_.size()] == 0, "GradientAverager: ", count[parameters_.size()], " of ",
+                collectives_.size(), " processes gave this step up by reset(), expected finish() in all; ",
+                "the gradients are as they were");
+    for (const Message& message : messages_) {
+      std::vector<at::Tensor> targets;
+      for (const size_t i : members_[message.bucket]) {
+        at::Tensor parameter = parameters_[i];
+        const bool is_somewhere = count[i] > 0;
+        if (is_somewhere && !parameter.grad().defined()) parameter.mutable_grad() = at::zeros_like(parameter);
+        targets.push_back(is_somewhere ? parameter.grad() : at::empty_like(parameter));
+      }
+      detail::copy_back(message.sum.div_(collectives_.size()), targets);
+    }
+  }
+
+  void restart() {
+    has_arrived_.assign(parameters_.size(), false);
+    missing_.clear();
+    for (const auto& bucket : members_) missing_.push_back(bucket.size());
+    messages_.clear();
+  }
+
+  std::vector<torch::Tensor> parameters_;
+  detail::Collectives collectives_;
+  std::vector<std::vector<size_t>> members_;  ///< parameters by bucket
+  std::vector<size_t> bucket_of_;             ///< by parameter
+  int pauses_ = 0;
+  std::mutex mutex_;  ///< of what a step changes:
+  std::vector<bool> has_arrived_;
+  std::vector<size_t> missing_;    ///< gradients by bucket
+  std::vector<Message> messages_;  ///< of the last buckets, the very last first
+};
 
 namespace detail {
 
@@ -295,20 +509,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
           text << place << "a parameter " << parameter.scalar_type() << parameter.sizes() << "\n";
       }
     }
-    const std::string reference =
-        collectives_.broadcast_bytes(text.str(), 0, device_, "comparing the processes' groups");
-    std::istringstream own(text.str()), expected(reference);
-    std::string complaint, line, other;
-    while (complaint.empty()) {
-      const bool has_line = static_cast<bool>(std::getline(own, line));
-      const bool has_other = static_cast<bool>(std::getline(expected, other));
-      if (!has_line && !has_other) break;
-      if (has_line && has_other && line == other) continue;
-      complaint = c10::str("process ", collectives_.rank(), " has '", has_line ? line : "nothing more",
-                           "' where process 0 has '", has_other ? other : "nothing more",
-                           "', expected the same in all processes");
-    }
-    collectives_.check(complaint, device_);
+    collectives_.check_same(text.str(), device_);
     divide();
     agreed_groups_ = this->group_count();
   }

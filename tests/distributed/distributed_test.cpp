@@ -351,6 +351,163 @@ TEST(Distributed, AKilledProcessMakesTheOthersFailWithAClearError) {
   EXPECT_LT(outcome.seconds, 40);
 }
 
+// --- Averaging beside backward ---------------------------------------------------------------------------------------
+
+/// Parameters of three sizes, and a loss of those that are `used`, on data of this process alone.
+std::vector<torch::Tensor> some_parameters() {
+  torch::manual_seed(2);
+  std::vector<torch::Tensor> parameters;
+  for (const int64_t size : {5, 40, 7, 64, 3, 30}) parameters.push_back(torch::randn({size}).requires_grad_());
+  return parameters;
+}
+
+torch::Tensor some_loss(const std::vector<torch::Tensor>& parameters, int seed, const std::vector<size_t>& used) {
+  torch::manual_seed(static_cast<uint64_t>(seed));
+  torch::Tensor loss = torch::zeros({});
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const auto data = torch::randn_like(parameters[i]);
+    if (std::count(used.begin(), used.end(), i) > 0) loss = loss * 0.7 + (parameters[i].sin() * data).sum();
+  }
+  return loss;
+}
+
+std::vector<torch::Tensor> gradients_of(const std::vector<torch::Tensor>& parameters) {
+  std::vector<torch::Tensor> gradients;
+  for (const auto& parameter : parameters)
+    gradients.push_back(parameter.grad().defined() ? parameter.grad().clone() : torch::Tensor());
+  return gradients;
+}
+
+constexpr int64_t kSmallBuckets = 150;  // bytes: three buckets of some_parameters()
+
+/// Gradients after backward and average_gradients.
+std::vector<torch::Tensor> averaged_afterwards(const Process& process, int seed, const std::vector<size_t>& used) {
+  const auto parameters = some_parameters();
+  some_loss(parameters, seed, used).backward();
+  average_gradients(parameters, process.group, kSmallBuckets);
+  return gradients_of(parameters);
+}
+
+void expect_gradients(const std::vector<torch::Tensor>& parameters, const std::vector<torch::Tensor>& expected) {
+  const auto found = gradients_of(parameters);
+  for (size_t i = 0; i < found.size(); ++i) {
+    ASSERT_EQ(found[i].defined(), expected[i].defined()) << i;
+    EXPECT_TRUE(!found[i].defined() || found[i].equal(expected[i])) << i;
+  }
+}
+
+void clear_gradients(const std::vector<torch::Tensor>& parameters) {
+  for (torch::Tensor parameter : parameters) parameter.mutable_grad() = torch::Tensor();
+}
+
+const std::vector<size_t> kAll = {0, 1, 2, 3, 4, 5};
+
+const Scenario overlapped("overlapped", [](const Process& process) {
+  const auto parameters = some_parameters();
+  {
+    GradientAverager averager(parameters, process.group, kSmallBuckets);
+    for (int step = 0; step < 3; ++step) {
+      const int seed = 100 * step + process.rank;
+      const auto expected = averaged_afterwards(process, seed, kAll);
+      clear_gradients(parameters);
+      some_loss(parameters, seed, kAll).backward();
+      EXPECT_EQ(averager.messages_under_way(), 3U) << "all are on their way when backward ends";
+      averager.finish();
+      EXPECT_EQ(averager.messages_under_way(), 0U);
+      expect_gradients(parameters, expected);
+      EXPECT_GT(expected[0].norm().item<double>(), 0);
+    }
+    // Parts of a batch, of which only the last one's backward sends.
+    clear_gradients(parameters);
+    {
+      const GradientAverager::Pause pause(averager);
+      for (int part = 0; part < 2; ++part) some_loss(parameters, 10 * part + process.rank, kAll).backward();
+      EXPECT_EQ(averager.messages_under_way(), 0U);
+    }
+    some_loss(parameters, 20 + process.rank, kAll).backward();
+    averager.finish();
+    const auto parts = some_parameters();
+    for (int part = 0; part < 3; ++part) some_loss(parts, 10 * part + process.rank, kAll).backward();
+    average_gradients(parts, process.group, kSmallBuckets);
+    expect_gradients(parameters, gradients_of(parts));
+  }
+  // Without the averager gradients are this process's own again.
+  clear_gradients(parameters);
+  some_loss(parameters, process.rank, kAll).backward();
+  const auto alone = some_parameters();
+  some_loss(alone, process.rank, kAll).backward();
+  expect_gradients(parameters, gradients_of(alone));
+});
+
+TEST(GradientAverager, MeansAreThoseOfAverageGradientsBitForBit) {
+  for (const int size : {2, 4}) expect_success("overlapped", size, fresh_folder("overlapped"));
+}
+
+const Scenario overlapped_missing("overlapped missing", [](const Process& process) {
+  // Process 0 lacks parameter 4, of the last bucket, process 1 parameter 1, of the first; nobody has 2.
+  const std::vector<size_t> used =
+      process.rank == 0 ? std::vector<size_t>{0, 1, 3, 5} : std::vector<size_t>{0, 3, 4, 5};
+  const auto parameters = some_parameters();
+  GradientAverager averager(parameters, process.group, kSmallBuckets);
+  const auto expected = averaged_afterwards(process, process.rank, used);
+  some_loss(parameters, process.rank, used).backward();
+  EXPECT_EQ(averager.messages_under_way(), process.rank == 0 ? 0U : 1U) << "the first bucket waits for its turn";
+  averager.finish();
+  EXPECT_FALSE(parameters[2].grad().defined());
+  EXPECT_TRUE(parameters[1].grad().defined());
+  // Sums of two do not depend on what else is in a message.
+  expect_gradients(parameters, expected);
+});
+
+TEST(GradientAverager, MissingGradientsCountAsZero) {
+  expect_success("overlapped missing", 2, fresh_folder("overlapped"));
+}
+
+const Scenario overlapped_errors("overlapped errors", [](const Process& process) {
+  const auto parameters = some_parameters();
+  GradientAverager averager(parameters, process.group, kSmallBuckets);
+  expect_error(process, "parameter 0 has a post-accumulate hook", [&] { GradientAverager(parameters, process.group); });
+  const auto fresh = some_parameters();
+  expect_error(process, "parameters 0 and 1 are the same tensor", [&] {
+    GradientAverager(std::vector<torch::Tensor>{fresh[0], fresh[0]}, process.group);
+  });
+  expect_error(process, "parameter 1 is the result of a computation", [&] {
+    GradientAverager(std::vector<torch::Tensor>{fresh[0], fresh[1] * 2}, process.group);
+  });
+
+  // A second backward before finish.
+  some_loss(parameters, process.rank, kAll).backward();
+  expect_error(process, "has got a second gradient before finish()",
+               [&] { some_loss(parameters, process.rank, kAll).backward(); });
+  averager.reset();
+
+  // A backward that breaks off in one process: the others' gradients stay their own.
+  clear_gradients(parameters);
+  torch::Tensor loss = some_loss(parameters, process.rank, kAll);
+  if (process.rank == 1) {
+    const torch::Tensor part = (parameters[0] * 2).tanh();
+    part.register_hook([](const at::Tensor&) -> at::Tensor { TORCH_CHECK(false, "broken off"); });
+    expect_error(process, "broken off", [&] { (loss + part.sum()).backward(); });
+    averager.reset();
+  } else {
+    loss.backward();
+    const auto own = gradients_of(parameters);
+    expect_error(process, c10::str("1 of ", process.size, " processes gave this step up"), [&] { averager.finish(); });
+    expect_gradients(parameters, own);
+  }
+
+  // And on.
+  const auto expected = averaged_afterwards(process, process.rank, kAll);
+  clear_gradients(parameters);
+  some_loss(parameters, process.rank, kAll).backward();
+  averager.finish();
+  expect_gradients(parameters, expected);
+});
+
+TEST(GradientAverager, GoesOnAfterABackwardThatFailed) {
+  for (const int size : {2, 4}) expect_success("overlapped errors", size, fresh_folder("overlapped"));
+}
+
 }  // namespace
 }  // namespace lora_rite
 
