@@ -16,6 +16,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int64_t kMaxThreads = 1024;  // far more crash in LibTorch
+constexpr int64_t kMaxTimeout = 24 * 60 * 60;
 
 constexpr const char* kDescription =
     "Fine-tunes a BERT sentence encoder (such as MiniLM) with LoRA to sort texts into classes.\n"
@@ -34,6 +35,9 @@ constexpr const char* kFooter =
     "  checkpoint.pt, run.json, *.tokens                what --resume needs\n"
     "\n"
     "Ctrl-C finishes the step, saves and says how to go on.\n"
+    "\n"
+    "Several processes: 'scripts/launch 2 finetune ...' or 'torchrun --no-python --nproc-per-node 2 finetune ...'.\n"
+    "They divide each batch, hence the losses are those of one process. --out is a folder they share.\n"
     "\n"
     "Example:\n"
     "  finetune --model .deps/minilm --train train.tsv --test test.tsv --out runs/first\n";
@@ -98,6 +102,11 @@ void add_options(CLI::App& app, Command& command) {
       ->group("Running");
   add(app, "--checkpoint-every", options.checkpoint_every, "Steps between checkpoints, 0 = only when stopped")
       ->group("Running");
+  app.add_flag("--shard-optimizer", options.shard_optimizer,
+               "rite: several processes divide the optimizer's state and work")
+      ->group("Running");
+  add(app, "--timeout", options.timeout, "Seconds after which a process that does not answer counts as gone")
+      ->group("Running");
   add(app, "--log-every", options.log_every, "Steps between lines when the output is no terminal")->group("Running");
   app.add_option("--python", options.python, "Interpreter with tokenizers (and matplotlib)")
       ->default_str("$FINETUNE_PYTHON, else python3")
@@ -133,14 +142,16 @@ void check_values(const RunOptions& options) {
   require(options.threads >= 0 && options.threads <= kMaxThreads, "--threads", options.threads, "0 to 1024");
   require(options.evaluate_every >= 0, "--evaluate-every", options.evaluate_every, "at least 0");
   require(options.checkpoint_every >= 0, "--checkpoint-every", options.checkpoint_every, "at least 0");
+  require(options.timeout >= 1 && options.timeout <= kMaxTimeout, "--timeout", options.timeout, "1 to 86400");
   require(options.log_every >= 1, "--log-every", options.log_every, "at least 1");
 }
 
-// The options of the run in `folder`. Where it lies and its interpreter may have changed, nothing else.
+// The options of the run in `folder`. Those of the machine it runs on may have changed, nothing else.
 RunOptions saved_options(const CLI::App& app, const RunOptions& given) {
   for (const CLI::Option* option : app.get_options()) {
     const std::string name = option->get_name();
-    const bool allowed = name == "--resume" || name == "--out" || name == "--python" || name == "--log-every";
+    const bool allowed =
+        name == "--resume" || name == "--out" || name == "--python" || name == "--log-every" || name == "--timeout";
     if (option->count() > 0 && !allowed) {
       fail(name, " cannot be combined with --resume, which takes it from ", given.out,
            "/run.json; leave it out, or start a new run in another --out");
@@ -160,6 +171,7 @@ RunOptions saved_options(const CLI::App& app, const RunOptions& given) {
   saved.out = given.out;
   if (app.count("--python") > 0) saved.python = given.python;
   if (app.count("--log-every") > 0) saved.log_every = given.log_every;
+  if (app.count("--timeout") > 0) saved.timeout = given.timeout;
   return saved;
 }
 

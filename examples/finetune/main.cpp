@@ -13,6 +13,7 @@
 #include "cli.hpp"
 #include "error.hpp"
 #include "files.hpp"
+#include "process_group.hpp"
 #include "subprocess.hpp"
 #include "trainer.hpp"
 
@@ -46,8 +47,20 @@ std::string quote(const std::string& text) {
   return quoted + "'";
 }
 
+// What must be the same for all processes. Their machines may differ, and only the first one shows anything.
+std::string describe(const Command& command) {
+  nlohmann::json options = command.options;
+  for (const char* name : {"python", "threads", "log_every"}) options.erase(name);
+  options["resume"] = command.resume;
+  return options.dump(2);
+}
+
 int run(const Command& command, const std::string& program) {
   const RunOptions& options = command.options;
+  const Processes processes = connect_processes(options.timeout);
+  processes.check_same(describe(command));
+  std::ostream nowhere(nullptr);
+  std::ostream& out = processes.is_first() ? std::cout : nowhere;
   std::error_code error;
   std::filesystem::create_directories(options.out, error);
   if (error) fail("--out ", options.out, ": cannot be made (", error.message(), "); choose a folder you can write to");
@@ -58,22 +71,26 @@ int run(const Command& command, const std::string& program) {
     fail("--max-length ", options.max_length, ": the model has ", base->config().max_position_embeddings,
          " positions; choose at most that");
   }
-  const TaskData task = load_task(options, base->config());
+  TaskData task;
+  processes.first_alone([&] { task = load_task(options, base->config()); });  // the others find its tokens
   const auto model = make_classifier(options, base, static_cast<int64_t>(task.classes.size()));
   // Written once nothing can be wrong with the input any more: --resume believes in it.
-  replace_file(options.out + "/run.json", [&](std::ostream& file) { file << nlohmann::json(options).dump(2) << '\n'; });
+  if (processes.is_first()) {
+    replace_file(options.out + "/run.json",
+                 [&](std::ostream& file) { file << nlohmann::json(options).dump(2) << '\n'; });
+  }
 
-  std::cout << options.optimizer << " on " << task.train.size() << " examples, " << task.classes.size()
-            << " classes: " << options.steps << " steps of " << options.batch << ", rank " << options.rank << ", lr "
-            << options.lr << ", " << at::get_num_threads() << " threads" << std::endl;
-  const Display display{std::cout, isatty(STDOUT_FILENO) != 0};
-  if (run_training(options, *model, task, command.resume, display) == Outcome::Interrupted) {
-    std::cout << concat("Stopped and saved. Go on with: ", quote(program), " --resume --out ", quote(options.out),
-                        "\n");
+  out << options.optimizer << " on " << task.train.size() << " examples, " << task.classes.size()
+      << " classes: " << options.steps << " steps of " << options.batch << ", rank " << options.rank << ", lr "
+      << options.lr << ", " << at::get_num_threads() << " threads"
+      << (processes.size > 1 ? concat(", ", processes.size, " processes") : "") << std::endl;
+  const Display display{out, isatty(STDOUT_FILENO) != 0};
+  if (run_training(options, *model, task, command.resume, display, processes) == Outcome::Interrupted) {
+    out << concat("Stopped and saved. Go on with: ", quote(program), " --resume --out ", quote(options.out), "\n");
     return kInterruptedExitCode;
   }
-  plot(options);
-  std::cout << concat("The adapter, metrics.jsonl and loss.png are in ", options.out, "\n");
+  if (processes.is_first()) plot(options);
+  out << concat("The adapter, metrics.jsonl and loss.png are in ", options.out, "\n");
   return 0;
 }
 

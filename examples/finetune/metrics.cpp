@@ -76,22 +76,25 @@ void MetricsLog::write_line(const nlohmann::json& line) {
   if (!file_) fail(path_.string(), ": cannot be written; check that the folder is writable and has space");
 }
 
-Evaluation evaluate(SentenceClassifier& model, const Dataset& data) {
+Evaluation evaluate(SentenceClassifier& model, const Dataset& data, const Processes& processes) {
   const at::NoGradGuard no_grad;
   const bool was_training = model.is_training();
   model.eval();
   double loss = 0;
   int64_t correct = 0;
-  for (const std::vector<int64_t>& indices : batches_by_length(data, kEvaluationBatch)) {
-    const Batch batch = make_batch(data, indices, model.bert().config().pad_token_id);
+  const auto batches = batches_by_length(data, kEvaluationBatch);
+  // One after another, because batches of long sentences take longer.
+  for (auto index = static_cast<size_t>(processes.rank); index < batches.size(); index += processes.size) {
+    const Batch batch = make_batch(data, batches[index], model.bert().config().pad_token_id);
     const torch::Tensor logits = model.forward(batch.tokens, batch.mask);  // [batch, classes]
     loss += at::cross_entropy_loss(logits, batch.labels, {}, at::Reduction::Sum).item<double>();
     correct += logits.argmax(1).eq(batch.labels).sum().item<int64_t>();
   }
   model.train(was_training);
+  const std::vector<double> sums = processes.sum({loss, static_cast<double>(correct)});
   const auto count = static_cast<double>(data.size());
-  const double accuracy = static_cast<double>(correct) / count;
-  return {accuracy, std::sqrt(accuracy * (1 - accuracy) / count), loss / count};
+  const double accuracy = sums[1] / count;
+  return {accuracy, std::sqrt(accuracy * (1 - accuracy) / count), sums[0] / count};
 }
 
 }  // namespace finetune

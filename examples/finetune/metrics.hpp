@@ -8,6 +8,7 @@
 
 #include "classifier.hpp"
 #include "dataset.hpp"
+#include "process_group.hpp"
 #include "step_record.hpp"
 
 namespace finetune {
@@ -32,7 +33,8 @@ class MetricsLog {
   std::vector<StepRecord> records_;
 };
 
-/// Accuracy and loss over a data set, without dropout and gradients. The model is left in the mode it was in.
-Evaluation evaluate(SentenceClassifier& model, const Dataset& data);
+/// Accuracy and loss over a data set, without dropout and gradients; the processes divide the work. The model is left
+/// in the mode it was in.
+Evaluation evaluate(SentenceClassifier& model, const Dataset& data, const Processes& processes = {});
 
 }  // namespace finetune

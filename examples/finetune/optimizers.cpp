@@ -38,6 +38,16 @@ void refuse_options_of_rite(const RunOptions& options) {
   refuse("--max-relative-change", options.max_relative_change != usual.max_relative_change);
   refuse("--row-equilibration", options.row_equilibration != usual.row_equilibration);
   refuse("--lr-ratio-b", options.lr_ratio_b != usual.lr_ratio_b);
+  refuse("--shard-optimizer", options.shard_optimizer);
+}
+
+// What is trained and is no factor.
+std::vector<torch::Tensor> head_of(const SentenceClassifier& model) {
+  std::vector<torch::Tensor> head;
+  for (const auto& item : model.named_parameters()) {
+    if (item.value().requires_grad() && item.key().find(".lora_") == std::string::npos) head.push_back(item.value());
+  }
+  return head;
 }
 
 TrainingOptimizer make_by_name(const RunOptions& options, const SentenceClassifier& model) {
@@ -57,28 +67,31 @@ TrainingOptimizer make_by_name(const RunOptions& options, const SentenceClassifi
            " does not take it here; leave it out, or choose rite, adam or adamw");
     }
   }
-  std::vector<torch::Tensor> head;
-  for (const auto& item : model.named_parameters()) {
-    if (item.value().requires_grad() && item.key().find(".lora_") == std::string::npos) head.push_back(item.value());
-  }
   result.optimizers.push_back(std::make_unique<torch::optim::AdamW>(
-      std::move(head), torch::optim::AdamWOptions(options.head_lr).weight_decay(0)));
+      head_of(model), torch::optim::AdamWOptions(options.head_lr).weight_decay(0)));
   result.skipped_steps = [] { return int64_t{0}; };
   return result;
 }
 
 template <class Basis>
-TrainingOptimizer make_rite(const RunOptions& options, const SentenceClassifier& model) {
-  auto rite = std::make_unique<lora_rite::LoraRite<Basis>>(model,
-                                                           lora_rite::LoraRiteOptions(options.lr)
-                                                               .betas({0.9, options.beta2})
-                                                               .weight_decay(options.weight_decay)
-                                                               .clip_unmagnified_norm(options.clip)
-                                                               .escape(options.escape)
-                                                               .max_relative_change(options.max_relative_change)
-                                                               .row_equilibration(options.row_equilibration)
-                                                               .lr_ratio_b(options.lr_ratio_b),
-                                                           torch::optim::AdamWOptions(options.head_lr).weight_decay(0));
+TrainingOptimizer make_rite(const RunOptions& options, const SentenceClassifier& model, const Processes& processes) {
+  const auto rite_options = lora_rite::LoraRiteOptions(options.lr)
+                                .betas({0.9, options.beta2})
+                                .weight_decay(options.weight_decay)
+                                .clip_unmagnified_norm(options.clip)
+                                .escape(options.escape)
+                                .max_relative_change(options.max_relative_change)
+                                .row_equilibration(options.row_equilibration)
+                                .lr_ratio_b(options.lr_ratio_b);
+  const auto head_options = torch::optim::AdamWOptions(options.head_lr).weight_decay(0);
+  std::unique_ptr<lora_rite::LoraRite<Basis>> rite;
+  if (options.shard_optimizer && processes.size > 1) {
+    rite = std::make_unique<lora_rite::ShardedLoraRite<Basis>>(processes.group, lora_rite::find_factor_pairs(model),
+                                                               rite_options);
+    rite->add_parameters(head_of(model), head_options);
+  } else {
+    rite = std::make_unique<lora_rite::LoraRite<Basis>>(model, rite_options, head_options);
+  }
   TrainingOptimizer result;
   result.skipped_steps = [observed = rite.get()] { return observed->skipped_steps(); };
   result.optimizers.push_back(std::move(rite));
@@ -103,9 +116,10 @@ double tensor_bytes(torch::serialize::InputArchive& archive) {
 
 std::vector<std::string> optimizer_names() { return lora_rite::optimizer_names(); }
 
-TrainingOptimizer make_optimizer(const RunOptions& options, const SentenceClassifier& model) {
-  if (options.optimizer == "rite") return make_rite<lora_rite::PolarBasis>(options, model);
-  if (options.optimizer == "rite-qr") return make_rite<lora_rite::QrBasis>(options, model);
+TrainingOptimizer make_optimizer(const RunOptions& options, const SentenceClassifier& model,
+                                 const Processes& processes) {
+  if (options.optimizer == "rite") return make_rite<lora_rite::PolarBasis>(options, model, processes);
+  if (options.optimizer == "rite-qr") return make_rite<lora_rite::QrBasis>(options, model, processes);
   return make_by_name(options, model);
 }
 

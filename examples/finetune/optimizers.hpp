@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "classifier.hpp"
+#include "process_group.hpp"
 #include "run_options.hpp"
 
 namespace finetune {
@@ -19,10 +20,12 @@ struct TrainingOptimizer {
   std::function<int64_t()> skipped_steps;  ///< steps left out because a gradient was not finite
 };
 
-/// The optimizer that `options` names, over the model's factors (at options.lr) and its head (at options.head_lr).
-TrainingOptimizer make_optimizer(const RunOptions& options, const SentenceClassifier& model);
+/// The optimizer that `options` names, over the model's factors (at options.lr) and its head (at options.head_lr). With
+/// options.shard_optimizer the processes divide the factors; all of them then step, save and load together.
+TrainingOptimizer make_optimizer(const RunOptions& options, const SentenceClassifier& model,
+                                 const Processes& processes = {});
 
-/// Size of everything the optimizers remember between steps, in units of 10⁶ bytes.
+/// Size of everything the optimizers remember between steps, of all processes that divide it, in units of 10⁶ bytes.
 double state_megabytes(const TrainingOptimizer& training);
 
 }  // namespace finetune

@@ -9,8 +9,8 @@
 
 namespace finetune {
 
-/// Everything that determines a run: its losses are a function of these and of the thread count. They are kept in the
-/// output folder's run.json, which is all that `--resume` needs.
+/// Everything that determines a run: its losses are a function of these and, in round-off and dropout, of the number of
+/// threads and processes. They are kept in the output folder's run.json, which is all that `--resume` needs.
 struct RunOptions {
   std::string model;  ///< folder with config.json, model.safetensors, tokenizer.json
   std::string train;  ///< TSV file to train on
@@ -42,6 +42,8 @@ struct RunOptions {
   int64_t max_length = 128;
   int64_t threads = 0;            ///< 0 = one a core
   int64_t checkpoint_every = 50;  ///< steps; 0 = only at the end and when interrupted
+  bool shard_optimizer = false;   ///< rite: several processes divide the optimizer's state and work
+  int64_t timeout = 60;           ///< seconds after which a process that does not answer counts as gone
   int64_t log_every = 25;         ///< steps between lines where there is no terminal for a progress bar
   std::string python;             ///< interpreter for tokenising and plotting; empty = FINETUNE_PYTHON or python3
 
@@ -51,7 +53,7 @@ struct RunOptions {
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunOptions, model, train, test, out, optimizer, lr, head_lr, weight_decay, beta2,
                                    clip, escape, max_relative_change, row_equilibration, lr_ratio_b, warmup, steps,
                                    batch, seed, rank, alpha, dropout, init_scale, evaluate_every, max_length, threads,
-                                   checkpoint_every, log_every, python)
+                                   checkpoint_every, shard_optimizer, timeout, log_every, python)
 
 /// The names that `optimizer` may have.
 std::vector<std::string> optimizer_names();

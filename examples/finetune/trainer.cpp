@@ -3,8 +3,12 @@
 #include <algorithm>
 #include <chrono>
 #include <lora_rite/checkpoint.hpp>
+#include <lora_rite/distributed.hpp>
 #include <lora_rite/schedulers.hpp>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <random>
+#include <sstream>
 #include <utility>
 
 #include "error.hpp"
@@ -38,20 +42,71 @@ Dataset tokenize_rows(const std::vector<LabelledText>& rows, const std::vector<s
 }
 
 StepRecord train_step(SentenceClassifier& model, const TrainingOptimizer& training, const Dataset& data,
-                      const std::vector<int64_t>& indices) {
+                      const std::vector<int64_t>& indices, const Processes& processes) {
   StepRecord record;
   const Stopwatch step;
   record.lr = training.optimizers[0]->param_groups()[0].options().get_lr();
-  const Batch batch = make_batch(data, indices, model.bert().config().pad_token_id);
-  const torch::Tensor loss = at::cross_entropy_loss(model.forward(batch.tokens, batch.mask), batch.labels);
+  const std::vector<int64_t> own = processes.part_of(indices);
+  const Batch batch = make_batch(data, own, model.bert().config().pad_token_id);
+  // 1 where the parts are equal; otherwise it makes the mean over the processes the mean over the examples.
+  const double weight = static_cast<double>(own.size()) * processes.size / static_cast<double>(indices.size());
+  const torch::Tensor loss = at::cross_entropy_loss(model.forward(batch.tokens, batch.mask), batch.labels) * weight;
   model.zero_grad();
   loss.backward();
+  if (processes.size > 1) {
+    for (const auto& optimizer : training.optimizers) lora_rite::average_gradients(*optimizer, processes.group);
+  }
   const Stopwatch optimizer_step;
   for (const auto& optimizer : training.optimizers) optimizer->step();
   record.ms_optimizer = optimizer_step.milliseconds();
-  record.loss = loss.item<double>();
+  record.loss = processes.sum({loss.item<double>()})[0] / processes.size;
   record.ms_step = step.milliseconds();
   return record;
+}
+
+// A function of seed, step and process, so that resumed runs need no state of it; examples of different processes get
+// masks of their own.
+uint64_t dropout_seed(uint64_t seed, int64_t step, int rank) {
+  std::seed_seq sequence{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(step),
+                         static_cast<uint32_t>(rank)};
+  uint32_t result = 0;
+  sequence.generate(&result, &result + 1);
+  return result;
+}
+
+// FNV-1a: it has to notice mistakes only.
+uint64_t fingerprint(const Dataset& data) {
+  uint64_t hash = 0xcbf29ce484222325;
+  const auto add = [&](int64_t number) { hash = (hash ^ static_cast<uint64_t>(number)) * 0x100000001b3; };
+  for (const auto& sentence : data.tokens) {
+    add(-1);
+    for (const int64_t token : sentence) add(token);
+  }
+  for (const int64_t label : data.labels) add(label);
+  return hash;
+}
+
+// What all processes start from.
+std::string describe_start(const TaskData& task, const SentenceClassifier& model, int64_t finished_steps) {
+  std::ostringstream text;
+  text << finished_steps << " finished steps\n";
+  for (const auto& [name, data] : {std::pair("training", &task.train), std::pair("test", &task.test)})
+    text << data->size() << ' ' << name << " examples of fingerprint " << fingerprint(*data) << '\n';
+  for (const auto& item : model.named_parameters()) {
+    // A sum of integers: it does not depend on the number of threads.
+    text << item.key() << item.value().sizes() << " with bytes that add up to "
+         << item.value().detach().contiguous().view(torch::kByte).sum(torch::kLong).item<int64_t>() << '\n';
+  }
+  return text.str();
+}
+
+// All processes take part in saving a state that is divided; the first one writes it.
+void save(const std::filesystem::path& path, const lora_rite::TrainingState& state, const Processes& processes) {
+  if (processes.is_first()) return lora_rite::save_checkpoint(path, state);
+  for (const torch::optim::Optimizer* optimizer : state.optimizers) {
+    torch::serialize::OutputArchive unused;
+    optimizer->save(unused);
+  }
 }
 
 // The median is not moved by the first steps, which warm up caches, nor by other programs' bursts.
@@ -64,7 +119,7 @@ double median(const std::vector<StepRecord>& records, double StepRecord::*field)
 }
 
 nlohmann::json summarize(const RunOptions& options, const TaskData& task, const SentenceClassifier& model,
-                         const std::vector<StepRecord>& records, const Evaluation& test) {
+                         const std::vector<StepRecord>& records, const Evaluation& test, int processes) {
   int64_t trainable = 0;
   for (const torch::Tensor& parameter : model.parameters()) {
     if (parameter.requires_grad()) trainable += parameter.numel();
@@ -82,6 +137,7 @@ nlohmann::json summarize(const RunOptions& options, const TaskData& task, const 
           {"steps", options.steps},
           {"batch", options.batch},
           {"threads", at::get_num_threads()},
+          {"processes", processes},
           {"train_examples", task.train.size()},
           {"test_examples", task.test.size()},
           {"classes", task.classes},
@@ -128,10 +184,14 @@ std::shared_ptr<SentenceClassifier> make_classifier(const RunOptions& options, s
 }
 
 Outcome run_training(const RunOptions& options, SentenceClassifier& model, const TaskData& task, bool resume,
-                     const Display& display) {
+                     const Display& display, const Processes& processes) {
+  if (options.batch < processes.size) {
+    fail("--batch ", options.batch, ": ", processes.size,
+         " processes share a batch; give each an example or start fewer");
+  }
   const std::filesystem::path folder = options.out;
   const std::filesystem::path checkpoint = folder / "checkpoint.pt";
-  const TrainingOptimizer training = make_optimizer(options, model);
+  const TrainingOptimizer training = make_optimizer(options, model, processes);
   std::vector<lora_rite::WarmupLinear> schedulers;
   for (const auto& optimizer : training.optimizers) schedulers.emplace_back(*optimizer, options.warmup, options.steps);
   lora_rite::TrainingState state;
@@ -139,37 +199,43 @@ Outcome run_training(const RunOptions& options, SentenceClassifier& model, const
   for (const auto& optimizer : training.optimizers) state.optimizers.push_back(optimizer.get());
   for (lora_rite::WarmupLinear& scheduler : schedulers) state.others.push_back(&scheduler);
   if (resume) resume_from(checkpoint, state);
-  MetricsLog log(folder / "metrics.jsonl", state.step);
+  if (processes.size > 1) processes.check_same(describe_start(task, model, state.step));
+  std::optional<MetricsLog> log;
+  if (processes.is_first()) log.emplace(folder / "metrics.jsonl", state.step);
 
   BatchOrder order(task.train.size(), options.batch, options.seed);
   ProgressBar progress(display.out, display.is_terminal, options.steps, options.log_every);
   const InterruptGuard interrupt;
   model.train();
-  while (state.step < options.steps && !interrupt.requested()) {
-    StepRecord record = train_step(model, training, task.train, order.indices(state.step));
+  while (state.step < options.steps && !processes.any(interrupt.requested())) {
+    at::manual_seed(dropout_seed(options.seed, state.step, processes.rank));
+    StepRecord record = train_step(model, training, task.train, order.indices(state.step), processes);
     for (lora_rite::WarmupLinear& scheduler : schedulers) scheduler.step();
     record.step = ++state.step;
     if (options.evaluate_every > 0 && (state.step % options.evaluate_every == 0 || state.step == options.steps)) {
-      record.test = evaluate(model, task.test);
+      record.test = evaluate(model, task.test, processes);
     }
-    log.write(record);
+    if (log) log->write(record);
     progress.update(record);
-    if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0)
-      lora_rite::save_checkpoint(checkpoint, state);
+    if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0) save(checkpoint, state, processes);
     if (display.after_step) display.after_step(record);
   }
   progress.finish();
-  lora_rite::save_checkpoint(checkpoint, state);
+  save(checkpoint, state, processes);
   if (state.step < options.steps) return Outcome::Interrupted;
+
+  const std::optional<Evaluation> last = log ? log->records().back().test : std::nullopt;
+  const bool is_measured = processes.any(last.has_value());
+  const Evaluation test = is_measured ? last.value_or(Evaluation()) : evaluate(model, task.test, processes);
+  const double megabytes = state_megabytes(training);
+  if (!log) return Outcome::Finished;
 
   save_adapter(folder, model.bert(), options.lora(), options.model);
   save_head(folder / "head.safetensors", model.head(), task.classes);
-  const StepRecord& last = log.records().back();
-  const Evaluation test = last.test ? *last.test : evaluate(model, task.test);
-  nlohmann::json summary = summarize(options, task, model, log.records(), test);
-  summary["optimizer_state_mb"] = state_megabytes(training);
+  nlohmann::json summary = summarize(options, task, model, log->records(), test, processes.size);
+  summary["optimizer_state_mb"] = megabytes;
   summary["skipped_steps"] = training.skipped_steps();
-  log.write_final(summary);
+  log->write_final(summary);
   display.out << "test accuracy " << fixed(100 * test.accuracy, 1) << " % (± " << fixed(100 * test.accuracy_error, 1)
               << "), test loss " << fixed(test.loss, 4) << "; " << fixed(summary["ms_per_step"], 0)
               << " ms/step, of which the optimizer " << fixed(summary["ms_optimizer"], 1) << " ms; optimizer state "

@@ -9,6 +9,7 @@
 #include "classifier.hpp"
 #include "dataset.hpp"
 #include "metrics.hpp"
+#include "process_group.hpp"
 #include "run_options.hpp"
 
 namespace finetune {
@@ -41,8 +42,11 @@ struct Display {
 };
 
 /// Trains and evaluates. Writes metrics.jsonl, the adapter, the head and the checkpoint to options.out; with `resume`
-/// goes on from the checkpoint there, exactly as if the run had never stopped.
+/// goes on from the checkpoint there, exactly as if the run had never stopped, or to round-off if the number of
+/// processes is another. Several processes divide every batch, so that losses are those of one process; the first one
+/// writes. All of them stop after the same step when one is interrupted, and throw c10::Error if their data, weights or
+/// steps differ.
 Outcome run_training(const RunOptions& options, SentenceClassifier& model, const TaskData& task, bool resume,
-                     const Display& display);
+                     const Display& display, const Processes& processes = {});
 
 }  // namespace finetune

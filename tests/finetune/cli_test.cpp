@@ -43,6 +43,7 @@ TEST(CommandLine, ValuesThatMakeNoSenseAreNamed) {
       {with({"--dropout", "1"}), "--dropout 1: expected"},
       {with({"--max-length", "2"}), "--max-length 2: expected"},
       {with({"--threads", "100000"}), "--threads 100000: expected 0 to 1024"},
+      {with({"--timeout", "0"}), "--timeout 0: expected 1 to 86400"},
       {{"--out", "/nowhere"}, "--model is missing"},
       {{"--model", "/m"}, "--out is missing"},
   };
@@ -78,6 +79,8 @@ TEST(CommandLine, ResumeTakesEveryOptionFromTheRun) {
   EXPECT_EQ(command.options.lr, 0.125);
   EXPECT_EQ(command.options.seed, saved.seed);
   EXPECT_EQ(command.options.out, out);
+  EXPECT_EQ(parse({"--resume", "--out", out.c_str(), "--timeout", "5"}).options.timeout, 5)
+      << "it belongs to the machines of this run";
 
   EXPECT_NE(error_of([&] {
               parse({"--resume", "--out", out.c_str(), "--lr", "1"});

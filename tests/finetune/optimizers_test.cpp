@@ -25,7 +25,8 @@ TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
       {"--escape", [](RunOptions& options) { options.escape = false; }},
       {"--max-relative-change", [](RunOptions& options) { options.max_relative_change = 0.3; }},
       {"--row-equilibration", [](RunOptions& options) { options.row_equilibration = true; }},
-      {"--lr-ratio-b", [](RunOptions& options) { options.lr_ratio_b = 4; }}};
+      {"--lr-ratio-b", [](RunOptions& options) { options.lr_ratio_b = 4; }},
+      {"--shard-optimizer", [](RunOptions& options) { options.shard_optimizer = true; }}};
   for (const auto& [flag, change] : only_for_rite) {
     EXPECT_EQ(message("adam", change).find(flag + ": adam has no such option"), 0u) << flag;
     RunOptions options = usual;

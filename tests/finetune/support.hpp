@@ -57,7 +57,8 @@ inline Dataset tiny_dataset(int64_t size, uint32_t seed) {
   return data;
 }
 
-inline TaskData tiny_task() { return {tiny_dataset(50, 1), tiny_dataset(30, 2), {"no", "yes"}}; }
+/// Test data for three batches of an evaluation, for several processes to divide.
+inline TaskData tiny_task() { return {tiny_dataset(50, 1), tiny_dataset(150, 2), {"no", "yes"}}; }
 
 inline RunOptions tiny_options(const std::string& out, const std::string& optimizer) {
   RunOptions options;
@@ -81,7 +82,8 @@ struct TinyRun {
 };
 
 inline TinyRun run_tiny(const RunOptions& options, bool resume = false,
-                        const std::function<void(const StepRecord&)>& after_step = nullptr) {
+                        const std::function<void(const StepRecord&)>& after_step = nullptr,
+                        const Processes& processes = {}) {
   const auto model = make_classifier(options, load_bert(options.model), 2);
   TinyRun run;
   std::ostringstream ignored;
@@ -89,7 +91,7 @@ inline TinyRun run_tiny(const RunOptions& options, bool resume = false,
     run.records.push_back(step);
     if (after_step) after_step(step);
   };
-  run.outcome = run_training(options, *model, tiny_task(), resume, {ignored, false, record});
+  run.outcome = run_training(options, *model, tiny_task(), resume, {ignored, false, record}, processes);
   for (const auto& item : model->named_parameters()) {
     if (item.value().requires_grad()) run.trained[item.key()] = item.value().detach().clone();
   }
