@@ -2,7 +2,6 @@
 
 #include <torch/torch.h>
 
-#include <lora_rite/io/safetensors.hpp>
 #include <map>
 #include <set>
 

@@ -83,13 +83,15 @@ inline nlohmann::json parse_json(const std::string& text, const std::string& lab
     }
     return true;
   };
+  nlohmann::json result;
   try {
-    return nlohmann::json::parse(text, check);
+    result = nlohmann::json::parse(text, check);
   } catch (const nlohmann::json::parse_error& error) {
     TORCH_CHECK(false, label, "is not valid JSON at byte ", error.byte);
   } catch (const nlohmann::json::exception& error) {  // a number out of range
     TORCH_CHECK(false, label, "is not valid JSON: ", error.what());
   }
+  return result;
 }
 
 }  // namespace lora_rite::detail

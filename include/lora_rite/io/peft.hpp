@@ -353,11 +353,13 @@ inline std::string adapter_config_text(const AdapterConfig& config) {
   fields["peft_type"] = "LORA";
   detail::for_each_field(config, [&](const char* name, const auto& value) { fields[name] = detail::to_field(value); });
   fields["lora_dropout"] = config.lora_dropout;  // a fraction, 0.0 as well
+  std::string text;
   try {
-    return fields.dump(2) + "\n";
+    text = fields.dump(2) + "\n";
   } catch (const nlohmann::json::exception&) {
     TORCH_CHECK(false, label, "a text is not valid UTF-8");
   }
+  return text;
 }
 
 /// Reads an adapter from a folder with adapter_config.json (at most 16 MB) and adapter_model.safetensors. The tensors

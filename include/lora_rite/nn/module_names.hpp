@@ -19,12 +19,14 @@ namespace lora_rite::nn::detail {
 
 /// A regular expression; throws c10::Error naming the field if it is none.
 inline std::regex to_regex(const std::string& field, const std::string& pattern) {
+  std::regex result;
   try {
-    return std::regex(pattern, std::regex::ECMAScript);
+    result.assign(pattern, std::regex::ECMAScript);
   } catch (const std::regex_error& error) {
     TORCH_CHECK(false, "LoraConfig: ", field, " is '", pattern, "', expected a regular expression (ECMAScript's: no ",
                 "look-behind, no named groups, no inline flags): ", error.what());
   }
+  return result;
 }
 
 /// `name` is `ending`, or ends in "." and `ending`.
