@@ -163,6 +163,7 @@ torch::Tensor DecoderModel::run(const torch::Tensor& tokens, const torch::Tensor
 
 torch::Tensor DecoderModel::hidden_states(const LanguageInput& input) {
   if (input.target.defined()) fail("a decoder takes no target; put the whole text into tokens");
+  check_tokens("tokens", input.tokens, input.mask);
   return run(input.tokens, input.mask, 0, nullptr);
 }
 

@@ -9,8 +9,8 @@
 namespace finetune {
 torch::Tensor LanguageModel::generate(const LanguageInput& prompt, int64_t max_new_tokens) {
   if (max_new_tokens < 1) fail("max_new_tokens is ", max_new_tokens, "; it must be at least 1");
-  if (prompt.tokens.size(1) < 1) fail("the prompt is empty; give at least one token");
   if (prompt.target.defined()) fail("generate takes no target: it makes one");
+  check_tokens("tokens", prompt.tokens, prompt.mask);
   if (!is_encoder_decoder() && prompt.mask.defined() && !prompt.mask.select(1, -1).all().item<bool>()) {
     fail("a prompt ends in padding; pad the shorter prompts on the left");
   }
@@ -29,6 +29,19 @@ torch::Tensor LanguageModel::generate(const LanguageInput& prompt, int64_t max_n
     state = advance(next.unsqueeze(1), generation);
   }
   return at::stack(made, 1);
+}
+
+void LanguageModel::check_tokens(const std::string& what, const torch::Tensor& tokens, const torch::Tensor& mask) {
+  const auto describe = [](const torch::Tensor& tensor) {
+    return tensor.defined() ? concat(c10::toString(tensor.scalar_type()), " ", tensor.sizes())
+                            : std::string("undefined");
+  };
+  if (!tokens.defined() || tokens.scalar_type() != torch::kLong || tokens.dim() != 2 || tokens.numel() == 0) {
+    fail(what, " is ", describe(tokens), "; expected is Long [batch, length] with at least one token");
+  }
+  if (mask.defined() && (mask.scalar_type() != torch::kBool || mask.sizes() != tokens.sizes())) {
+    fail("the mask of ", what, " is ", describe(mask), "; expected is Bool ", tokens.sizes());
+  }
 }
 
 torch::Tensor shift_right(const torch::Tensor& labels, const SpecialTokens& tokens) {

@@ -31,7 +31,8 @@ class LanguageModel : public torch::nn::Module {
  public:
   /// Logits of the next token [batch, length, vocab]; of the target for an encoder-decoder. What stands at padding is
   /// meaningless. Padding after a decoder's text needs no mask, because no token sees a later one; without a mask the
-  /// attention is faster.
+  /// attention is faster. Throws Error where tokens or a mask have another shape or dtype than LanguageInput says, or a
+  /// target is missing or too much.
   torch::Tensor forward(const LanguageInput& input) { return logits(hidden_states(input)); }
 
   /// The states that forward turns into logits: [batch, length, hidden].
@@ -67,6 +68,10 @@ class LanguageModel : public torch::nn::Module {
 
   /// Reads one more token, tokens [batch, 1], and returns its state [batch, hidden].
   virtual torch::Tensor advance(const torch::Tensor& tokens, Generation& generation) = 0;
+
+  /// Throws Error, naming what is wrong, unless `tokens` is int64 [batch, length] with at least one token, and `mask`
+  /// bool of the same shape, or undefined. `what` is "tokens" or "target".
+  static void check_tokens(const std::string& what, const torch::Tensor& tokens, const torch::Tensor& mask);
 
   bool gradient_checkpointing() const { return gradient_checkpointing_; }
 

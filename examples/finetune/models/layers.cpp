@@ -18,8 +18,6 @@ struct GivenLinear : torch::nn::LinearImpl {
     options.in_features(given_weight.size(1)).out_features(given_weight.size(0));
     parameters_["weight"] = weight = given_weight;
     parameters_["bias"] = bias = given_bias;
-    weight.set_requires_grad(false);
-    if (bias.defined()) bias.set_requires_grad(false);
   }
 };
 

@@ -243,6 +243,8 @@ torch::Tensor T5Model::decode(const torch::Tensor& tokens, const torch::Tensor& 
 
 torch::Tensor T5Model::hidden_states(const LanguageInput& input) {
   if (!input.target.defined()) fail("an encoder-decoder needs a target; see shift_right");
+  check_tokens("tokens", input.tokens, input.mask);
+  check_tokens("target", input.target, input.target_mask);
   const torch::Tensor source = encode(input.tokens, input.mask);
   return decode(input.target, input.target_mask, source, input.mask, 0, nullptr);
 }

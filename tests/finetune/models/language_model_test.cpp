@@ -228,10 +228,23 @@ TEST(LanguageModel, WhatCannotBeGeneratedOrComputedIsRefused) {
   };
   expect([&] { decoder->generate({tokens, ragged, {}, {}}, 2); }, "pad the shorter prompts on the left");
   expect([&] { decoder->generate({tokens, {}, {}, {}}, 0); }, "max_new_tokens is 0");
-  expect([&] { decoder->generate({tokens.slice(1, 0, 0), {}, {}, {}}, 2); }, "the prompt is empty");
+  expect([&] { decoder->generate({tokens.slice(1, 0, 0), {}, {}, {}}, 2); }, "tokens is Long [1, 0]; expected is");
   expect([&] { t5->generate({tokens, {}, tokens, {}}, 2); }, "takes no target");
   expect([&] { decoder->forward({tokens, {}, tokens, {}}); }, "a decoder takes no target");
   expect([&] { t5->forward({tokens, {}, {}, {}}); }, "needs a target");
+  expect([&] { decoder->forward({{}, {}, {}, {}}); }, "tokens is undefined; expected is Long [batch, length]");
+  expect([&] { decoder->forward({tokens[0], {}, {}, {}}); }, "tokens is Long [3]; expected is Long [batch, length]");
+  expect([&] { decoder->forward({tokens.to(torch::kInt), {}, {}, {}}); }, "tokens is Int [1, 3]");
+  expect(
+      [&] {
+        decoder->forward({tokens, torch::ones({1, 3}), {}, {}});
+      },
+      "the mask of tokens is Float [1, 3]; expected is Bool [1, 3]");
+  expect(
+      [&] {
+        t5->forward({tokens, {}, tokens, ragged.slice(1, 0, 2)});
+      },
+      "the mask of target is Bool [1, 2]; expected is Bool [1, 3]");
 }
 
 TEST(LanguageModel, ASourceOfNothingButPaddingGivesNoNan) {

@@ -3,7 +3,9 @@
 #include <ATen/autocast_mode.h>
 
 #include <limits>
+#include <set>
 #include <utility>
+#include <vector>
 
 #include "support.hpp"
 
@@ -76,10 +78,14 @@ TEST(Recompute, LaterRandomNumbersAreThoseWithoutIt) {
   torch::manual_seed(5);
   Problem problem;
   torch::manual_seed(6);
-  layer(problem.x, problem.w).sum().backward();
+  torch::Tensor output = layer(problem.x, problem.w);
+  torch::rand({4});
+  output.sum().backward();
   const torch::Tensor expected = torch::rand({4});
   torch::manual_seed(6);
-  recompute(part_of(problem.w), {problem.x}, {problem.w}).sum().backward();
+  output = recompute(part_of(problem.w), {problem.x}, {problem.w});
+  torch::rand({4});
+  output.sum().backward();
   EXPECT_TRUE(torch::rand({4}).equal(expected));
 }
 
@@ -146,6 +152,34 @@ Tensors gradients_of(LanguageModel& model, const Tensors& factors, const Languag
   Tensors gradients;
   for (const auto& [name, factor] : factors) gradients[name] = factor.grad().clone();
   return gradients;
+}
+
+// How many operations autograd remembers.
+size_t graph_size(const torch::Tensor& output) {
+  std::set<torch::autograd::Node*> seen;
+  std::vector<torch::autograd::Node*> left = {output.grad_fn().get()};
+  while (!left.empty()) {
+    torch::autograd::Node* node = left.back();
+    left.pop_back();
+    if (node == nullptr || !seen.insert(node).second) continue;
+    for (const auto& edge : node->next_edges()) left.push_back(edge.function.get());
+  }
+  return seen.size();
+}
+
+TEST(GradientCheckpointing, NothingInsideALayerIsRemembered) {
+  for (const std::string& name : model_names()) {
+    const Tensors expected = expected_of(name);
+    const auto model = load_model(model_golden(name));
+    inject_factors(*model, expected);
+    const LanguageInput input = input_of(expected);
+    const size_t without = graph_size(model->forward(input));
+    model->set_gradient_checkpointing(true);
+    const torch::Tensor logits = model->forward(input);
+    // Left are a node a layer, the factors, and norm and output behind the layers.
+    EXPECT_LT(graph_size(logits), 40U) << name;
+    EXPECT_GT(without, 80U) << name;
+  }
 }
 
 TEST(GradientCheckpointing, GradientsOfFactorsAreTheSameBitForBit) {
