@@ -27,8 +27,10 @@ using testing::equal_factors;
 using testing::error_of;
 using testing::mentions;
 using testing::random_pair;
+using testing::read_bytes;
 using testing::saved_bytes;
 using testing::TemporaryFolder;
+using testing::write_bytes;
 
 /// LibTorch on one thread while this lives: with tensors this small others only wait, and a forked process has none.
 class OneThread {
@@ -97,15 +99,6 @@ std::string fingerprint(const TrainingState& state) {
   bytes << saved_bytes(detail::generator_states().at("cpu")) << state.step;
   for (const auto& [name, value] : state.values) bytes << name << value;
   return bytes.str();
-}
-
-std::string read_bytes(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-}
-
-void write_bytes(const std::filesystem::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary) << bytes;
 }
 
 std::set<std::string> names_in(const std::string& folder) {

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-BAD_TOKENIZER = 3  # exit code, which finetune knows
+import tokenizer_file
 
 
 def main() -> int:
@@ -17,16 +17,7 @@ def main() -> int:
     parser.add_argument("--output", required=True, help="file to write")
     options = parser.parse_args()
 
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        print(f"{sys.executable}: the package 'tokenizers' is missing ({error})", file=sys.stderr)
-        return 1
-    try:
-        tokenizer = Tokenizer.from_file(options.tokenizer)
-    except Exception as error:  # the package raises nothing narrower
-        print(f"{options.tokenizer}: {error}", file=sys.stderr)
-        return BAD_TOKENIZER
+    tokenizer = tokenizer_file.load(options.tokenizer)
     with open(options.input, encoding="utf-8") as file:
         texts = tokenizer.decode_batch([[int(token) for token in line.split()] for line in file])
     with open(options.output + ".tmp", "w", encoding="utf-8", newline="\n") as file:

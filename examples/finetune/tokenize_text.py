@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-BAD_TOKENIZER = 3  # exit code, which finetune knows
+import tokenizer_file
 
 
 def main() -> int:
@@ -21,17 +21,7 @@ def main() -> int:
     parser.add_argument("--header", default="", help="first line of the output")
     options = parser.parse_args()
 
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        print(f"{sys.executable}: the package 'tokenizers' is missing ({error})", file=sys.stderr)
-        return 1
-
-    try:
-        tokenizer = Tokenizer.from_file(options.tokenizer)
-    except Exception as error:  # the package raises nothing narrower
-        print(f"{options.tokenizer}: {error}", file=sys.stderr)
-        return BAD_TOKENIZER
+    tokenizer = tokenizer_file.load(options.tokenizer)
     # The file's own settings often pad everything to one length: batches are padded later.
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length=options.max_length)

@@ -18,19 +18,12 @@ namespace {
 using lora_rite_test::same_bits;
 using testing::error_of;
 using testing::mentions;
+using testing::read_bytes;
 using testing::TemporaryFolder;
+using testing::write_bytes;
 
 std::filesystem::path golden(const std::string& name) {
   return std::filesystem::path(LORA_RITE_TEST_DATA_DIR) / "finetune" / "golden" / name;
-}
-
-std::string read_bytes(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-}
-
-void write_bytes(const std::filesystem::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary) << bytes;
 }
 
 /// The bytes of a file of this header and these data; `claimed` overrides the length of the header.
