@@ -181,6 +181,11 @@ inline void copy_back(const at::Tensor& flat, const std::vector<at::Tensor>& ten
   }
 }
 
+inline void check_dense(const char* who, size_t parameter, const at::Tensor& gradient) {
+  TORCH_CHECK(!gradient.defined() || gradient.layout() == at::kStrided, who, ": the gradient of parameter ", parameter,
+              " has layout ", gradient.layout(), ", expected a dense one");
+}
+
 inline std::vector<torch::Tensor> parameters_of(const torch::optim::Optimizer& optimizer) {
   std::vector<torch::Tensor> parameters;
   for (const auto& group : optimizer.param_groups())
@@ -223,9 +228,7 @@ inline void average_gradients(const std::vector<torch::Tensor>& parameters, cons
   at::Tensor present = at::zeros({static_cast<int64_t>(parameters.size())}, at::kInt);
   for (size_t i = 0; i < parameters.size(); ++i) {
     const at::Tensor& gradient = parameters[i].grad();
-    TORCH_CHECK(!gradient.defined() || gradient.layout() == at::kStrided,
-                "average_gradients: the gradient of parameter ", i, " has layout ", gradient.layout(),
-                ", expected a dense one");
+    detail::check_dense("average_gradients", i, gradient);
     present.data_ptr<int>()[i] = gradient.defined() ? 1 : 0;
   }
   present = present.to(parameters[0].device());
@@ -379,9 +382,7 @@ class GradientAverager {
     std::vector<at::Tensor> gradients;
     for (const size_t i : members_[bucket]) {
       const at::Tensor& gradient = parameters_[i].grad();
-      TORCH_CHECK(!gradient.defined() || gradient.layout() == at::kStrided,
-                  "GradientAverager: the gradient of parameter ", i, " has layout ", gradient.layout(),
-                  ", expected a dense one");
+      detail::check_dense("GradientAverager", i, gradient);
       gradients.push_back(gradient.defined() ? gradient : at::zeros_like(parameters_[i]));
     }
     const at::Tensor sum = detail::flat(gradients);
