@@ -1,7 +1,7 @@
 #pragma once
 
 /// The one include: LoRA-RITE for LibTorch. By themselves come baselines/, checkpoint.hpp (POSIX), distributed.hpp
-/// (c10d), grad_scaler.hpp, and io/safetensors.hpp and io/peft.hpp (POSIX, nlohmann-json).
+/// (c10d), grad_scaler.hpp, product_spectrum.hpp, and io/safetensors.hpp and io/peft.hpp (POSIX, nlohmann-json).
 
 #include "lora_rite/basis.hpp"
 #include "lora_rite/diagnostics.hpp"
