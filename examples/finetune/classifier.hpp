@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "bert.hpp"
+#include "models/bert.hpp"
 
 namespace finetune {
 

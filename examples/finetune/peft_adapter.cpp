@@ -6,15 +6,24 @@
 
 namespace finetune {
 
-void save_adapter(const std::filesystem::path& folder, const BertModel& model, const LoraConfig& config,
+lora_rite::nn::LoraConfig adapter_of(const RunOptions& options) {
+  lora_rite::nn::LoraConfig config;
+  config.rank = options.rank;
+  config.alpha = options.alpha;
+  config.dropout = options.dropout;
+  // These stand for the ends of module names. "dense" alone would also hit the pooler.
+  config.target_modules =
+      std::vector<std::string>{"query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"};
+  return config;
+}
+
+void save_adapter(const std::filesystem::path& folder, const BertModel& model, const lora_rite::nn::LoraConfig& config,
                   const std::string& base_model) {
   lora_rite::Adapter adapter;
   adapter.config.r = config.rank;
   adapter.config.lora_alpha = config.alpha;
   adapter.config.lora_dropout = config.dropout;
-  // PEFT matches these against the ends of module names. "dense" alone would also hit the pooler.
-  adapter.config.target_modules =
-      std::vector<std::string>{"query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"};
+  adapter.config.target_modules = config.target_modules;
   adapter.config.task_type = "FEATURE_EXTRACTION";
   adapter.config.base_model_name_or_path = base_model;
   adapter.tensors = lora_rite::adapter_tensors(model.named_parameters());

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <lora_rite/checkpoint.hpp>
 #include <lora_rite/distributed.hpp>
+#include <lora_rite/nn/inject.hpp>
 #include <lora_rite/schedulers.hpp>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -174,7 +175,7 @@ TaskData load_task(const RunOptions& options, const BertConfig& config) {
 std::shared_ptr<SentenceClassifier> make_classifier(const RunOptions& options, std::shared_ptr<BertModel> base,
                                                     int64_t classes) {
   at::manual_seed(options.seed);
-  base->add_adapters(options.lora());
+  lora_rite::nn::inject_lora(*base, adapter_of(options));
   auto model = std::make_shared<SentenceClassifier>(std::move(base), classes);
   const at::NoGradGuard no_grad;
   for (auto& item : model->named_parameters()) {
@@ -230,7 +231,7 @@ Outcome run_training(const RunOptions& options, SentenceClassifier& model, const
   const double megabytes = state_megabytes(training);
   if (!log) return Outcome::Finished;
 
-  save_adapter(folder, model.bert(), options.lora(), options.model);
+  save_adapter(folder, model.bert(), adapter_of(options), options.model);
   save_head(folder / "head.safetensors", model.head(), task.classes);
   nlohmann::json summary = summarize(options, task, model, log->records(), test, processes.size);
   summary["optimizer_state_mb"] = megabytes;

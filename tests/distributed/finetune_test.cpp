@@ -225,7 +225,7 @@ const Scenario differences("finetune differences", [](const Process& process) {
   expect(message(options, task), "process 1 has '50 training examples of fingerprint");
   RunOptions other = options;
   if (is_last) other.seed = 1;
-  expect(message(other, tiny_task()), "process 1 has 'bert.encoder.layer.0.attention.self.query.lora_A.weight");
+  expect(message(other, tiny_task()), "process 1 has 'bert.encoder.layer.0.attention.self.query.lora_A.default.weight");
   options.batch = 1;
   expect(message(options, tiny_task()), "--batch 1: 2 processes share a batch");
   EXPECT_FALSE(std::filesystem::exists(process.folder / "metrics.jsonl"));

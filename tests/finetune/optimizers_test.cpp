@@ -4,7 +4,7 @@
 
 #include <gtest/gtest.h>
 
-#include "bert.hpp"
+#include "models/bert.hpp"
 #include "support.hpp"
 
 namespace finetune {

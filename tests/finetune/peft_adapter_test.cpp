@@ -1,6 +1,7 @@
 #include "peft_adapter.hpp"
 
 #include <lora_rite/io/peft.hpp>
+#include <lora_rite/nn/nn.hpp>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -10,16 +11,19 @@
 namespace finetune {
 namespace {
 
-const LoraConfig kConfig{3, 6, 0};  // that of golden/tiny_adapter
+// That of golden/tiny_adapter.
+lora_rite::nn::LoraConfig tiny_config() {
+  RunOptions options;
+  options.rank = 3;
+  options.alpha = 6;
+  return adapter_of(options);
+}
 
 // The tiny model with the adapter that PEFT wrote.
 std::shared_ptr<BertModel> adapted_model() {
   const auto model = load_bert(golden("tiny"));
-  model->add_adapters(kConfig);
-  const torch::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : lora_rite::load_adapter(golden("tiny_adapter")).tensors) {
-    model->named_parameters()[name].copy_(tensor);
-  }
+  lora_rite::nn::inject_lora(*model, tiny_config());
+  lora_rite::nn::load_adapter_state(*model, lora_rite::load_adapter(golden("tiny_adapter")).tensors);
   return model;
 }
 
@@ -34,7 +38,7 @@ TEST(PeftAdapter, AnAdapterOfPeftActsHereAsItDoesThere) {
 
 TEST(PeftAdapter, TheFileWrittenIsTheOnePeftWrites) {
   const TemporaryFolder folder;
-  save_adapter(folder.string(), *adapted_model(), kConfig, "tiny");
+  save_adapter(folder.string(), *adapted_model(), tiny_config(), "tiny");
 
   const Safetensors ours = load_safetensors(folder / "adapter_model.safetensors");
   const Safetensors theirs = load_safetensors(golden("tiny_adapter/adapter_model.safetensors"));
@@ -48,7 +52,7 @@ TEST(PeftAdapter, TheFileWrittenIsTheOnePeftWrites) {
 
 TEST(PeftAdapter, EveryFieldOfTheDescriptionEqualsPefts) {
   const TemporaryFolder folder;
-  save_adapter(folder.string(), *adapted_model(), kConfig, "tiny");
+  save_adapter(folder.string(), *adapted_model(), tiny_config(), "tiny");
   const nlohmann::json ours = read_json(folder / "adapter_config.json");
   const nlohmann::json theirs = read_json(golden("tiny_adapter/adapter_config.json"));
   for (const auto& [name, value] : ours.items()) {

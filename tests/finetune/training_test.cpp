@@ -47,7 +47,7 @@ TEST_P(Resume, AfterCtrlCTheRunIsBitIdenticalToOneThatNeverStopped) {
   const TemporaryFolder stopped;
   const TinyRun expected = run_tiny(options(whole));
   EXPECT_EQ(expected.outcome, Outcome::Finished);
-  EXPECT_GT(distance(expected.trained.at("bert.encoder.layer.0.attention.self.query.lora_B.weight"), torch::zeros(1)),
+  EXPECT_GT(distance(expected.trained.at("bert.encoder.layer.0.attention.self.query.lora_B.default.weight"), torch::zeros(1)),
             1e-4)
       << "the factors moved";
 
@@ -96,7 +96,7 @@ TEST(Training, EveryOptimizerOfTheRegistryTrainsFactorsAndHead) {
     options.steps = 2;
     const auto start = make_classifier(options, load_bert(options.model), 2)->named_parameters();
     const TinyRun run = run_tiny(options);
-    for (const char* name : {"bert.encoder.layer.0.attention.self.query.lora_B.weight", "head.weight"}) {
+    for (const char* name : {"bert.encoder.layer.0.attention.self.query.lora_B.default.weight", "head.weight"}) {
       EXPECT_FALSE(run.trained.at(name).equal(start[name])) << optimizer << " leaves " << name;
     }
   }

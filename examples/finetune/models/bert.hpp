@@ -5,10 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <string>
 #include <vector>
-
-#include "lora_linear.hpp"
 
 namespace finetune {
 
@@ -31,21 +28,15 @@ struct BertConfig {
 /// A BERT encoder (Devlin et al., 2018) without pooler and without the base's dropout.
 ///
 /// Module and parameter names are those of transformers' `BertModel`, so checkpoints and adapters
-/// fit by name. All base parameters are frozen.
+/// fit by name. All parameters are frozen; lora_rite::nn::inject_lora adds trainable factors.
 class BertModel : public torch::nn::Module {
  public:
-  /// An encoder of zeros; see load_bert.
+  /// An encoder without memory of its own; see load_bert.
   explicit BertModel(const BertConfig& config);
 
   /// tokens [batch, length] int64, mask [batch, length] bool (true = a token, false = padding)
   /// → last hidden state [batch, length, hidden], zero where there is padding.
   torch::Tensor forward(const torch::Tensor& tokens, const torch::Tensor& mask);
-
-  /// Adds a LoRA adapter to every attention and feed-forward linear layer.
-  void add_adapters(const LoraConfig& config);
-
-  /// The linear layers that take adapters, by name ("encoder.layer.0.attention.self.query", …).
-  std::vector<std::pair<std::string, std::shared_ptr<LoraLinear>>> linear_layers() const;
 
   const BertConfig& config() const { return config_; }
 

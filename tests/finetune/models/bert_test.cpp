@@ -1,12 +1,13 @@
-#include "bert.hpp"
+#include "models/bert.hpp"
 
 #include <cstdlib>
 #include <fstream>
+#include <lora_rite/nn/nn.hpp>
 #include <nlohmann/json.hpp>
 
 #include "files.hpp"
+#include "finetune/support.hpp"
 #include "subprocess.hpp"
-#include "support.hpp"
 #include "tokenize.hpp"
 
 namespace finetune {
@@ -74,7 +75,9 @@ TEST(Bert, TheTokenizerScriptAgreesWithTransformers) {
 
 TEST(Bert, TheBaseIsFrozenAndOnlyAdaptersTrain) {
   const auto model = load_bert(golden("tiny"));
-  model->add_adapters({4, 4, 0});
+  lora_rite::nn::LoraConfig config;
+  config.target_modules = "all-linear";
+  lora_rite::nn::inject_lora(*model, config);
   int64_t factors = 0;
   for (const auto& item : model->named_parameters()) {
     const bool is_factor = item.key().find(".lora_") != std::string::npos;

@@ -1,4 +1,4 @@
-#include "bert.hpp"
+#include "models/bert.hpp"
 
 #include <algorithm>
 #include <lora_rite/io/safetensors.hpp>
@@ -7,6 +7,8 @@
 
 #include "error.hpp"
 #include "files.hpp"
+#include "models/layers.hpp"
+#include "models/linear.hpp"
 
 namespace finetune {
 namespace {
@@ -69,25 +71,25 @@ struct SelfAttention : torch::nn::Module {
     return layout.pack(attended.transpose(1, 2)).flatten(1);
   }
 
-  static std::shared_ptr<LoraLinear> linear(const BertConfig& config) {
-    return std::make_shared<LoraLinear>(config.hidden_size, config.hidden_size);
+  static std::shared_ptr<Linear> linear(const BertConfig& config) {
+    return make_linear(config.hidden_size, config.hidden_size, /*bias=*/true);
   }
 
-  std::shared_ptr<LoraLinear> query, key, value;
+  std::shared_ptr<Linear> query, key, value;
   int64_t heads;
 };
 
 // A linear layer whose result is added to the residual stream and normalised.
 struct ResidualOutput : torch::nn::Module {
   ResidualOutput(int64_t in_features, const BertConfig& config)
-      : dense(register_module("dense", std::make_shared<LoraLinear>(in_features, config.hidden_size))),
+      : dense(register_module("dense", make_linear(in_features, config.hidden_size, /*bias=*/true))),
         norm(register_module("LayerNorm", std::make_shared<LayerNorm>(config.hidden_size, config.layer_norm_eps))) {}
 
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& residual) {
     return norm->forward(dense->forward(x) + residual);
   }
 
-  std::shared_ptr<LoraLinear> dense;
+  std::shared_ptr<Linear> dense;
   std::shared_ptr<LayerNorm> norm;
 };
 
@@ -106,15 +108,12 @@ struct Attention : torch::nn::Module {
 
 struct Intermediate : torch::nn::Module {
   explicit Intermediate(const BertConfig& config)
-      : dense(register_module("dense", std::make_shared<LoraLinear>(config.hidden_size, config.intermediate_size))) {}
+      : dense(register_module("dense", make_linear(config.hidden_size, config.intermediate_size, /*bias=*/true))) {}
 
   torch::Tensor forward(const torch::Tensor& x) { return at::gelu(dense->forward(x)); }
 
-  std::shared_ptr<LoraLinear> dense;
+  std::shared_ptr<Linear> dense;
 };
-
-// A module without behaviour of its own, for the levels that only lend their name to parameters.
-struct Scope : torch::nn::Module {};
 
 // The names a parameter goes by in checkpoints: those of models with a head put the encoder under
 // "bert.", and the oldest call a norm's weight and bias gamma and beta.
@@ -145,16 +144,16 @@ struct BertModel::Embeddings : torch::nn::Module {
 
   // tokens [b, l] → [n, d]. Every token is of type 0: there are no sentence pairs here.
   torch::Tensor forward(const torch::Tensor& tokens, const TokenLayout& layout) {
-    const torch::Tensor words_of = at::embedding(words->weight, layout.pack(tokens));
-    const torch::Tensor positions_of = at::embedding(positions->weight, layout.places.remainder(layout.length));
+    const torch::Tensor words_of = words->forward(layout.pack(tokens));
+    const torch::Tensor positions_of = positions->forward(layout.places.remainder(layout.length));
     return norm->forward(words_of + positions_of + types->weight[0]);
   }
 
-  std::shared_ptr<Matrix> table(const char* name, int64_t rows, int64_t columns) {
-    return register_module(name, std::make_shared<Matrix>(torch::zeros({rows, columns})));
+  std::shared_ptr<Embedding> table(const char* name, int64_t rows, int64_t columns) {
+    return register_module(name, std::make_shared<Embedding>(rows, columns));
   }
 
-  std::shared_ptr<Matrix> words, positions, types;
+  std::shared_ptr<Embedding> words, positions, types;
   std::shared_ptr<LayerNorm> norm;
 };
 
@@ -220,20 +219,6 @@ torch::Tensor BertModel::forward(const torch::Tensor& tokens, const torch::Tenso
   torch::Tensor hidden = embeddings_->forward(tokens, layout);  // [n, d]
   for (const auto& layer : layers_) hidden = layer->forward(hidden, layout);
   return layout.unpack(hidden);
-}
-
-void BertModel::add_adapters(const LoraConfig& config) {
-  for (const auto& [name, layer] : linear_layers()) layer->add_adapter(config);
-}
-
-std::vector<std::pair<std::string, std::shared_ptr<LoraLinear>>> BertModel::linear_layers() const {
-  std::vector<std::pair<std::string, std::shared_ptr<LoraLinear>>> layers;
-  for (const auto& item : named_modules("", /*include_self=*/false)) {
-    if (auto layer = std::dynamic_pointer_cast<LoraLinear>(item.value())) {
-      layers.emplace_back(item.key(), std::move(layer));
-    }
-  }
-  return layers;
 }
 
 std::shared_ptr<BertModel> load_bert(const std::filesystem::path& folder) {
