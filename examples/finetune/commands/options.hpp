@@ -1,0 +1,22 @@
+#pragma once
+
+#include <CLI/App.hpp>
+#include <string>
+
+#include "error.hpp"
+
+namespace finetune {
+
+/// Adds an option whose default the help shows.
+template <class T>
+CLI::Option* add_option(CLI::App& app, const std::string& name, T& value, const std::string& help) {
+  return app.add_option(name, value, help)->capture_default_str();
+}
+
+/// Throws Error "--lr -1: expected at least 0" unless `condition`.
+template <class T>
+void require(bool condition, const char* option, const T& found, const std::string& expected) {
+  if (!condition) fail(option, " ", found, ": expected ", expected);
+}
+
+}  // namespace finetune

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/types.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "process_group.hpp"
+#include "run_options.hpp"
+
+namespace finetune {
+
+/// Results of a measurement by name ("loss", "accuracy", …), in the order in which they are shown.
+using Scores = std::vector<std::pair<std::string, double>>;
+
+/// The score called `name`, NaN if there is none.
+double score_of(const Scores& scores, const std::string& name);
+
+/// The data that a model is measured on.
+enum class Split {
+  Validation,  ///< on the way, to choose the best checkpoint
+  Test,
+};
+
+/// The score by which one measurement is better than another.
+struct Headline {
+  std::string score;
+  bool higher_is_better = false;
+
+  /// Whether `found` is better than `best`. NaN is not.
+  bool improves(double found, double best) const { return higher_is_better ? found > best : found < best; }
+};
+
+/// What a run trains: a model with adapters, its data, and how examples become a loss. The trainer knows nothing else.
+class Workload {
+ public:
+  virtual ~Workload() = default;
+
+  /// The model, of which the adapters' factors, and a head if there is one, are trainable.
+  virtual torch::nn::Module& model() = 0;
+
+  /// Indices of the examples that `step` (from 0) takes: a pure function of the data, the run's seed and the step.
+  virtual std::vector<int64_t> examples_of(int64_t step) = 0;
+
+  /// What the summed loss of these examples is divided by: their number, or that of the tokens that have a loss.
+  virtual double weight(const std::vector<int64_t>& examples) const = 0;
+
+  /// The tokens that the model reads in these examples, without padding.
+  virtual int64_t tokens(const std::vector<int64_t>& examples) const = 0;
+
+  /// The summed loss of these examples, at least one: a scalar in the graph.
+  virtual torch::Tensor loss_sum(const std::vector<int64_t>& examples) = 0;
+
+  /// Whether the run has such data.
+  virtual bool has(Split split) const = 0;
+
+  /// Measures the model, without dropout and gradients, and leaves it in the mode it was in. The processes divide the
+  /// work and have the same result.
+  virtual Scores evaluate(Split split, const Processes& processes) = 0;
+
+  /// Which of the validation's scores says what is best.
+  virtual Headline headline() const = 0;
+
+  /// Writes the adapter in PEFT's format, and the head where there is one.
+  virtual void save(const std::filesystem::path& folder) const = 0;
+
+  /// Facts about model and data for the last line of metrics.jsonl.
+  virtual nlohmann::json summary() const = 0;
+
+  /// The same in a few words for people: "3,000 examples, 2 classes".
+  virtual std::string title() const = 0;
+
+  /// Lines that tell apart data that differ, for Processes::check_same.
+  virtual std::string describe() const = 0;
+};
+
+/// What `options` ask for: a sentence classifier where config.json's model_type is "bert", else a language model. Reads
+/// the data, loads the model, moves it to the device and gives it adapters drawn from the run's seed. Throws Error for
+/// options that this kind of model has not.
+std::unique_ptr<Workload> make_workload(const RunOptions& options, const Processes& processes);
+
+}  // namespace finetune
