@@ -306,5 +306,18 @@ TEST(AdapterTensors, GoByPeftsNamesWithoutTheAdapters) {
   EXPECT_TRUE(mentions(error_of([&] { names("other"); }), "two parameters would be called 'words.lora_embedding_B'"));
 }
 
+TEST(AdapterTensors, ModulesAndAdaptersMayHaveNamesThatBeginAsPeftsOwn) {
+  torch::OrderedDict<std::string, at::Tensor> parameters;
+  for (const char* name : {"lora_block.q.lora_A.lora_x.weight", "lora_block.q.lora_B.lora_x.weight",
+                           "lora_block.words.lora_embedding_A.lora_x", "lora_block.q.lora_A.lora_y.weight",
+                           "lora_block.q.weight", "lora_block.lora_A.weight"}) {
+    parameters.insert(name, torch::zeros({1}));
+  }
+  std::set<std::string> names;
+  for (const auto& item : adapter_tensors(parameters, "lora_x")) names.insert(item.first);
+  EXPECT_EQ(names, (std::set<std::string>{"lora_block.q.lora_A.weight", "lora_block.q.lora_B.weight",
+                                          "lora_block.words.lora_embedding_A", "lora_block.lora_A.weight"}));
+}
+
 }  // namespace
 }  // namespace lora_rite

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <torch/ordered_dict.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -293,6 +294,26 @@ inline size_t find_component(const std::string& name, const std::string& part) {
   return std::string::npos;
 }
 
+/// Where the component of a parameter's name stands that says what it is ("lora_A", "lora_magnitude_vector"); npos if
+/// there is none. Modules before it and the adapter behind it may have names that begin with "lora_", too.
+inline size_t find_lora_component(const std::string& name) {
+  size_t found = std::string::npos, known = std::string::npos;
+  for (size_t begin = 0; begin < name.size();) {
+    const size_t end = std::min(name.find('.', begin), name.size());
+    const std::string component = name.substr(begin, end - begin);
+    if (begins_with(component, "lora_")) {
+      found = begin;
+      const auto is = [&](const char* word) { return component == word; };
+      if (is("lora_A") || is("lora_B") || is("lora_embedding_A") || is("lora_embedding_B") ||
+          is("lora_magnitude_vector")) {
+        known = begin;
+      }
+    }
+    begin = end + 1;
+  }
+  return known != std::string::npos ? known : found;
+}
+
 /// Throws c10::Error unless every lora_A has a lora_B (embeddings' likewise), with one rank, which the description
 /// knows.
 inline void check_factors(const std::string& label, const Adapter& adapter) {
@@ -414,11 +435,10 @@ inline std::map<std::string, at::Tensor> adapter_tensors(
   std::map<std::string, at::Tensor> result;
   for (const auto& item : named_parameters) {
     std::string name = item.key();
-    size_t component = name.rfind(".lora_");
-    if (component == std::string::npos && detail::begins_with(name, "lora_")) component = 0;
+    const size_t component = detail::find_lora_component(name);
     if (component == std::string::npos) continue;
     // Behind "lora_A" stands nothing, ".weight", ".<adapter>" or ".<adapter>.weight".
-    const size_t dot = name.find('.', component + 1);
+    const size_t dot = name.find('.', component);
     std::string rest = dot == std::string::npos ? "" : name.substr(dot);
     if (rest == "." + adapter_name) {
       rest.clear();
@@ -429,7 +449,7 @@ inline std::map<std::string, at::Tensor> adapter_tensors(
     }
     name = name.substr(0, dot);
     // PEFT's files have DoRA's magnitudes without the module that holds them.
-    if (name.compare(component == 0 ? 0 : component + 1, std::string::npos, "lora_magnitude_vector") != 0) name += rest;
+    if (name.compare(component, std::string::npos, "lora_magnitude_vector") != 0) name += rest;
     TORCH_CHECK(result.emplace(name, item.value()).second, "adapter_tensors: two parameters would be called ",
                 detail::in_quotes(name));
   }

@@ -22,6 +22,12 @@ namespace lora_rite::nn {
 /// Tensors by name, as Adapter::tensors (io/peft.hpp) has them.
 using NamedTensors = std::map<std::string, torch::Tensor>;
 
+/// What load_base_state did not find.
+struct LeftOut {
+  std::vector<std::string> missing;     ///< in the model, not in the file
+  std::vector<std::string> unexpected;  ///< in the file, not in the model
+};
+
 namespace detail {
 
 /// Every parameter and buffer of the base by its name without adapters ("fc.weight", not "fc.base_layer.weight").
@@ -47,16 +53,50 @@ inline NamedTensors base_tensors(const torch::nn::Module& model, bool with_buffe
   return tensors;
 }
 
+/// What PEFT's files call the factors of the layer `name`: "fc.lora_A.weight", "e.lora_embedding_A".
+inline std::pair<std::string, std::string> factor_names(const std::string& name, const LoraLayer& layer) {
+  const auto [token_a, token_b] = layer.factor_tokens();
+  const std::string ending = std::string(token_a) == "lora_A" ? ".weight" : "";
+  return {joined(name, token_a) + ending, joined(name, token_b) + ending};
+}
+
+/// The biases that are trained with an adapter, by their names in PEFT's files. `adapted` has those of layers with
+/// adapters, by their names without: "fc.bias".
+inline NamedTensors bias_state(const torch::nn::Module& model, LoraBias bias, const std::set<std::string>& adapted) {
+  NamedTensors tensors;
+  if (bias == LoraBias::None) return tensors;
+  for (const auto& [name, tensor] : base_tensors(model, /*with_buffers=*/false)) {
+    const bool is_bias = name == "bias" || lora_rite::detail::ends_with(name, ".bias");
+    const bool is_adapted = adapted.count(name) > 0;
+    if (!is_bias || (bias == LoraBias::LoraOnly && !is_adapted)) continue;
+    const std::string owner = name.substr(0, name.size() - 4);  // "fc." or ""
+    tensors.emplace(is_adapted ? owner + "base_layer.bias" : name, tensor);
+  }
+  return tensors;
+}
+
+/// The names that are in one of both only.
+template <class Own>
+LeftOut left_out(const std::map<std::string, Own>& own, const NamedTensors& state) {
+  LeftOut result;
+  for (const auto& [name, value] : own) {
+    if (state.count(name) == 0) result.missing.push_back(name);
+  }
+  for (const auto& [name, tensor] : state) {
+    if (own.count(name) == 0) result.unexpected.push_back(name);
+  }
+  return result;
+}
+
 /// Throws c10::Error that lists up to eight names of each kind.
-inline void check_names(const char* function, const std::vector<std::string>& missing,
-                        const std::vector<std::string>& unexpected) {
+inline void check_names(const char* function, const LeftOut& left_out) {
   const auto some = [](std::vector<std::string> names) {
     const size_t more = names.size() > 8 ? names.size() - 8 : 0;
     names.resize(names.size() - more);
     return quoted_list(names) + (more > 0 ? " and " + std::to_string(more) + " more" : "");
   };
-  TORCH_CHECK(missing.empty() && unexpected.empty(), function, ": missing: ", some(missing),
-              "; unexpected: ", some(unexpected));
+  TORCH_CHECK(left_out.missing.empty() && left_out.unexpected.empty(), function, ": missing: ", some(left_out.missing),
+              "; unexpected: ", some(left_out.unexpected));
 }
 
 inline void check_shape(const char* function, const std::string& name, const torch::Tensor& own,
@@ -89,20 +129,12 @@ inline NamedTensors adapter_state(const torch::nn::Module& model, const std::str
   for (const auto& [name, layer] : layers) {
     if (!layer->adapter_names().empty()) adapted.insert(detail::joined(name, "bias"));
     if (!layer->has_adapter(adapter)) continue;
-    const auto [token_a, token_b] = layer->factor_tokens();
-    const std::string ending = std::string(token_a) == "lora_A" ? ".weight" : "";
-    tensors.emplace(detail::joined(name, token_a) + ending, layer->adapter(adapter).a);
-    tensors.emplace(detail::joined(name, token_b) + ending, layer->adapter(adapter).b);
+    const auto [name_a, name_b] = detail::factor_names(name, *layer);
+    tensors.emplace(name_a, layer->adapter(adapter).a);
+    tensors.emplace(name_b, layer->adapter(adapter).b);
     bias = layer->adapter(adapter).config.bias;
   }
-  if (bias == LoraBias::None) return tensors;
-  for (const auto& [name, tensor] : detail::base_tensors(model, /*with_buffers=*/false)) {
-    const bool is_bias = name == "bias" || lora_rite::detail::ends_with(name, ".bias");
-    const bool is_adapted = adapted.count(name) > 0;
-    if (!is_bias || (bias == LoraBias::LoraOnly && !is_adapted)) continue;
-    const std::string owner = name.substr(0, name.size() - 4);  // "fc." or ""
-    tensors.emplace(is_adapted ? owner + "base_layer.bias" : name, tensor);
-  }
+  tensors.merge(detail::bias_state(model, bias, adapted));
   return tensors;
 }
 
@@ -111,14 +143,8 @@ inline NamedTensors adapter_state(const torch::nn::Module& model, const std::str
 inline void load_adapter_state(torch::nn::Module& model, const NamedTensors& state,
                                const std::string& adapter = "default") {
   NamedTensors own = adapter_state(model, adapter);
-  std::vector<std::string> missing, unexpected;
-  for (const auto& [name, tensor] : own) {
-    if (state.count(name) == 0) missing.push_back(name);
-  }
-  for (const auto& [name, tensor] : state) {
-    if (own.count(name) == 0) unexpected.push_back(name);
-  }
-  detail::check_names("load_adapter_state", missing, unexpected);
+  const LeftOut left_out = detail::left_out(own, state);
+  detail::check_names("load_adapter_state", left_out);
   for (const auto& [name, tensor] : own) detail::check_shape("load_adapter_state", name, tensor, state.at(name));
   detail::copy_values(own, state);
 }
@@ -127,12 +153,6 @@ inline void load_adapter_state(torch::nn::Module& model, const NamedTensors& sta
 inline NamedTensors base_state(const torch::nn::Module& model) {
   return detail::base_tensors(model, /*with_buffers=*/true);
 }
-
-/// What load_base_state did not find.
-struct LeftOut {
-  std::vector<std::string> missing;     ///< in the model, not in the file
-  std::vector<std::string> unexpected;  ///< in the file, not in the model
-};
 
 /// Copies the tensors of an ordinary checkpoint ("fc.weight") into the base, with adapters or without, cast to its
 /// dtypes. Throws c10::Error naming what has another shape and, if `strict`, what is missing or unexpected; also if an
@@ -145,14 +165,8 @@ inline LeftOut load_base_state(torch::nn::Module& model, const NamedTensors& sta
     }
   }
   NamedTensors own = base_state(model);
-  LeftOut left_out;
-  for (const auto& [name, tensor] : own) {
-    if (state.count(name) == 0) left_out.missing.push_back(name);
-  }
-  for (const auto& [name, tensor] : state) {
-    if (own.count(name) == 0) left_out.unexpected.push_back(name);
-  }
-  if (strict) detail::check_names("load_base_state", left_out.missing, left_out.unexpected);
+  LeftOut left_out = detail::left_out(own, state);
+  if (strict) detail::check_names("load_base_state", left_out);
   for (const auto& [name, tensor] : own) {
     const auto other = state.find(name);
     if (other != state.end()) detail::check_shape("load_base_state", name, tensor, other->second);

@@ -114,9 +114,9 @@ inline const PlainLayer* plain_layer(const torch::nn::Module& module) {
 }
 
 /// Throws c10::Error unless every call of the plain layer goes through a Sequential that has registered it.
-inline void check_replaceable(const Found& found, const PlainLayer& kind) {
+inline void check_replaceable(const std::string& function, const Found& found, const PlainLayer& kind) {
   for (const auto& [parent, key] : found.places) {
-    TORCH_CHECK(dynamic_cast<torch::nn::SequentialImpl*>(parent) != nullptr, "inject_lora: '", found.name, "' is a ",
+    TORCH_CHECK(dynamic_cast<torch::nn::SequentialImpl*>(parent) != nullptr, function, ": '", found.name, "' is a ",
                 kind.plain, ", which its owner (", parent->name(),
                 ") calls through a member of its own: a LoRA layer in ",
                 "its place would never be called. Declare the member as ", kind.lora,
@@ -125,7 +125,7 @@ inline void check_replaceable(const Found& found, const PlainLayer& kind) {
   }
   // Each place has two owners: the list of children, and what the Sequential calls.
   const auto holders = found.module->weak_from_this().use_count() - 2 * static_cast<long>(found.places.size());
-  TORCH_CHECK(holders <= 0, "inject_lora: '", found.name, "' is a ", kind.plain, " that is held elsewhere than in its ",
+  TORCH_CHECK(holders <= 0, function, ": '", found.name, "' is a ", kind.plain, " that is held elsewhere than in its ",
               "torch::nn::Sequential, too (", holders, " more holders): calls from there would pass the adapter by. ",
               "Declare it as ", kind.lora, ", or let go of the others (`layer = nullptr`) before");
 }
@@ -182,6 +182,89 @@ inline void freeze_base(torch::nn::Module& model, LoraBias bias, const std::set<
   });
 }
 
+/// What is to be done to one layer.
+struct InjectionStep {
+  Found target;
+  LoraLayer* layer;     ///< the target, or the layer that replaces it
+  LoraConfig config;    ///< with the rank and the alpha of this layer
+  LoraAdapter adapter;  ///< to be prepared
+  Replacement replacement;
+};
+
+/// What is to be done to a model.
+struct Injection {
+  std::vector<InjectionStep> steps;
+  bool is_first;   ///< the model has no adapter yet
+  bool is_active;  ///< layers get the adapter as an active one
+};
+
+/// Every check of inject_lora but those of LoraLayer::prepare_adapter, which is to be called for each step. Changes
+/// nothing. `function` begins the errors.
+inline Injection plan_injection(const std::string& function, torch::nn::Module& model, const LoraConfig& config,
+                                const std::string& adapter) {
+  check_lora_config("LoraConfig: ", config);
+  std::vector<Found> found;
+  std::map<const void*, size_t> index;
+  find_modules(model, "", found, index);
+  const std::vector<Found> targets = find_targets(found, config);
+  TORCH_CHECK(!targets.empty(), function, ": target_modules (less exclude_modules) names no module of the model, ",
+              "which has ", some_candidates(found));
+
+  std::vector<std::string> active;
+  Injection injection{{}, true, false};
+  for (const auto& [name, layer] : lora_layers(model)) {
+    for (const auto& other : layer->adapter_names()) {
+      injection.is_first = false;
+      TORCH_CHECK(config.bias == LoraBias::None && layer->adapter(other).config.bias == LoraBias::None, function,
+                  ": the model has the adapter '", other,
+                  "'; with several adapters bias must be LoraBias::None for all of them");
+    }
+    active.insert(active.end(), layer->active().begin(), layer->active().end());
+  }
+  injection.is_active = injection.is_first || std::find(active.begin(), active.end(), adapter) != active.end();
+  if (injection.is_first) {
+    for (const auto& parameter : model.named_parameters()) {
+      TORCH_CHECK(parameter.value().is_leaf(), function, ": '", parameter.key(),
+                  "' is the result of an operation, expected a leaf tensor, which can be frozen");
+    }
+  }
+
+  for (const auto& target : targets) {
+    const auto* kind = plain_layer(*target.module);
+    if (kind != nullptr) check_replaceable(function, target, *kind);
+  }
+  for (const auto& target : targets) {
+    InjectionStep step{target, dynamic_cast<LoraLayer*>(target.module), config, {}, {}};
+    if (step.layer == nullptr) {
+      const auto* kind = plain_layer(*target.module);
+      TORCH_CHECK(kind != nullptr, function, ": '", target.name, "' is a ", target.module->name(),
+                  ", expected a linear layer, an embedding or a 2d convolution");
+      step.replacement = kind->replace(*target.module);
+      step.layer = step.replacement.layer;
+    }
+    step.config.rank = pattern_value("rank_pattern", config.rank_pattern, target.name, config.rank);
+    step.config.alpha = pattern_value("alpha_pattern", config.alpha_pattern, target.name, config.alpha);
+    injection.steps.push_back(std::move(step));
+  }
+  return injection;
+}
+
+/// Changes the model: nothing here fails but for want of memory.
+inline std::vector<InjectedLayer> carry_out(Injection injection, torch::nn::Module& model, const LoraConfig& config,
+                                            const std::string& adapter) {
+  std::vector<InjectedLayer> injected;
+  std::set<const void*> adapted;
+  for (auto& step : injection.steps) {
+    injected.push_back({step.target.name, step.config.rank, step.config.alpha, step.replacement.module != nullptr});
+    adapted.insert(step.layer);
+    step.layer->attach_adapter(adapter, std::move(step.adapter));
+    if (step.replacement.module != nullptr) replace(step.target, step.replacement);
+    if (!injection.is_active && step.layer->active() == std::vector<std::string>{adapter}) step.layer->set_active({});
+  }
+  if (injection.is_first) freeze_base(model, config.bias, adapted);
+  return injected;
+}
+
 }  // namespace detail
 
 /// Gives every module of `model` that the config names an adapter, by PEFT's rules: names of modules are full
@@ -200,78 +283,11 @@ inline void freeze_base(torch::nn::Module& model, LoraBias bias, const std::set<
 /// biases are to be trained and there is another adapter.
 inline std::vector<InjectedLayer> inject_lora(torch::nn::Module& model, const LoraConfig& config,
                                               const std::string& adapter = "default") {
-  using detail::Found;
-  check_lora_config("LoraConfig: ", config);
-  std::vector<Found> found;
-  std::map<const void*, size_t> index;
-  detail::find_modules(model, "", found, index);
-  const std::vector<Found> targets = detail::find_targets(found, config);
-  TORCH_CHECK(!targets.empty(), "inject_lora: target_modules (less exclude_modules) names no module of the model, ",
-              "which has ", detail::some_candidates(found));
-
-  const auto others = lora_layers(model);
-  std::vector<std::string> active;
-  bool is_first = true;
-  for (const auto& [name, layer] : others) {
-    for (const auto& other : layer->adapter_names()) {
-      is_first = false;
-      TORCH_CHECK(config.bias == LoraBias::None && layer->adapter(other).config.bias == LoraBias::None,
-                  "inject_lora: the model has the adapter '", other,
-                  "'; with several adapters bias must be LoraBias::None for all of them");
-    }
-    for (const auto& other : layer->active()) {
-      if (std::find(active.begin(), active.end(), other) == active.end()) active.push_back(other);
-    }
+  detail::Injection injection = detail::plan_injection("inject_lora", model, config, adapter);
+  for (auto& step : injection.steps) {
+    step.adapter = step.layer->prepare_adapter("inject_lora: '" + step.target.name + "': ", adapter, step.config);
   }
-  if (is_first) {
-    active = {adapter};
-    for (const auto& parameter : model.named_parameters()) {
-      TORCH_CHECK(parameter.value().is_leaf(), "inject_lora: '", parameter.key(),
-                  "' is the result of an operation, expected a leaf tensor, which can be frozen");
-    }
-  }
-
-  // Everything that can fail comes before the first change.
-  struct Step {
-    const Found* target;
-    LoraLayer* layer;
-    LoraAdapter adapter;
-    detail::Replacement replacement;
-  };
-  std::vector<Step> steps;
-  for (const auto& target : targets) {
-    const auto* kind = detail::plain_layer(*target.module);
-    if (kind != nullptr) detail::check_replaceable(target, *kind);
-  }
-  for (const auto& target : targets) {
-    Step step{&target, dynamic_cast<LoraLayer*>(target.module), {}, {}};
-    if (step.layer == nullptr) {
-      const auto* kind = detail::plain_layer(*target.module);
-      TORCH_CHECK(kind != nullptr, "inject_lora: '", target.name, "' is a ", target.module->name(),
-                  ", expected a linear layer, an embedding or a 2d convolution");
-      step.replacement = kind->replace(*target.module);
-      step.layer = step.replacement.layer;
-    }
-    LoraConfig own = config;
-    own.rank = detail::pattern_value("rank_pattern", config.rank_pattern, target.name, config.rank);
-    own.alpha = detail::pattern_value("alpha_pattern", config.alpha_pattern, target.name, config.alpha);
-    step.adapter = step.layer->prepare_adapter("inject_lora: '" + target.name + "': ", adapter, own);
-    steps.push_back(std::move(step));
-  }
-
-  std::vector<InjectedLayer> injected;
-  std::set<const void*> adapted;
-  const bool is_active = std::find(active.begin(), active.end(), adapter) != active.end();
-  for (auto& step : steps) {
-    injected.push_back(
-        {step.target->name, step.adapter.config.rank, step.adapter.config.alpha, step.replacement.module != nullptr});
-    adapted.insert(step.layer);
-    step.layer->attach_adapter(adapter, std::move(step.adapter));
-    if (step.replacement.module != nullptr) detail::replace(*step.target, step.replacement);
-    if (!is_active && step.layer->active() == std::vector<std::string>{adapter}) step.layer->set_active({});
-  }
-  if (is_first) detail::freeze_base(model, config.bias, adapted);
-  return injected;
+  return detail::carry_out(std::move(injection), model, config, adapter);
 }
 
 }  // namespace lora_rite::nn

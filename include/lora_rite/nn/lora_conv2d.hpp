@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "lora_rite/nn/lora_layer.hpp"
 
@@ -33,6 +34,11 @@ class LoraConv2dImpl : public LoraLayerImpl<LoraConv2dImpl, torch::nn::Conv2d> {
   const char* type_name() const override { return "LoraConv2d"; }
   std::pair<const char*, const char*> factor_tokens() const override { return {"lora_A", "lora_B"}; }
 
+  std::pair<std::vector<int64_t>, std::vector<int64_t>> factor_shapes(int64_t rank) const override {
+    const torch::Tensor& weight = base_layer()->weight;  // [out, in, kh, kw]
+    return {{rank, weight.size(1), weight.size(2), weight.size(3)}, {weight.size(0), rank, 1, 1}};
+  }
+
  protected:
   torch::Tensor product(const torch::Tensor& a, const torch::Tensor& b) const override {
     return torch::matmul(b.flatten(1), a.flatten(1)).view(base_layer()->weight.sizes());
@@ -46,10 +52,10 @@ class LoraConv2dImpl : public LoraLayerImpl<LoraConv2dImpl, torch::nn::Conv2d> {
     return torch::conv2d(down.forward(adapter_input(input, adapter)), adapter.b);
   }
 
-  void check_fits(const std::string& label, const LoraConfig& config) const override {
+  void check_fits(const std::string& label, const LoraConfig& config, bool draws) const override {
     TORCH_CHECK(base_layer()->options.groups() == 1, label, "the base has ", base_layer()->options.groups(),
                 " groups, expected 1");
-    TORCH_CHECK(config.init != LoraInit::Orthogonal && config.init != LoraInit::Pissa, label,
+    TORCH_CHECK(!draws || (config.init != LoraInit::Orthogonal && config.init != LoraInit::Pissa), label,
                 "a convolution cannot start by LoraInit::Orthogonal or LoraInit::Pissa, expected another one");
   }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "lora_rite/nn/lora_layer.hpp"
 
@@ -36,6 +37,11 @@ class LoraEmbeddingImpl : public LoraLayerImpl<LoraEmbeddingImpl, torch::nn::Emb
     return {"lora_embedding_A", "lora_embedding_B"};
   }
 
+  std::pair<std::vector<int64_t>, std::vector<int64_t>> factor_shapes(int64_t rank) const override {
+    const torch::Tensor& weight = base_layer()->weight;  // [num_embeddings, dim]
+    return {{rank, weight.size(0)}, {weight.size(1), rank}};
+  }
+
  protected:
   torch::Tensor product(const torch::Tensor& a, const torch::Tensor& b) const override {
     return torch::matmul(b, a).t();
@@ -49,8 +55,8 @@ class LoraEmbeddingImpl : public LoraLayerImpl<LoraEmbeddingImpl, torch::nn::Emb
     return torch::linear(F::embedding(indices, adapter.a.t(), rows), adapter.b);
   }
 
-  void check_fits(const std::string& label, const LoraConfig& config) const override {
-    TORCH_CHECK(config.init != LoraInit::Orthogonal && config.init != LoraInit::Pissa, label,
+  void check_fits(const std::string& label, const LoraConfig& config, bool draws) const override {
+    TORCH_CHECK(!draws || (config.init != LoraInit::Orthogonal && config.init != LoraInit::Pissa), label,
                 "an embedding cannot start by LoraInit::Orthogonal or LoraInit::Pissa, expected another one");
     TORCH_CHECK(!base_layer()->options.max_norm().has_value(), label,
                 "the base has a max_norm, which rewrites its weight in every forward pass, expected none");

@@ -32,6 +32,11 @@ struct LoraAdapter {
   torch::Tensor initial_a, initial_b;
 };
 
+/// Values for the factors of a new adapter, from a file.
+struct FactorValues {
+  torch::Tensor a, b;
+};
+
 namespace detail {
 
 /// The parameters a module has registered, to be written: Module lets only its descendants do so.
@@ -183,9 +188,13 @@ class LoraLayer {
   virtual torch::nn::Module& base_module() const = 0;
 
   /// The first half of add_adapter, for those who must know that several layers will do it before one does: checks, and
-  /// makes the factors. `label` begins every error.
-  virtual LoraAdapter prepare_adapter(const std::string& label, const std::string& name,
-                                      const LoraConfig& config) const = 0;
+  /// makes the factors. `label` begins every error. Given factors are copied, whatever the config's `init` says:
+  /// nothing is drawn or computed then, and it throws if a shape is not `factor_shapes`.
+  virtual LoraAdapter prepare_adapter(const std::string& label, const std::string& name, const LoraConfig& config,
+                                      const std::optional<FactorValues>& factors = std::nullopt) const = 0;
+
+  /// The shapes of A and B with this rank.
+  virtual std::pair<std::vector<int64_t>, std::vector<int64_t>> factor_shapes(int64_t rank) const = 0;
 
   /// The second half, which only fails for want of memory.
   virtual void attach_adapter(const std::string& name, LoraAdapter adapter) = 0;
@@ -294,8 +303,8 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
 
   torch::nn::Module& base_module() const override { return *base_layer_.ptr(); }
 
-  LoraAdapter prepare_adapter(const std::string& label, const std::string& name,
-                              const LoraConfig& config) const override {
+  LoraAdapter prepare_adapter(const std::string& label, const std::string& name, const LoraConfig& config,
+                              const std::optional<FactorValues>& factors = std::nullopt) const override {
     check_lora_config(label, config);
     TORCH_CHECK(!name.empty(), label, "the adapter's name is empty");
     TORCH_CHECK(name.find('.') == std::string::npos, label, "the adapter's name is '", name,
@@ -305,16 +314,22 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     TORCH_CHECK(at::isFloatingType(weight.scalar_type()), label, "the base weight is ", weight.scalar_type(),
                 ", expected a floating dtype");
     for (const auto& [other_name, other] : adapters_) {
-      TORCH_CHECK(!other.initial_a.defined() && config.init != LoraInit::Pissa, label, "the adapter '",
+      TORCH_CHECK(!other.initial_a.defined() && (config.init != LoraInit::Pissa || factors), label, "the adapter '",
                   other.initial_a.defined() ? other_name : name,
                   "' starts by LoraInit::Pissa, which changes the base weight, so the layer can have no other");
     }
-    check_fits(label, config);
+    check_fits(label, config, /*draws=*/!factors);
     torch::NoGradGuard no_grad;
     const auto dtype =
         config.factor_dtype.value_or(detail::is_half(weight.scalar_type()) ? torch::kFloat : weight.scalar_type());
     LoraAdapter adapter;
     adapter.config = config;
+    if (factors) {
+      const auto [shape_a, shape_b] = factor_shapes(config.rank);
+      adapter.a = own_values(label, factor_tokens().first, factors->a, shape_a, weight.options().dtype(dtype));
+      adapter.b = own_values(label, factor_tokens().second, factors->b, shape_b, weight.options().dtype(dtype));
+      return adapter;
+    }
     // Random numbers are drawn in float or double, whatever the factors' dtype.
     std::tie(adapter.a, adapter.b) = initial_factors(
         label, config, weight.options().dtype(dtype == torch::kDouble ? torch::kDouble : torch::kFloat));
@@ -378,8 +393,8 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
   /// B(A(dropout(input))), not scaled.
   virtual torch::Tensor adapter_output(const torch::Tensor& input, const LoraAdapter& adapter) = 0;
 
-  /// Throws unless the layer can have such an adapter.
-  virtual void check_fits(const std::string& label, const LoraConfig& config) const = 0;
+  /// Throws unless the layer can have such an adapter, and, if its factors are to be drawn, start them so.
+  virtual void check_fits(const std::string& label, const LoraConfig& config, bool draws) const = 0;
 
   /// The factors at the start, A and B, in the options' dtype.
   virtual std::pair<torch::Tensor, torch::Tensor> initial_factors(const std::string& label, const LoraConfig& config,
@@ -392,6 +407,16 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
   }
 
  private:
+  /// A copy of given values. Throws if they have another shape.
+  static torch::Tensor own_values(const std::string& label, const char* token, const torch::Tensor& values,
+                                  const std::vector<int64_t>& shape, const torch::TensorOptions& options) {
+    TORCH_CHECK(values.defined() && values.sizes() == at::IntArrayRef(shape), label, token, " is ",
+                values.defined() ? values.sizes() : at::IntArrayRef(), ", expected ", at::IntArrayRef(shape));
+    TORCH_CHECK(at::isFloatingType(values.scalar_type()), label, token, " is ", values.scalar_type(),
+                ", expected a floating dtype");
+    return torch::empty(shape, options).copy_(values);
+  }
+
   /// What LoraInit::Pissa took out of the base weight.
   torch::Tensor initial_delta(const LoraAdapter& adapter) const {
     const auto device = base_layer_->weight.device();

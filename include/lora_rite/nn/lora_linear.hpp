@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "lora_rite/nn/lora_layer.hpp"
 
@@ -33,6 +34,11 @@ class LoraLinearImpl : public LoraLayerImpl<LoraLinearImpl, torch::nn::Linear> {
   const char* type_name() const override { return "LoraLinear"; }
   std::pair<const char*, const char*> factor_tokens() const override { return {"lora_A", "lora_B"}; }
 
+  std::pair<std::vector<int64_t>, std::vector<int64_t>> factor_shapes(int64_t rank) const override {
+    const torch::Tensor& weight = base_layer()->weight;  // [out, in]
+    return {{rank, weight.size(1)}, {weight.size(0), rank}};
+  }
+
  protected:
   torch::Tensor product(const torch::Tensor& a, const torch::Tensor& b) const override { return torch::matmul(b, a); }
 
@@ -40,7 +46,8 @@ class LoraLinearImpl : public LoraLayerImpl<LoraLinearImpl, torch::nn::Linear> {
     return torch::linear(torch::linear(adapter_input(input, adapter), adapter.a), adapter.b);
   }
 
-  void check_fits(const std::string& label, const LoraConfig& config) const override {
+  void check_fits(const std::string& label, const LoraConfig& config, bool draws) const override {
+    if (!draws) return;
     const torch::Tensor& weight = base_layer()->weight;  // [out, in]
     TORCH_CHECK(config.init != LoraInit::Orthogonal || config.rank % 2 == 0, label, "rank is ", config.rank,
                 ", expected an even one for LoraInit::Orthogonal");
