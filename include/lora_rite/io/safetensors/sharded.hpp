@@ -1,0 +1,140 @@
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "lora_rite/io/files.hpp"
+#include "lora_rite/io/json.hpp"
+#include "lora_rite/io/safetensors/header.hpp"
+#include "lora_rite/io/safetensors/read.hpp"
+
+namespace lora_rite {
+
+namespace detail {
+
+/// Reads the `weight_map` of a sharded checkpoint's index, {tensor: shard}, and passes over everything else.
+class ShardIndexReader : public JsonReader {
+ public:
+  using JsonReader::JsonReader;
+
+  bool null() override { return skip("null"); }
+  bool boolean(bool value) override { return skip(value ? "true" : "false"); }
+  bool number_integer(number_integer_t value) override { return skip(std::to_string(value)); }
+  bool number_unsigned(number_unsigned_t value) override { return skip(std::to_string(value)); }
+  bool number_float(number_float_t, const string_t& text) override { return skip(text); }
+  bool string(string_t& text) override {
+    if (!in_map()) return skip("the text " + in_quotes(text));
+    shards_.emplace(tensor_, text);
+    return true;
+  }
+
+  bool start_object(size_t) override {
+    if (in_map()) return refuse("an object");
+    return open();
+  }
+  bool key(string_t& key) override {
+    if (in_map()) {
+      TORCH_CHECK(shards_.count(key) == 0, label(), "weight_map names ", in_quotes(key), " twice");
+      tensor_ = key;
+    } else if (depth_ == 1) {
+      at_map_ = key == "weight_map";
+      TORCH_CHECK(!at_map_ || !std::exchange(found_, true), label(), "names 'weight_map' twice");
+    }
+    return true;
+  }
+  bool end_object() override { return close(); }
+  bool start_array(size_t) override {
+    if (depth_ == 0 || (depth_ == 1 && at_map_) || in_map()) return refuse("a list");
+    return open();
+  }
+  bool end_array() override { return close(); }
+
+  /// The shard of every tensor. Throws c10::Error if there is no weight_map.
+  std::map<std::string, std::string> take() {
+    TORCH_CHECK(found_, label(), "has no weight_map");
+    return std::move(shards_);
+  }
+
+ protected:
+  std::string place() const override {
+    if (in_map()) return "the shard of tensor " + in_quotes(tensor_);
+    return depth_ == 0 ? "its content" : "weight_map";
+  }
+  std::string expectation() const override { return in_map() ? "a file name" : "an object"; }
+
+ private:
+  static constexpr int kMaxDepth = 16;
+
+  bool in_map() const { return at_map_ && depth_ == 2; }
+
+  bool open() {
+    TORCH_CHECK(++depth_ <= kMaxDepth, label(), "is nested more than ", kMaxDepth, " deep");
+    return true;
+  }
+  bool close() {
+    --depth_;
+    return true;
+  }
+  bool skip(const std::string& found) {
+    if (depth_ == 0 || (depth_ == 1 && at_map_) || in_map()) return refuse(found);
+    return true;
+  }
+
+  int depth_ = 0;
+  bool at_map_ = false;  ///< the last key of the outer object was weight_map
+  bool found_ = false;
+  std::string tensor_;
+  std::map<std::string, std::string> shards_;
+};
+
+/// Throws c10::Error unless a shard's name, which comes from a file, leads to a file in the folder of the index or
+/// below: no absolute path, no "..", no control characters.
+inline void check_shard_name(const std::string& label, const std::string& name) {
+  const std::filesystem::path path(name);
+  bool is_inside = path.has_filename() && !path.is_absolute();
+  for (const auto& part : path) is_inside = is_inside && part != ".." && part != ".";
+  for (const char character : name) is_inside = is_inside && static_cast<unsigned char>(character) >= 0x20;
+  TORCH_CHECK(is_inside, label, "names the shard ", in_quotes(name),
+              ", expected the name of a file in the same folder");
+}
+
+}  // namespace detail
+
+/// The tensors of a checkpoint in a folder, as Hugging Face's libraries write it: model.safetensors.index.json and the
+/// shards that it names, or model.safetensors alone. Of each shard the tensors that the index puts there; metadata is
+/// that of model.safetensors, or empty for shards. Throws c10::Error naming the file, what was found and what was
+/// expected if one is missing or damaged, the index (at most 100 MB) is no such index, a shard's name leads out of the
+/// folder (absolute, or with ".."), or a shard lacks a tensor. Symbolic links are followed, as in the libraries'
+/// caches.
+inline Safetensors load_sharded(const std::filesystem::path& folder) {
+  const std::filesystem::path index = folder / "model.safetensors.index.json";
+  std::error_code error;
+  if (!std::filesystem::exists(index, error) && std::filesystem::exists(folder / "model.safetensors", error)) {
+    return load_safetensors(folder / "model.safetensors");
+  }
+  const std::string label = "shard index " + index.string() + ": ";
+  const std::string text = detail::read_file(index, label, detail::kMaxSafetensorsHeader);
+  detail::ShardIndexReader reader(label);
+  reader.read(text.data(), text.data() + text.size());
+  const std::map<std::string, std::string> shards = reader.take();
+
+  std::map<std::string, std::vector<std::string>> tensors_of;
+  for (const auto& [tensor, shard] : shards) {
+    detail::check_shard_name(label, shard);
+    tensors_of[shard].push_back(tensor);
+  }
+  Safetensors content;
+  for (const auto& [shard, tensors] : tensors_of) {
+    const SafetensorsFile file(folder / shard);
+    for (const std::string& tensor : tensors) content.tensors.emplace(tensor, file.tensor(tensor));
+  }
+  return content;
+}
+
+}  // namespace lora_rite
