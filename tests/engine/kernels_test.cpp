@@ -158,178 +158,174 @@ double relative(const MatrixXd& found, const MatrixXd& expected) {
   return (found - expected).norm() / (expected.norm() + 1e-300);
 }
 
-TEST(Kernels, PassesOverTheRows) {
+/// The matrix [rank, rank] that begins at `column` of sums [rank, columns].
+MatrixXd part_of(const std::vector<double>& sums, int64_t rank, int64_t columns, int64_t column) {
+  MatrixXd result(rank, rank);
+  for (int64_t i = 0; i < rank; ++i)
+    for (int64_t j = 0; j < rank; ++j) result(i, j) = sums[static_cast<size_t>(i * columns + column + j)];
+  return result;
+}
+
+/// The same of a symmetric one at the first column, of which only i ≤ j is there.
+MatrixXd symmetric(const std::vector<double>& sums, int64_t rank, int64_t columns) {
+  return part_of(sums, rank, columns, 0).selfadjointView<Eigen::Upper>();
+}
+
+/// body(table, shape, blocks, where) for every instruction set, both factors, and these ranks and numbers of rows. In
+/// the blocks is what an earlier step left there.
+template <class Body>
+void for_each_shape(const std::vector<int64_t>& ranks, const std::vector<int64_t>& rows, const Body& body) {
   for (const Table* table : tables()) {
     for (const bool rank_first : {true, false}) {
-      for (const int64_t rank : {1, 3, 4, 7, 8, 12, 16, 20, 32, 64}) {
-        for (const int64_t rows : {1, 5, 16, 63, 64, 300}) {
-          const std::string where = std::string(table->name) + ", rank " + std::to_string(rank) + ", rows " +
-                                    std::to_string(rows) + (rank_first ? ", A" : ", B");
-          const Shape shape = {rows, rank, rank_first};
-          const int64_t p = padded_rank(rank);
+      for (const int64_t rank : ranks) {
+        for (const int64_t n : rows) {
           Aligned memory(Blocks::size(rank));
-          std::fill_n(memory.data(), Blocks::size(rank), 1e3);  // what an earlier step left there
-          const Blocks blocks = Blocks::in(memory.data(), rank);
-          Random random;
-          std::vector<float> x = random.floats(rows * rank), n = random.floats(rows * rank);
-          const std::vector<float> g = random.floats(rows * rank);
-          std::vector<double> weights(static_cast<size_t>(rows));
-          for (size_t i = 0; i < weights.size(); ++i) weights[i] = 0.5 + 0.01 * static_cast<double>(i);
-          std::vector<float> momentum_map(static_cast<size_t>(p * p));
-          std::vector<double> gradient_map(static_cast<size_t>(p * p));
-          MatrixXd mm(rank, rank), gm(rank, rank);
-          const std::vector<float> entries = random.floats(2 * rank * rank);
-          for (int64_t i = 0; i < rank; ++i)
-            for (int64_t j = 0; j < rank; ++j) {
-              const size_t e = static_cast<size_t>(i * rank + j), square = static_cast<size_t>(rank * rank);
-              const size_t place = static_cast<size_t>(i * p + j);
-              mm(i, j) = momentum_map[place] = entries[e];
-              gm(i, j) = gradient_map[place] = entries[e + square];
-            }
-          const MatrixXd x0 = tall(x, shape), n0 = tall(n, shape), g0 = tall(g, shape);
-
-          std::vector<double> products(static_cast<size_t>(2 * p * p)), weighted(static_cast<size_t>(p));
-          // The matrix that begins at `column` of [p][columns]; of a symmetric one only i ≤ j is read.
-          const auto square = [&](const std::vector<double>& sums, int64_t column, int64_t columns, bool symmetric) {
-            MatrixXd result(rank, rank);
-            for (int64_t i = 0; i < rank; ++i)
-              for (int64_t j = 0; j < rank; ++j) {
-                const int64_t row = symmetric ? std::min(i, j) : i, other = symmetric ? std::max(i, j) : j;
-                result(i, j) = sums[static_cast<size_t>(row * columns + column + other)];
-              }
-            return result;
-          };
-          std::vector<double> gram(static_cast<size_t>(p * p)), update_gram(gram);
-          table->gram(g.data(), nullptr, shape, 0, rows, blocks, gram.data(), nullptr);
-          EXPECT_LT(relative(square(gram, 0, p, true), g0.transpose() * g0), 1e-13) << where;
-
-          const Maps maps = {momentum_map.data(), gradient_map.data(), 0.9F, 0.1F, true};
-          const MatrixXd n1 = n0 * mm + g0 * gm, x1 = 0.9 * x0 - 0.1 * n1;
-          {  // The momentum's map in double takes the place of the other.
-            std::vector<double> wide_map(static_cast<size_t>(p * p));
-            for (int64_t i = 0; i < rank; ++i)
-              for (int64_t j = 0; j < rank; ++j) wide_map[static_cast<size_t>(i * p + j)] = mm(i, j);
-            const Maps wide = {nullptr, gradient_map.data(), 0.9F, 0.1F, true, wide_map.data()};
-            std::vector<float> moved_x = x, moved_n = n;
-            std::vector<double> unused_products(products.size()), unused_weighted(weighted.size());
-            table->apply(moved_x.data(), moved_n.data(), g.data(), weights.data(), shape, 0, rows, wide, blocks,
-                         {unused_products.data(), unused_weighted.data()});
-            EXPECT_LT(relative(tall(moved_n, shape), n1), 2e-7) << where;
-          }
-          table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, update_gram.data());
-          EXPECT_LT(relative(square(update_gram, 0, p, true), n1.transpose() * n1), 1e-5) << where;
-          table->apply(x.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,
-                       {products.data(), weighted.data()});
-          EXPECT_LT(relative(tall(n, shape), n1), 1e-5) << where;
-          EXPECT_LT(relative(tall(x, shape), x1), 1e-5) << where;
-          const MatrixXd x2 = tall(x, shape), n2 = tall(n, shape);
-          EXPECT_LT(relative(square(products, 0, 2 * p, true), x2.transpose() * x2), 1e-13) << where;
-          EXPECT_LT(relative(square(products, p, 2 * p, false), x2.transpose() * n2), 1e-12) << where;
-          Eigen::RowVectorXd sums = Eigen::RowVectorXd::Zero(rank);
-          for (int64_t row = 0; row < rows; ++row) sums += weights[static_cast<size_t>(row)] * x2.row(row);
-          for (int64_t i = 0; i < rank; ++i) EXPECT_NEAR(weighted[static_cast<size_t>(i)], sums(i), 1e-10) << where;
-
-          // A factor without a gradient rests; only its momentum is carried along.
-          std::vector<float> resting_x = x, resting_n = n;
-          Maps resting = maps;
-          resting.has_gradient = false;
-          table->apply(resting_x.data(), resting_n.data(), nullptr, weights.data(), shape, 0, rows, resting, blocks,
-                       {});
-          EXPECT_EQ(resting_x, x) << where;
-          EXPECT_LT(relative(tall(resting_n, shape), n2 * mm), 1e-5) << where;
-
-          // What act 3 leaves is bit for bit what reading the rows again gives: a resumed run depends on it.
-          std::vector<double> products_again(products.size()), weighted_again(weighted.size());
-          table->remember(x.data(), n.data(), weights.data(), shape, 0, rows, blocks,
-                          {products_again.data(), weighted_again.data()});
-          EXPECT_EQ(products, products_again) << where;
-          EXPECT_EQ(weighted, weighted_again) << where;
+          std::fill_n(memory.data(), Blocks::size(rank), 1e3);
+          body(table, Shape{n, rank, rank_first}, Blocks::in(memory.data(), rank),
+               std::string(table->name) + ", rank " + std::to_string(rank) + ", rows " + std::to_string(n) +
+                   (rank_first ? ", A" : ", B"));
         }
       }
     }
   }
 }
 
-TEST(Kernels, RowEquilibration) {
-  for (const Table* table : tables()) {
-    for (const bool rank_first : {true, false}) {
-      for (const int64_t rank : {1, 3, 4, 7, 8, 16, 20, 33, 64}) {
-        for (const int64_t rows : {1, 5, 16, 63, 300}) {
-          const std::string where = std::string(table->name) + ", rank " + std::to_string(rank) + ", rows " +
-                                    std::to_string(rows) + (rank_first ? ", A" : ", B");
-          const Shape shape = {rows, rank, rank_first};
-          const int64_t p = padded_rank(rank);
-          Aligned memory(Blocks::size(rank));
-          std::fill_n(memory.data(), Blocks::size(rank), 1e3);  // what an earlier step left there
-          const Blocks blocks = Blocks::in(memory.data(), rank);
-          Random random;
-          std::vector<float> n = random.floats(rows * rank), g = random.floats(rows * rank);
-          const int64_t silent = rows > 4 ? 3 : rows;  // a row that has no gradient, and never had one
-          std::vector<float> moments(static_cast<size_t>(rows)), nothing(n.size());
-          for (size_t k = 0; k < moments.size(); ++k) moments[k] = 0.01F + 0.7F * static_cast<float>(k % 11);
-          moments[0] = 0;  // its first gradient comes now
-          if (silent < rows) {
-            moments[static_cast<size_t>(silent)] = 0;
-            for (int64_t i = 0; i < rank; ++i)
-              g[static_cast<size_t>(rank_first ? i * rows + silent : silent * rank + i)] = 0;
-          }
-          std::vector<float> momentum_map(static_cast<size_t>(p * p));
-          std::vector<double> gradient_map(momentum_map.size()), plain_map(momentum_map.size());
-          MatrixXd gm(rank, rank), pm(rank, rank);
-          for (MatrixXd* map : {&gm, &pm}) {
-            const std::vector<float> entries = random.floats(rank * rank);
-            for (int64_t e = 0; e < rank * rank; ++e) (*map)(e / rank, e % rank) = entries[static_cast<size_t>(e)];
-          }
-          for (int64_t i = 0; i < rank; ++i)
-            for (int64_t j = 0; j < rank; ++j) {
-              momentum_map[static_cast<size_t>(i * p + j)] = i == j ? 0.5F : 0;
-              gradient_map[static_cast<size_t>(i * p + j)] = gm(i, j);
-              plain_map[static_cast<size_t>(i * p + j)] = pm(i, j);
-            }
-          const MatrixXd g0 = tall(g, shape), n0 = tall(n, shape);
-          const double decay = 0.75;
-          Eigen::VectorXd next(rows), scale(rows), known_scale(rows);
-          for (int64_t k = 0; k < rows; ++k) {
-            const double known = moments[static_cast<size_t>(k)];
-            known_scale(k) = known > 0 ? 1 / std::sqrt(known) : 1;
-            next(k) = decay * known + (1 - decay) * (g0.row(k) * pm).squaredNorm() / static_cast<double>(rank);
-            scale(k) = next(k) > 0 ? 1 / std::sqrt(next(k)) : 0;
-          }
-
-          // Of a symmetric matrix only i ≤ j is there.
-          const auto symmetric = [&](const std::vector<double>& sums) {
-            MatrixXd result(rank, rank);
-            for (int64_t i = 0; i < rank; ++i)
-              for (int64_t j = 0; j < rank; ++j)
-                result(i, j) = sums[static_cast<size_t>(std::min(i, j) * p + std::max(i, j))];
-            return result;
-          };
-          std::vector<double> plain(static_cast<size_t>(p * p)), equilibrated(plain), of_update(plain);
-          table->gram(g.data(), moments.data(), shape, 0, rows, blocks, plain.data(), equilibrated.data());
-          const MatrixXd scaled = known_scale.asDiagonal() * g0;
-          EXPECT_LT(relative(symmetric(plain), g0.transpose() * g0), 1e-13) << where;
-          EXPECT_LT(relative(symmetric(equilibrated), scaled.transpose() * scaled), 1e-13) << where;
-
-          // An update is as good as floats are. Moments are rounded to float, and so is what they are the squares of.
-          const MatrixXd n1 = 0.5 * n0 + scale.asDiagonal() * g0 * gm;
-          Maps maps = {momentum_map.data(), gradient_map.data(), 1, 0.1F, true};
-          maps.rows = {plain_map.data(), moments.data(), decay};
-          const std::vector<float> before = moments;
-          table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, of_update.data());
-          EXPECT_LT(relative(symmetric(of_update), n1.transpose() * n1), 2e-6) << where;
-          EXPECT_EQ(moments, before) << where;
-
-          maps.rows.next = moments.data();
-          std::vector<double> weights(moments.size()), products(2 * plain.size()), weighted(static_cast<size_t>(p));
-          table->apply(nothing.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,
-                       {products.data(), weighted.data()});
-          EXPECT_LT(relative(tall(n, shape), n1), 1e-6) << where;
-          for (int64_t k = 0; k < rows; ++k)
-            EXPECT_NEAR(moments[static_cast<size_t>(k)], next(k), 2e-7 * next(k)) << where << ", row " << k;
-        }
-      }
+/// The passes that every step makes, one after the other, against Eigen.
+void check_passes(const Table* table, const Shape& shape, const Blocks& blocks, const std::string& where) {
+  const auto [rows, rank, rank_first] = shape;
+  const int64_t p = padded_rank(rank);
+  Random random;
+  std::vector<float> x = random.floats(rows * rank), n = random.floats(rows * rank);
+  const std::vector<float> g = random.floats(rows * rank);
+  std::vector<double> weights(static_cast<size_t>(rows));
+  for (size_t i = 0; i < weights.size(); ++i) weights[i] = 0.5 + 0.01 * static_cast<double>(i);
+  std::vector<float> momentum_map(static_cast<size_t>(p * p));
+  std::vector<double> gradient_map(static_cast<size_t>(p * p));
+  MatrixXd mm(rank, rank), gm(rank, rank);
+  const std::vector<float> entries = random.floats(2 * rank * rank);
+  for (int64_t i = 0; i < rank; ++i)
+    for (int64_t j = 0; j < rank; ++j) {
+      const size_t e = static_cast<size_t>(i * rank + j), square = static_cast<size_t>(rank * rank);
+      const size_t place = static_cast<size_t>(i * p + j);
+      mm(i, j) = momentum_map[place] = entries[e];
+      gm(i, j) = gradient_map[place] = entries[e + square];
     }
+  const MatrixXd x0 = tall(x, shape), n0 = tall(n, shape), g0 = tall(g, shape);
+
+  std::vector<double> products(static_cast<size_t>(2 * p * p)), weighted(static_cast<size_t>(p));
+  std::vector<double> gram(static_cast<size_t>(p * p)), update_gram(gram);
+  table->gram(g.data(), nullptr, shape, 0, rows, blocks, gram.data(), nullptr);
+  EXPECT_LT(relative(symmetric(gram, rank, p), g0.transpose() * g0), 1e-13) << where;
+
+  const Maps maps = {momentum_map.data(), gradient_map.data(), 0.9F, 0.1F, true};
+  const MatrixXd n1 = n0 * mm + g0 * gm, x1 = 0.9 * x0 - 0.1 * n1;
+  {  // The momentum's map in double takes the place of the other.
+    std::vector<double> wide_map(static_cast<size_t>(p * p));
+    for (int64_t i = 0; i < rank; ++i)
+      for (int64_t j = 0; j < rank; ++j) wide_map[static_cast<size_t>(i * p + j)] = mm(i, j);
+    const Maps wide = {nullptr, gradient_map.data(), 0.9F, 0.1F, true, wide_map.data()};
+    std::vector<float> moved_x = x, moved_n = n;
+    std::vector<double> unused_products(products.size()), unused_weighted(weighted.size());
+    table->apply(moved_x.data(), moved_n.data(), g.data(), weights.data(), shape, 0, rows, wide, blocks,
+                 {unused_products.data(), unused_weighted.data()});
+    EXPECT_LT(relative(tall(moved_n, shape), n1), 2e-7) << where;
   }
+  table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, update_gram.data());
+  EXPECT_LT(relative(symmetric(update_gram, rank, p), n1.transpose() * n1), 1e-5) << where;
+  table->apply(x.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,
+               {products.data(), weighted.data()});
+  EXPECT_LT(relative(tall(n, shape), n1), 1e-5) << where;
+  EXPECT_LT(relative(tall(x, shape), x1), 1e-5) << where;
+  const MatrixXd x2 = tall(x, shape), n2 = tall(n, shape);
+  EXPECT_LT(relative(symmetric(products, rank, 2 * p), x2.transpose() * x2), 1e-13) << where;
+  EXPECT_LT(relative(part_of(products, rank, 2 * p, p), x2.transpose() * n2), 1e-12) << where;
+  Eigen::RowVectorXd sums = Eigen::RowVectorXd::Zero(rank);
+  for (int64_t row = 0; row < rows; ++row) sums += weights[static_cast<size_t>(row)] * x2.row(row);
+  for (int64_t i = 0; i < rank; ++i) EXPECT_NEAR(weighted[static_cast<size_t>(i)], sums(i), 1e-10) << where;
+
+  // A factor without a gradient rests; only its momentum is carried along.
+  std::vector<float> resting_x = x, resting_n = n;
+  Maps resting = maps;
+  resting.has_gradient = false;
+  table->apply(resting_x.data(), resting_n.data(), nullptr, weights.data(), shape, 0, rows, resting, blocks, {});
+  EXPECT_EQ(resting_x, x) << where;
+  EXPECT_LT(relative(tall(resting_n, shape), n2 * mm), 1e-5) << where;
+
+  // What act 3 leaves is bit for bit what reading the rows again gives: a resumed run depends on it.
+  std::vector<double> products_again(products.size()), weighted_again(weighted.size());
+  table->remember(x.data(), n.data(), weights.data(), shape, 0, rows, blocks,
+                  {products_again.data(), weighted_again.data()});
+  EXPECT_EQ(products, products_again) << where;
+  EXPECT_EQ(weighted, weighted_again) << where;
+}
+
+TEST(Kernels, PassesOverTheRows) {
+  for_each_shape({1, 3, 4, 7, 8, 12, 16, 20, 32, 64}, {1, 5, 16, 63, 64, 300}, check_passes);
+}
+
+/// The same passes where rows have second moments of their own.
+void check_row_equilibration(const Table* table, const Shape& shape, const Blocks& blocks, const std::string& where) {
+  const auto [rows, rank, rank_first] = shape;
+  const int64_t p = padded_rank(rank);
+  Random random;
+  std::vector<float> n = random.floats(rows * rank), g = random.floats(rows * rank);
+  const int64_t silent = rows > 4 ? 3 : rows;  // a row that has no gradient, and never had one
+  std::vector<float> moments(static_cast<size_t>(rows)), nothing(n.size());
+  for (size_t k = 0; k < moments.size(); ++k) moments[k] = 0.01F + 0.7F * static_cast<float>(k % 11);
+  moments[0] = 0;  // its first gradient comes now
+  if (silent < rows) {
+    moments[static_cast<size_t>(silent)] = 0;
+    for (int64_t i = 0; i < rank; ++i) g[static_cast<size_t>(rank_first ? i * rows + silent : silent * rank + i)] = 0;
+  }
+  std::vector<float> momentum_map(static_cast<size_t>(p * p));
+  std::vector<double> gradient_map(momentum_map.size()), plain_map(momentum_map.size());
+  MatrixXd gm(rank, rank), pm(rank, rank);
+  for (MatrixXd* map : {&gm, &pm}) {
+    const std::vector<float> entries = random.floats(rank * rank);
+    for (int64_t e = 0; e < rank * rank; ++e) (*map)(e / rank, e % rank) = entries[static_cast<size_t>(e)];
+  }
+  for (int64_t i = 0; i < rank; ++i)
+    for (int64_t j = 0; j < rank; ++j) {
+      momentum_map[static_cast<size_t>(i * p + j)] = i == j ? 0.5F : 0;
+      gradient_map[static_cast<size_t>(i * p + j)] = gm(i, j);
+      plain_map[static_cast<size_t>(i * p + j)] = pm(i, j);
+    }
+  const MatrixXd g0 = tall(g, shape), n0 = tall(n, shape);
+  const double decay = 0.75;
+  Eigen::VectorXd next(rows), scale(rows), known_scale(rows);
+  for (int64_t k = 0; k < rows; ++k) {
+    const double known = moments[static_cast<size_t>(k)];
+    known_scale(k) = known > 0 ? 1 / std::sqrt(known) : 1;
+    next(k) = decay * known + (1 - decay) * (g0.row(k) * pm).squaredNorm() / static_cast<double>(rank);
+    scale(k) = next(k) > 0 ? 1 / std::sqrt(next(k)) : 0;
+  }
+
+  std::vector<double> plain(static_cast<size_t>(p * p)), equilibrated(plain), of_update(plain);
+  table->gram(g.data(), moments.data(), shape, 0, rows, blocks, plain.data(), equilibrated.data());
+  const MatrixXd scaled = known_scale.asDiagonal() * g0;
+  EXPECT_LT(relative(symmetric(plain, rank, p), g0.transpose() * g0), 1e-13) << where;
+  EXPECT_LT(relative(symmetric(equilibrated, rank, p), scaled.transpose() * scaled), 1e-13) << where;
+
+  // An update is as good as floats are. Moments are rounded to float, and so is what they are the squares of.
+  const MatrixXd n1 = 0.5 * n0 + scale.asDiagonal() * g0 * gm;
+  Maps maps = {momentum_map.data(), gradient_map.data(), 1, 0.1F, true};
+  maps.rows = {plain_map.data(), moments.data(), decay};
+  const std::vector<float> before = moments;
+  table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, of_update.data());
+  EXPECT_LT(relative(symmetric(of_update, rank, p), n1.transpose() * n1), 2e-6) << where;
+  EXPECT_EQ(moments, before) << where;
+
+  maps.rows.next = moments.data();
+  std::vector<double> weights(moments.size()), products(2 * plain.size()), weighted(static_cast<size_t>(p));
+  table->apply(nothing.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,
+               {products.data(), weighted.data()});
+  EXPECT_LT(relative(tall(n, shape), n1), 1e-6) << where;
+  for (int64_t k = 0; k < rows; ++k)
+    EXPECT_NEAR(moments[static_cast<size_t>(k)], next(k), 2e-7 * next(k)) << where << ", row " << k;
+}
+
+TEST(Kernels, RowEquilibration) {
+  for_each_shape({1, 3, 4, 7, 8, 16, 20, 33, 64}, {1, 5, 16, 63, 300}, check_row_equilibration);
 }
 
 }  // namespace

@@ -18,13 +18,10 @@
 
 namespace finetune {
 
-inline std::filesystem::path golden(const std::string& name) {
-  return std::filesystem::path(LORA_RITE_TEST_DATA_DIR) / "finetune" / "golden" / name;
-}
-
 using lora_rite::load_safetensors;
 using lora_rite::Safetensors;
 using lora_rite::save_safetensors;
+using lora_rite::testing::golden;
 using lora_rite::testing::TemporaryFolder;
 
 /// The message of the Error that `action` throws; fails the test if it throws none.

@@ -12,14 +12,11 @@ namespace lora_rite {
 namespace {
 
 using testing::error_of;
+using testing::golden;
 using testing::mentions;
 using testing::read_bytes;
 using testing::TemporaryFolder;
 using testing::write_bytes;
-
-std::filesystem::path golden(const std::string& name) {
-  return std::filesystem::path(LORA_RITE_TEST_DATA_DIR) / "finetune" / "golden" / name;
-}
 
 /// A description with every field set to something else than its default.
 AdapterConfig full_config() {

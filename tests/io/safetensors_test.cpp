@@ -17,14 +17,11 @@ namespace {
 
 using lora_rite_test::same_bits;
 using testing::error_of;
+using testing::golden;
 using testing::mentions;
 using testing::read_bytes;
 using testing::TemporaryFolder;
 using testing::write_bytes;
-
-std::filesystem::path golden(const std::string& name) {
-  return std::filesystem::path(LORA_RITE_TEST_DATA_DIR) / "finetune" / "golden" / name;
-}
 
 /// The bytes of a file of this header and these data; `claimed` overrides the length of the header.
 std::string file_of(const std::string& header, const std::string& data, int64_t claimed = -1) {

@@ -33,6 +33,11 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
+/// A file that transformers or PEFT wrote, by its name in tests/finetune/golden.
+inline std::filesystem::path golden(const std::string& name) {
+  return std::filesystem::path(LORA_RITE_TEST_DATA_DIR) / "finetune" / "golden" / name;
+}
+
 /// All bytes of a file.
 inline std::string read_bytes(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
