@@ -177,6 +177,35 @@ TEST(Baselines, TheRegistryHasTheNames) {
   for (const std::string& name : optimizer_names()) EXPECT_TRUE(mentions(message, name));
 }
 
+TEST(Baselines, OptionsAreSavedAndThoseOfAnotherOptimizerAreRefused) {
+  const auto pairs = some_pairs();
+  const Factors factors = {pairs[0].a, pairs[0].b};
+  const Shampoo saved(factors, ShampooOptions(0.5)
+                                   .betas({0.25, 0.75})
+                                   .eps(1e-3)
+                                   .weight_decay(0.125)
+                                   .max_preconditioner_dim(7)
+                                   .interval(3)
+                                   .graft_adam(false)
+                                   .graft_eps(1e-4));
+  Shampoo loaded(factors, ShampooOptions());
+  load_bytes(loaded, saved_bytes(saved));
+  const auto& options = static_cast<const ShampooOptions&>(loaded.param_groups()[0].options());
+  EXPECT_EQ(options.lr(), 0.5);
+  EXPECT_EQ(options.betas(), std::make_tuple(0.25, 0.75));
+  EXPECT_EQ(options.eps(), 1e-3);
+  EXPECT_EQ(options.weight_decay(), 0.125);
+  EXPECT_EQ(options.max_preconditioner_dim(), 7);
+  EXPECT_EQ(options.interval(), 3);
+  EXPECT_FALSE(options.graft_adam());
+  EXPECT_EQ(options.graft_eps(), 1e-4);
+
+  Lamb other(factors, LambOptions(0.1));
+  const std::string message = error_of([&] { load_bytes(loaded, saved_bytes(other)); });
+  EXPECT_TRUE(mentions(message, "the saved options have no max_preconditioner_dim"));
+  EXPECT_TRUE(mentions(message, "ShampooOptions"));
+}
+
 TEST(Baselines, AGraftedShampooStepHasTheNormOfAdams) {
   const auto grafted = some_pairs(torch::kDouble), adam = clone_pairs(grafted), plain = clone_pairs(grafted);
   const auto start = clone_pairs(grafted);

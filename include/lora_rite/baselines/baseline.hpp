@@ -1,6 +1,8 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/Type.h>
+#include <torch/arg.h>
 #include <torch/optim/optimizer.h>
 #include <torch/optim/serialize.h>
 #include <torch/serialize/archive.h>
@@ -10,6 +12,8 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <type_traits>
+#include <typeinfo>
 #include <utility>
 #include <vector>
 
@@ -38,6 +42,28 @@ struct State : public torch::optim::OptimizerCloneableParamState<State> {
         archive.read(key, tensors[key.substr(prefix.size())], /*is_buffer=*/true);
       }
     }
+  }
+};
+
+/// What the options of all these optimizers have: a learning rate that LibTorch's schedulers can set, and a way into a
+/// file. `Options::for_each_saved(options, function)` calls function(name, value) for every one of them.
+template <class Options>
+struct BaselineOptions : public torch::optim::OptimizerCloneableOptions<Options> {
+  double get_lr() const override { return static_cast<const Options&>(*this).lr(); }
+  void set_lr(const double value) override { static_cast<Options&>(*this).lr(value); }
+
+  void serialize(torch::serialize::OutputArchive& archive) const override {
+    Options::for_each_saved(static_cast<const Options&>(*this),
+                            [&](const char* name, const auto& value) { archive.write(name, c10::IValue(value)); });
+  }
+  /// Throws c10::Error if one of them is missing: the file is another optimizer's.
+  void serialize(torch::serialize::InputArchive& archive) override {
+    Options::for_each_saved(static_cast<Options&>(*this), [&](const char* name, auto& value) {
+      c10::IValue found;
+      TORCH_CHECK(archive.try_read(name, found), "the saved options have no ", name, ", expected those of ",
+                  c10::demangle(typeid(Options).name()));
+      value = found.to<std::decay_t<decltype(value)>>();
+    });
   }
 };
 

@@ -7,7 +7,7 @@
 
 namespace lora_rite::baselines {
 
-struct LambOptions : public torch::optim::OptimizerCloneableOptions<LambOptions> {
+struct LambOptions : public BaselineOptions<LambOptions> {
   using betas_t = std::tuple<double, double>;
   explicit LambOptions(double lr = 1e-3) : lr_(lr) {}
 
@@ -17,8 +17,6 @@ struct LambOptions : public torch::optim::OptimizerCloneableOptions<LambOptions>
   TORCH_ARG(double, weight_decay) = 0.0;  ///< λ ≥ 0, inside the trust ratio
 
  public:
-  double get_lr() const override { return lr(); }
-  void set_lr(const double value) override { lr(value); }
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -26,17 +24,12 @@ struct LambOptions : public torch::optim::OptimizerCloneableOptions<LambOptions>
     check_at_least_zero("eps", eps());
     check_at_least_zero("weight_decay", weight_decay());
   }
-  void serialize(torch::serialize::OutputArchive& archive) const override {
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(betas);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
-  }
-  void serialize(torch::serialize::InputArchive& archive) override {
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(betas_t, betas);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
+  template <class Options, class Function>
+  static void for_each_saved(Options& options, const Function& function) {
+    function("lr", options.lr());
+    function("betas", options.betas());
+    function("eps", options.eps());
+    function("weight_decay", options.weight_decay());
   }
 };
 

@@ -8,7 +8,7 @@
 
 namespace lora_rite::baselines {
 
-struct MuonOptions : public torch::optim::OptimizerCloneableOptions<MuonOptions> {
+struct MuonOptions : public BaselineOptions<MuonOptions> {
   explicit MuonOptions(double lr = 1e-3) : lr_(lr) {}
 
   TORCH_ARG(double, lr) = 1e-3;           ///< ≥ 0
@@ -18,27 +18,19 @@ struct MuonOptions : public torch::optim::OptimizerCloneableOptions<MuonOptions>
   TORCH_ARG(int64_t, steps) = 5;          ///< Newton–Schulz steps, ≥ 1
 
  public:
-  double get_lr() const override { return lr(); }
-  void set_lr(const double value) override { lr(value); }
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("momentum", momentum());
     check_at_least_zero("weight_decay", weight_decay());
     TORCH_CHECK(steps() >= 1, "steps is ", steps(), ", expected at least 1");
   }
-  void serialize(torch::serialize::OutputArchive& archive) const override {
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(momentum);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(nesterov);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(steps);
-  }
-  void serialize(torch::serialize::InputArchive& archive) override {
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, momentum);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, nesterov);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, steps);
+  template <class Options, class Function>
+  static void for_each_saved(Options& options, const Function& function) {
+    function("lr", options.lr());
+    function("momentum", options.momentum());
+    function("nesterov", options.nesterov());
+    function("weight_decay", options.weight_decay());
+    function("steps", options.steps());
   }
 };
 

@@ -11,7 +11,7 @@
 
 namespace lora_rite::baselines {
 
-struct ScaledAdamOptions : public torch::optim::OptimizerCloneableOptions<ScaledAdamOptions> {
+struct ScaledAdamOptions : public BaselineOptions<ScaledAdamOptions> {
   using betas_t = std::tuple<double, double>;
   explicit ScaledAdamOptions(double lr = 1e-3) : lr_(lr) {}
 
@@ -22,8 +22,6 @@ struct ScaledAdamOptions : public torch::optim::OptimizerCloneableOptions<Scaled
   TORCH_ARG(double, damping) = 1e-6;      ///< δ > 0; PEFT's default is 1e-2, the authors' 1e-6
 
  public:
-  double get_lr() const override { return lr(); }
-  void set_lr(const double value) override { lr(value); }
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -32,19 +30,13 @@ struct ScaledAdamOptions : public torch::optim::OptimizerCloneableOptions<Scaled
     check_at_least_zero("weight_decay", weight_decay());
     TORCH_CHECK(damping() > 0 && std::isfinite(damping()), "damping is ", damping(), ", expected a finite number > 0");
   }
-  void serialize(torch::serialize::OutputArchive& archive) const override {
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(betas);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(damping);
-  }
-  void serialize(torch::serialize::InputArchive& archive) override {
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(betas_t, betas);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, damping);
+  template <class Options, class Function>
+  static void for_each_saved(Options& options, const Function& function) {
+    function("lr", options.lr());
+    function("betas", options.betas());
+    function("eps", options.eps());
+    function("weight_decay", options.weight_decay());
+    function("damping", options.damping());
   }
 };
 

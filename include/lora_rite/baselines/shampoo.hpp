@@ -11,7 +11,7 @@
 
 namespace lora_rite::baselines {
 
-struct ShampooOptions : public torch::optim::OptimizerCloneableOptions<ShampooOptions> {
+struct ShampooOptions : public BaselineOptions<ShampooOptions> {
   using betas_t = std::tuple<double, double>;
   explicit ShampooOptions(double lr = 1e-3) : lr_(lr) {}
 
@@ -27,8 +27,6 @@ struct ShampooOptions : public torch::optim::OptimizerCloneableOptions<ShampooOp
   TORCH_ARG(double, graft_eps) = 1e-8;  ///< ≥ 0
 
  public:
-  double get_lr() const override { return lr(); }
-  void set_lr(const double value) override { lr(value); }
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -42,25 +40,16 @@ struct ShampooOptions : public torch::optim::OptimizerCloneableOptions<ShampooOp
                 ", expected at least 1");
     TORCH_CHECK(interval() >= 1, "interval is ", interval(), ", expected at least 1");
   }
-  void serialize(torch::serialize::OutputArchive& archive) const override {
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(betas);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_preconditioner_dim);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(interval);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(graft_adam);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(graft_eps);
-  }
-  void serialize(torch::serialize::InputArchive& archive) override {
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(betas_t, betas);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, max_preconditioner_dim);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, interval);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, graft_adam);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, graft_eps);
+  template <class Options, class Function>
+  static void for_each_saved(Options& options, const Function& function) {
+    function("lr", options.lr());
+    function("betas", options.betas());
+    function("eps", options.eps());
+    function("weight_decay", options.weight_decay());
+    function("max_preconditioner_dim", options.max_preconditioner_dim());
+    function("interval", options.interval());
+    function("graft_adam", options.graft_adam());
+    function("graft_eps", options.graft_eps());
   }
 };
 

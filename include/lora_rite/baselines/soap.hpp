@@ -9,7 +9,7 @@
 
 namespace lora_rite::baselines {
 
-struct SoapOptions : public torch::optim::OptimizerCloneableOptions<SoapOptions> {
+struct SoapOptions : public BaselineOptions<SoapOptions> {
   using betas_t = std::tuple<double, double>;
   explicit SoapOptions(double lr = 3e-3) : lr_(lr) {}
 
@@ -22,8 +22,6 @@ struct SoapOptions : public torch::optim::OptimizerCloneableOptions<SoapOptions>
   TORCH_ARG(int64_t, interval) = 10;                  ///< steps between two corrections of the bases, ≥ 1
 
  public:
-  double get_lr() const override { return lr(); }
-  void set_lr(const double value) override { lr(value); }
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -35,23 +33,15 @@ struct SoapOptions : public torch::optim::OptimizerCloneableOptions<SoapOptions>
                 ", expected at least 1");
     TORCH_CHECK(interval() >= 1, "interval is ", interval(), ", expected at least 1");
   }
-  void serialize(torch::serialize::OutputArchive& archive) const override {
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(betas);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(shampoo_beta);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(max_preconditioner_dim);
-    _TORCH_OPTIM_SERIALIZE_TORCH_ARG(interval);
-  }
-  void serialize(torch::serialize::InputArchive& archive) override {
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(betas_t, betas);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, shampoo_beta);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, max_preconditioner_dim);
-    _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, interval);
+  template <class Options, class Function>
+  static void for_each_saved(Options& options, const Function& function) {
+    function("lr", options.lr());
+    function("betas", options.betas());
+    function("shampoo_beta", options.shampoo_beta());
+    function("eps", options.eps());
+    function("weight_decay", options.weight_decay());
+    function("max_preconditioner_dim", options.max_preconditioner_dim());
+    function("interval", options.interval());
   }
 };
 
