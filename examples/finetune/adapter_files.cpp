@@ -1,0 +1,247 @@
+#include "adapter_files.hpp"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdint>
+#include <cstdio>
+#include <lora_rite/io/safetensors.hpp>
+#include <lora_rite/nn/module_names.hpp>
+#include <lora_rite/nn/peft.hpp>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <utility>
+
+#include "error.hpp"
+#include "files.hpp"
+
+namespace finetune {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kWholeFile = "model.safetensors";
+constexpr const char* kIndexFile = "model.safetensors.index.json";
+// Starts of factors that leave the base weight as it is.
+const std::vector<std::string> kHarmlessInits = {"gaussian", "orthogonal", "eva", "mica"};
+constexpr uint64_t kHashStart = 0xcbf29ce484222325, kHashFactor = 0x100000001b3;  // FNV-1a
+
+// Runs of digits by their value, everything else by its characters.
+bool in_natural_order(const std::string& left, const std::string& right) {
+  const auto is_digit = [](char character) { return std::isdigit(static_cast<unsigned char>(character)) != 0; };
+  size_t i = 0, j = 0;
+  while (i < left.size() && j < right.size()) {
+    if (is_digit(left[i]) && is_digit(right[j])) {
+      const auto number_at = [&](const std::string& text, size_t& at) {
+        const size_t begin = at;
+        while (at < text.size() && is_digit(text[at])) ++at;
+        const size_t first = std::min(text.find_first_not_of('0', begin), at);
+        return text.substr(first, at - first);
+      };
+      const std::string a = number_at(left, i), b = number_at(right, j);
+      if (a != b) return a.size() != b.size() ? a.size() < b.size() : a < b;
+    } else if (left[i] != right[j]) {
+      return left[i] < right[j];
+    } else {
+      ++i, ++j;
+    }
+  }
+  return left.size() - i < right.size() - j;
+}
+
+bool ends_with(const std::string& text, const std::string& ending) {
+  return text.size() >= ending.size() && text.compare(text.size() - ending.size(), ending.size(), ending) == 0;
+}
+
+// "layer.weight", as find_factor_pairs has it → "layer". Embeddings' factors have no ".weight".
+std::string module_name(const std::string& pair_name) {
+  for (const char* ending : {".weight", "weight"}) {
+    if (ends_with(pair_name, ending)) return pair_name.substr(0, pair_name.size() - std::string(ending).size());
+  }
+  return pair_name;
+}
+
+std::string joined(const std::string& module, const std::string& parameter) {
+  return module.empty() ? parameter : module + "." + parameter;
+}
+
+}  // namespace
+
+AdapterFile read_adapter(const fs::path& folder) {
+  AdapterFile file;
+  file.folder = folder;
+  file.adapter = lora_rite::load_adapter(folder);
+  lora_rite::AdapterConfig description = file.adapter.config;
+  description.init_lora_weights = true;  // how the factors started does not matter any more
+  file.config = lora_rite::nn::lora_config(description);
+  torch::OrderedDict<std::string, torch::Tensor> tensors;
+  std::set<std::string> embeddings;
+  for (const auto& [name, tensor] : file.adapter.tensors) {
+    tensors.insert(name, tensor);
+    if (const size_t at = name.find(".lora_embedding_A"); at != std::string::npos)
+      embeddings.insert(name.substr(0, at));
+  }
+  std::set<std::string> modules;
+  for (lora_rite::FactorPair& pair : lora_rite::find_factor_pairs(tensors)) {
+    AdapterLayer layer;
+    layer.module = module_name(pair.name);
+    layer.embedding = embeddings.count(layer.module) > 0;
+    pair.name = layer.module;
+    lora_rite::nn::LoraConfig own = file.config;
+    own.rank = pair.a.size(0);
+    own.alpha = lora_rite::nn::detail::pattern_value("alpha_pattern", own.alpha_pattern, layer.module, own.alpha);
+    layer.scale = own.scale();
+    layer.pair = std::move(pair);
+    modules.insert(layer.module);
+    file.layers.push_back(std::move(layer));
+  }
+  const std::string path = (folder / "adapter_model.safetensors").string();
+  if (file.layers.empty()) fail(path, ": holds no factors; an adapter that PEFT or 'finetune train' wrote is expected");
+  for (const auto& [name, tensor] : file.adapter.tensors) {
+    if (name.find("lora_A") != std::string::npos || name.find("lora_B") != std::string::npos ||
+        name.find("lora_embedding_") != std::string::npos) {
+      continue;
+    }
+    std::string module = name.substr(0, name.rfind('.'));
+    if (!ends_with(name, ".bias")) {
+      fail(path, ": tensor '", name, "' is neither a factor nor a bias, and this program would lose it; ",
+           "use an adapter of linear layers alone");
+    }
+    const std::string inner = ".base_layer";
+    if (ends_with(module, inner)) module.erase(module.size() - inner.size());
+    file.biases.emplace(module, tensor);
+  }
+  std::sort(file.layers.begin(), file.layers.end(),
+            [](const auto& left, const auto& right) { return in_natural_order(left.module, right.module); });
+  return file;
+}
+
+void check_fits_ordinary_base(const AdapterFile& file) {
+  const auto* init = std::get_if<std::string>(&file.adapter.config.init_lora_weights);
+  if (init == nullptr || std::find(kHarmlessInits.begin(), kHarmlessInits.end(), *init) != kHarmlessInits.end()) return;
+  fail((file.folder / "adapter_config.json").string(), ": init_lora_weights is '", *init, "', expected true, false, ",
+       join(kHarmlessInits), ": others change the base weight, and such factors fit no other one; let PEFT write the ",
+       "adapter with path_initial_model_for_weight_conversion");
+}
+
+void check_shape(const AdapterLayer& layer, at::IntArrayRef shape, const std::string& origin) {
+  const torch::Tensor& a = layer.pair.a;
+  const torch::Tensor& b = layer.pair.b;
+  bool fits = a.dim() == static_cast<int64_t>(shape.size());
+  if (layer.embedding) {
+    fits = fits && shape.size() == 2 && a.size(1) == shape[0] && b.size(0) == shape[1];
+  } else {
+    fits = fits && b.size(0) == shape[0] && b.numel() == b.size(0) * b.size(1) && a.sizes().slice(1) == shape.slice(1);
+  }
+  if (fits) return;
+  fail(origin, " has shape ", shape, ", but the adapter's factors of '", layer.module, "' are ", a.sizes(), " and ",
+       b.sizes(), "; it was trained on another base model");
+}
+
+torch::Tensor delta_weight(const AdapterLayer& layer, at::IntArrayRef shape) {
+  const torch::NoGradGuard no_grad;
+  const auto wide = [](const torch::Tensor& factor) {
+    return factor.flatten(1).to(factor.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat);
+  };
+  const torch::Tensor product = torch::matmul(wide(layer.pair.b), wide(layer.pair.a)).mul_(layer.scale);
+  return layer.embedding ? product.t() : product.view(shape);
+}
+
+std::string fingerprint(const AdapterFile& adapter) {
+  uint64_t hash = kHashStart;
+  const auto add = [&](const void* data, size_t size) {
+    const auto* bytes = static_cast<const unsigned char*>(data);
+    for (size_t i = 0; i < size; ++i) hash = (hash ^ bytes[i]) * kHashFactor;
+  };
+  for (const AdapterLayer& layer : adapter.layers) {
+    add(layer.module.data(), layer.module.size());
+    add(&layer.scale, sizeof layer.scale);
+    for (const torch::Tensor& factor : {layer.pair.a, layer.pair.b}) {
+      const torch::Tensor plain = factor.contiguous();
+      add(plain.const_data_ptr(), plain.nbytes());
+    }
+  }
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+  return text;
+}
+
+BaseCheckpoint::BaseCheckpoint(fs::path folder) : folder_(std::move(folder)) {
+  const fs::path path = folder_ / "config.json";
+  const nlohmann::json config = read_json(path);
+  if (!config.is_object() || !config.contains("model_type") || !config["model_type"].is_string()) {
+    fail(path.string(), ": lacks the text 'model_type'; the config.json of a transformers model is expected");
+  }
+  model_type_ = config["model_type"].get<std::string>();
+  // What transformers takes where nothing is said.
+  is_tied_ = model_type_ != "llama" && model_type_ != "bert";
+  if (config.contains("tie_word_embeddings") && config["tie_word_embeddings"].is_boolean()) {
+    is_tied_ = config["tie_word_embeddings"].get<bool>();
+  }
+  tensors_ = lora_rite::load_sharded(folder_).tensors;
+  is_sharded_ = fs::exists(folder_ / kIndexFile);
+  if (is_sharded_) {
+    // load_sharded has seen to it that this is an index, and complete.
+    file_of_ = read_json(folder_ / kIndexFile)["weight_map"].get<std::map<std::string, std::string>>();
+  } else {
+    for (const auto& item : tensors_) file_of_[item.first] = kWholeFile;
+  }
+  for (const auto& item : file_of_) {
+    if (metadata_.count(item.second) > 0) continue;
+    metadata_[item.second] = lora_rite::SafetensorsFile(folder_ / item.second).metadata();
+  }
+}
+
+std::vector<std::string> BaseCheckpoint::merged_adapters() const {
+  std::set<std::string> merged;
+  for (const auto& [file, texts] : metadata_) {
+    const auto found = texts.find(kMergedKey);
+    if (found == texts.end()) continue;
+    const nlohmann::json list = nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
+    if (!list.is_array()) {
+      fail((folder_ / file).string(), ": the text '", kMergedKey, "' of its header is '", found->second,
+           "', expected a JSON list; take the weights from where they came");
+    }
+    for (const auto& entry : list) {
+      if (entry.is_string()) merged.insert(entry.get<std::string>());
+    }
+  }
+  return {merged.begin(), merged.end()};
+}
+
+std::string BaseCheckpoint::tensor_of(const std::string& module, const std::string& parameter,
+                                      const fs::path& adapter) const {
+  const std::string prefix = model_type_ == "bert" ? "bert." : "model.";
+  const std::string name = joined(module, parameter);
+  std::vector<std::string> candidates = {name, prefix + name};
+  if (name.rfind(prefix, 0) == 0) candidates.push_back(name.substr(prefix.size()));
+  for (const std::string& candidate : candidates) {
+    const auto found = tensors_.find(candidate);
+    if (found == tensors_.end()) continue;
+    if (!found->second.is_floating_point()) {
+      fail(folder_.string(), ": tensor '", candidate, "' has dtype ", c10::toString(found->second.scalar_type()),
+           "; expected are floating-point weights");
+    }
+    return candidate;
+  }
+  std::vector<std::string> some;
+  for (const auto& item : tensors_) {
+    if (item.second.dim() >= 2 && some.size() < 4) some.push_back(item.first);
+  }
+  fail(folder_.string(), ": has no tensor '", name, "', which the adapter ", adapter.string(), " changes (there are ",
+       join(some), ", …); it was trained on another base model");
+}
+
+void BaseCheckpoint::check_not_tied(const AdapterFile& adapter) const {
+  if (!is_tied_) return;
+  for (const AdapterLayer& layer : adapter.layers) {
+    const bool is_output = layer.module == "lm_head" || ends_with(layer.module, ".lm_head");
+    if (!layer.embedding && !is_output) continue;
+    fail(adapter.folder.string(), ": the adapter changes '", layer.module, "', but ", folder_.string(),
+         " uses one matrix as embedding and as output (tie_word_embeddings), which cannot hold the change of one of ",
+         "them; use the base with the adapter beside it, or train without that layer (--exclude-modules)");
+  }
+}
+
+}  // namespace finetune

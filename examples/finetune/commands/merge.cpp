@@ -1,0 +1,321 @@
+#include "commands/merge.hpp"
+
+#include <torch/torch.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <lora_rite/io/safetensors.hpp>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <system_error>
+#include <utility>
+
+#include "adapter_files.hpp"
+#include "dtypes.hpp"
+#include "error.hpp"
+#include "files.hpp"
+
+namespace finetune {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kIndexFile = "model.safetensors.index.json";
+constexpr const char* kHeadFile = "head.safetensors";
+constexpr double kGiga = 1e9;
+
+// A folder that takes its place when it is complete, and is gone otherwise.
+class NewFolder {
+ public:
+  explicit NewFolder(fs::path path) : path_(std::move(path)) {
+    while (!path_.has_filename() && path_.has_parent_path()) path_ = path_.parent_path();  // "merged/"
+    std::error_code error;
+    if (fs::exists(path_, error) && !(fs::is_directory(path_, error) && fs::is_empty(path_, error))) {
+      fail("--out ", path_.string(), ": is there already; name a folder that is not, or remove it");
+    }
+    temporary_ = path_;
+    temporary_ += ".tmp";
+    fs::remove_all(temporary_, error);  // of a merge that was killed
+    fs::create_directories(temporary_, error);
+    if (error) {
+      fail("--out ", path_.string(), ": cannot be made (", error.message(), "); choose a folder you can write to");
+    }
+  }
+  ~NewFolder() {
+    std::error_code ignored;
+    if (!temporary_.empty()) fs::remove_all(temporary_, ignored);
+  }
+  NewFolder(const NewFolder&) = delete;
+  NewFolder& operator=(const NewFolder&) = delete;
+
+  const fs::path& inside() const { return temporary_; }
+
+  void finish() {
+    lora_rite::detail::sync_folder(temporary_);
+    if (std::rename(temporary_.c_str(), path_.c_str()) != 0) {  // also onto an empty folder
+      fail("--out ", path_.string(), ": cannot be put in place: ", std::strerror(errno));
+    }
+    temporary_.clear();
+    lora_rite::detail::sync_folder(path_.parent_path());
+  }
+
+ private:
+  fs::path path_, temporary_;
+};
+
+// What belongs to a model beside its weights: descriptions, the tokenizer, the licence.
+bool is_companion(const fs::path& path) {
+  const std::string name = path.filename().string();
+  const std::string extension = path.extension().string();
+  if (name == "config.json" || name == "adapter_config.json" || name == "run.json") return false;
+  if (name.size() > 11 && name.compare(name.size() - 11, 11, ".index.json") == 0) return false;
+  if (name.rfind("LICENSE", 0) == 0 || name.rfind("NOTICE", 0) == 0) return true;
+  for (const char* known : {".json", ".txt", ".model", ".jinja"}) {
+    if (extension == known) return true;
+  }
+  return false;
+}
+
+void copy_companions(const fs::path& from, const fs::path& to) {
+  for (const auto& entry : fs::directory_iterator(from)) {
+    if (!entry.is_regular_file() || !is_companion(entry.path())) continue;
+    std::error_code error;
+    fs::copy_file(entry.path(), to / entry.path().filename(), error);
+    if (error) fail(entry.path().string(), ": cannot be copied to ", to.string(), ": ", error.message());
+  }
+}
+
+// config.json says in which dtype the weights are.
+void write_config(const fs::path& from, const fs::path& to, const std::string& dtype) {
+  nlohmann::json config = read_json(from / "config.json");
+  if (!dtype.empty()) {
+    const bool is_new = config.contains("dtype");  // transformers 5; before it was "torch_dtype"
+    if (is_new) config["dtype"] = dtype;
+    if (!is_new || config.contains("torch_dtype")) config["torch_dtype"] = dtype;
+  }
+  replace_file(to / "config.json", [&](std::ostream& file) { file << config.dump(2) << '\n'; });
+}
+
+// What is added to one tensor: a sum in the order of the adapters.
+struct Change {
+  const AdapterLayer* layer;
+  double weight;
+};
+
+struct Plan {
+  std::map<std::string, std::vector<Change>> changes;  // by the tensor's name
+  std::map<std::string, torch::Tensor> replacements;   // biases that were trained
+  std::vector<std::string> merged;                     // fingerprints
+};
+
+void plan_adapter(const BaseCheckpoint& base, const AdapterFile& adapter, double weight, bool is_alone, Plan& plan) {
+  check_fits_ordinary_base(adapter);
+  base.check_not_tied(adapter);
+  for (const AdapterLayer& layer : adapter.layers) {
+    const std::string name = base.tensor_of(layer.module, "weight", adapter.folder);
+    check_shape(layer, base.tensors().at(name).sizes(), concat(base.folder().string(), ": tensor '", name, "'"));
+    plan.changes[name].push_back({&layer, weight});
+  }
+  if (!adapter.biases.empty() && !(is_alone && weight == 1)) {
+    fail(adapter.folder.string(), ": has trained biases ('bias' is '", adapter.adapter.config.bias,
+         "'), which replace the base's and have no sum or share; merge it alone and without a weight");
+  }
+  for (const auto& [module, bias] : adapter.biases) {
+    const std::string name = base.tensor_of(module, "bias", adapter.folder);
+    const torch::Tensor& own = base.tensors().at(name);
+    if (bias.sizes() != own.sizes()) {
+      fail(base.folder().string(), ": tensor '", name, "' has shape ", own.sizes(), ", but the adapter's bias ",
+           bias.sizes(), "; it was trained on another base model");
+    }
+    plan.replacements[name] = bias;
+  }
+}
+
+// W + Σ weight · ΔW, in float (or double) and rounded once.
+torch::Tensor changed(const torch::Tensor& weight, const std::vector<Change>& changes, c10::ScalarType dtype) {
+  torch::Tensor sum = weight.to(weight.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat, false,
+                                /*copy=*/true);
+  for (const Change& change : changes) sum.add_(delta_weight(*change.layer, weight.sizes()), change.weight);
+  return sum.to(dtype);
+}
+
+int64_t bytes_of(const torch::Tensor& tensor, c10::ScalarType dtype) {
+  return tensor.numel() * static_cast<int64_t>(c10::elementSize(dtype));
+}
+
+// The tensors of each file: as the base has them, or cut where a file would get too large.
+std::map<std::string, std::vector<std::string>> divide(const BaseCheckpoint& base,
+                                                       const std::function<int64_t(const std::string&)>& bytes,
+                                                       double limit) {
+  std::map<std::string, std::vector<std::string>> files;
+  if (base.is_sharded()) {
+    for (const auto& [name, file] : base.file_of()) files[file].push_back(name);
+    return files;
+  }
+  std::vector<std::vector<std::string>> parts(1);
+  double size = 0;
+  for (const auto& item : base.tensors()) {
+    const auto own = static_cast<double>(bytes(item.first));
+    if (!parts.back().empty() && size + own > limit) {
+      parts.emplace_back();
+      size = 0;
+    }
+    parts.back().push_back(item.first);
+    size += own;
+  }
+  if (parts.size() == 1) return {{"model.safetensors", parts[0]}};
+  for (size_t i = 0; i < parts.size(); ++i) {
+    char name[64];
+    std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", i + 1, parts.size());
+    files[name] = parts[i];
+  }
+  return files;
+}
+
+}  // namespace
+
+WeightedAdapter parse_weighted_adapter(const std::string& text) {
+  const size_t at = text.rfind('=');
+  if (at == std::string::npos || fs::is_directory(text)) return {text, 1};
+  const std::string number = text.substr(at + 1);
+  char* end = nullptr;
+  const double weight = std::strtod(number.c_str(), &end);
+  if (number.empty() || *end != '\0' || !std::isfinite(weight)) {
+    fail("--adapter ", text, ": '", number, "' is no finite number, and there is no folder of the whole name; ",
+         "write DIR or DIR=WEIGHT");
+  }
+  return {text.substr(0, at), weight};
+}
+
+void merge_adapters(const MergeOptions& options, std::ostream& log) {
+  if (options.adapters.empty()) fail("merge: no --adapter is given; name at least one");
+  if (!(options.shard_size > 0)) fail("--shard-size ", options.shard_size, ": expected a number above 0");
+  const bool keeps_dtypes = options.dtype.empty();
+  const c10::ScalarType dtype = keeps_dtypes ? c10::kFloat : parse_dtype("--dtype", options.dtype);
+  const torch::NoGradGuard no_grad;
+  const BaseCheckpoint base(options.model);
+
+  std::vector<AdapterFile> adapters;
+  for (const WeightedAdapter& adapter : options.adapters) adapters.push_back(read_adapter(adapter.folder));
+  Plan plan;
+  plan.merged = base.merged_adapters();
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const std::string own = fingerprint(adapters[i]);
+    if (std::find(plan.merged.begin(), plan.merged.end(), own) != plan.merged.end()) {
+      fail(adapters[i].folder.string(), ": was merged into ", options.model.string(),
+           i > 0 ? " or stands twice on the command line" : "",
+           " already; merging it again would add its change twice. Start from the base it was trained on");
+    }
+    plan_adapter(base, adapters[i], options.adapters[i].weight, adapters.size() == 1, plan);
+    plan.merged.push_back(own);
+  }
+
+  const auto dtype_of = [&](const torch::Tensor& tensor) {
+    return keeps_dtypes || !tensor.is_floating_point() ? tensor.scalar_type() : dtype;
+  };
+  const auto bytes = [&](const std::string& name) {
+    const torch::Tensor& tensor = base.tensors().at(name);
+    return bytes_of(tensor, dtype_of(tensor));
+  };
+  const auto files = divide(base, bytes, options.shard_size * kGiga);
+
+  NewFolder folder(options.out);
+  copy_companions(options.model, folder.inside());
+  write_config(options.model, folder.inside(), options.dtype);
+  for (const AdapterFile& adapter : adapters) {
+    if (fs::exists(adapter.folder / kHeadFile)) {
+      fs::copy_file(adapter.folder / kHeadFile, folder.inside() / kHeadFile, fs::copy_options::overwrite_existing);
+    }
+  }
+  int64_t total = 0;
+  nlohmann::json weight_map = nlohmann::json::object();
+  for (const auto& [file, names] : files) {
+    std::map<std::string, torch::Tensor> tensors;
+    for (const std::string& name : names) {
+      const torch::Tensor& weight = base.tensors().at(name);
+      const auto change = plan.changes.find(name);
+      const auto replacement = plan.replacements.find(name);
+      const torch::Tensor merged = change != plan.changes.end() ? changed(weight, change->second, dtype_of(weight))
+                                   : replacement != plan.replacements.end() ? replacement->second.to(dtype_of(weight))
+                                                                            : weight.to(dtype_of(weight));
+      if ((change != plan.changes.end() || replacement != plan.replacements.end()) &&
+          !at::isfinite(merged).all().item<bool>()) {
+        fail(options.model.string(), ": tensor '", name, "' would hold values that are not finite in ",
+             c10::toString(merged.scalar_type()),
+             "; check the adapter with 'finetune inspect', or choose another --dtype");
+      }
+      tensors.emplace(name, merged);
+      weight_map[name] = file;
+      total += bytes(name);
+    }
+    const auto old = base.metadata().find(file);
+    std::map<std::string, std::string> metadata =
+        old != base.metadata().end() ? old->second : std::map<std::string, std::string>();
+    metadata["format"] = "pt";  // transformers asks for it
+    metadata[kMergedKey] = nlohmann::json(plan.merged).dump();
+    fs::create_directories((folder.inside() / file).parent_path());  // an index may put shards into a folder of theirs
+    lora_rite::save_safetensors(folder.inside() / file, tensors, metadata);
+    log << "wrote " << file << ": " << tensors.size() << " tensors\n";
+  }
+  if (files.size() > 1 || base.is_sharded()) {
+    const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
+    replace_file(folder.inside() / kIndexFile, [&](std::ostream& file) { file << index.dump(2) << '\n'; });
+  }
+  folder.finish();
+  log << "Merged " << plan.changes.size() << " weights of " << base.tensors().size() << " tensors; the model is in "
+      << options.out.string() << '\n';
+}
+
+void add_merge_command(CLI::App& app, std::function<int()>& action) {
+  CLI::App* command = app.add_subcommand(
+      "merge",
+      "Writes a base model and an adapter as one ordinary checkpoint, which needs no LoRA to be used.\n"
+      "\n"
+      "Every weight that the adapter changes becomes W + scale * B A, computed in float32 and rounded once; all other\n"
+      "tensors and the tokenizer's files are copied. transformers loads the folder, and so does this program.\n"
+      "Any model works whose tensors are called as transformers calls them, also such that cannot be trained here.\n");
+  struct Given {
+    MergeOptions options;
+    std::vector<std::string> adapters;
+  };
+  const auto given = std::make_shared<Given>();
+  command->add_option("--model", given->options.model, "Folder of the base model that the adapter was trained on")
+      ->required()
+      ->type_name("DIR");
+  command
+      ->add_option("--adapter", given->adapters,
+                   "Folder with adapter_config.json and adapter_model.safetensors; several are added up, each times "
+                   "its WEIGHT (default 1)")
+      ->required()
+      ->type_name("DIR[=WEIGHT]");
+  command->add_option("--out", given->options.out, "Folder to be made")->required()->type_name("DIR");
+  command->add_option("--dtype", given->options.dtype, "Dtype of all weights: " + join(dtype_names()))
+      ->default_str("as in the base");
+  command
+      ->add_option("--shard-size", given->options.shard_size,
+                   "10^9 bytes above which the weights go into several files; those of a sharded base stay as they are")
+      ->capture_default_str();
+  command->footer(
+      "\nAn adapter that is in the weights already is refused: the files remember what was merged into them.\n"
+      "\n"
+      "Example:\n"
+      "  finetune merge --model .deps/smollm2 --adapter runs/arc --out merged --dtype bfloat16\n");
+  command->callback([given, &action] {
+    action = [given] {
+      for (const std::string& adapter : given->adapters) {
+        given->options.adapters.push_back(parse_weighted_adapter(adapter));
+      }
+      merge_adapters(given->options, std::cout);
+      return 0;
+    };
+  });
+}
+
+}  // namespace finetune

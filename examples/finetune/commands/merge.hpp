@@ -1,0 +1,45 @@
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <ostream>
+#include <string>
+#include <vector>
+
+namespace CLI {
+class App;
+}
+
+namespace finetune {
+
+/// An adapter to be merged and the factor on its ΔW.
+struct WeightedAdapter {
+  std::filesystem::path folder;
+  double weight = 1;
+};
+
+/// What `finetune merge` is asked for.
+struct MergeOptions {
+  std::filesystem::path model;  ///< the base's folder
+  std::vector<WeightedAdapter> adapters;
+  std::filesystem::path out;  ///< a folder that is not there yet, or is empty
+  std::string dtype;          ///< one of dtype_names(); empty = each tensor keeps its own
+  double shard_size = 5;      ///< in 10⁹ bytes: larger weights of an unsharded base become several files
+};
+
+/// "DIR" or "DIR=WEIGHT". Throws Error if what stands behind the last '=' is no finite number and no folder is called
+/// by the whole text.
+WeightedAdapter parse_weighted_adapter(const std::string& text);
+
+/// Writes a checkpoint of the base's tensors by their names, W + Σ weight · ΔW where an adapter changes one, all others
+/// untouched, with config.json, the tokenizer's files and a classifier's head beside them. Sums are made in float and
+/// rounded once. The folder appears whole or not at all. Progress goes to `log`.
+///
+/// Throws Error or c10::Error naming file and tensor if an adapter does not fit the base, was merged into it before, or
+/// is no plain LoRA, if `out` is there already, or the system refuses.
+void merge_adapters(const MergeOptions& options, std::ostream& log);
+
+/// Registers `finetune merge`; once it is parsed, `action` does it.
+void add_merge_command(CLI::App& app, std::function<int()>& action);
+
+}  // namespace finetune
