@@ -68,12 +68,14 @@ struct TrainingState {
   std::map<std::string, c10::IValue> values;         ///< whatever else: numbers, strings, tensors, lists of them
 };
 
-/// The tensors of a module that training changes: parameters that require a gradient, and all buffers. By the names
-/// that LibTorch gives them.
+/// The tensors of a module that training changes: parameters that require a gradient, LoRA factors whether they do or
+/// not (an inactive adapter's do not, and LoraRite(module) holds them; a checkpoint fits whichever is active), and all
+/// buffers. By the names that LibTorch gives them.
 inline std::map<std::string, torch::Tensor> trained_tensors(const torch::nn::Module& module) {
   std::map<std::string, torch::Tensor> result;
   for (const auto& item : module.named_parameters()) {
-    if (item.value().requires_grad()) result.emplace(item.key(), item.value());
+    const bool is_factor = detail::first_factor_token(item.key()).position != std::string::npos;
+    if (is_factor || item.value().requires_grad()) result.emplace(item.key(), item.value());
   }
   for (const auto& item : module.named_buffers()) result.emplace(item.key(), item.value());
   return result;

@@ -5,10 +5,12 @@
 #include <torch/torch.h>
 
 #include <functional>
+#include <lora_rite/checkpoint.hpp>
 #include <lora_rite/lora_rite.hpp>
 #include <lora_rite/nn/nn.hpp>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -16,6 +18,7 @@
 
 #include "nn/support.hpp"
 #include "support/pairs.hpp"
+#include "support/temporary_folder.hpp"
 #include "support/tensors.hpp"
 
 namespace lora_rite {
@@ -386,6 +389,57 @@ TEST(InjectedModel, IsTrainedByLoraRiteAndItsBaseStaysAsItIs) {
   }
   const auto idle_pair = nn::factor_pairs(*model, "idle")[0];
   EXPECT_TRUE(same_bits(idle_pair.a, idle[0]) && same_bits(idle_pair.b, idle[1]));
+}
+
+TEST(InjectedModel, AdaptersAreInACheckpointWhicheverIsActive) {
+  const testing::TemporaryFolder folder;
+  struct Run {
+    Run() {
+      inject_lora(*model, lora_config(2, 4, {"0", "2", "head"}));
+      inject_lora(*model, lora_config(3, 4, {"embed", "head"}), "other");
+      optimizer.emplace(*model, LoraRiteOptions(1e-2));
+    }
+    void step() {
+      optimizer->zero_grad();
+      model->forward(torch::arange(9)).square().mean().backward();
+      optimizer->step();
+    }
+    TrainingState state() { return {trained_tensors(*model), {&*optimizer}, {}, 0, {}}; }
+
+    Small model;
+    std::optional<LoraRite<>> optimizer;
+  };
+  torch::manual_seed(10);
+  Run run;
+  randomize_factors(*run.model);
+  run.step();  // of the first adapter
+  nn::set_active_adapters(*run.model, {"other"});
+  run.step();
+  save_checkpoint(folder / "c", run.state());
+
+  Run resumed;  // in which the first adapter is the active one
+  auto state = resumed.state();
+  for (const auto& item : run.model->named_parameters()) {
+    // The base is the same by whatever else loads it.
+    if (state.tensors.count(item.key()) == 0) {
+      const torch::NoGradGuard no_grad;
+      torch::Tensor(resumed.model->named_parameters()[item.key()]).copy_(item.value());
+    }
+  }
+  load_checkpoint(folder / "c", state);
+  nn::set_active_adapters(*resumed.model, {"other"});
+  const auto before = copies_of(run.model->parameters());
+  for (Run* each : {&run, &resumed}) {
+    each->step();
+    nn::set_active_adapters(*each->model, {"default"});
+    each->step();
+  }
+  size_t moved = 0, i = 0;
+  for (const auto& item : run.model->named_parameters()) {
+    EXPECT_TRUE(same_bits(item.value(), resumed.model->named_parameters()[item.key()])) << item.key();
+    moved += same_bits(item.value(), before[i++]) ? 0 : 1;
+  }
+  EXPECT_EQ(moved, 10u);  // both factors of three and of two layers
 }
 
 TEST(InjectedModel, MergedAndUnloadedComputesTheSame) {

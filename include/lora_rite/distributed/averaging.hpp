@@ -32,12 +32,6 @@ inline std::vector<torch::Tensor> parameters_of(const torch::optim::Optimizer& o
   return parameters;
 }
 
-inline std::vector<torch::Tensor> parameters_of(const std::vector<FactorPair>& pairs) {
-  std::vector<torch::Tensor> parameters;
-  for (const FactorPair& pair : pairs) parameters.insert(parameters.end(), {pair.a, pair.b});
-  return parameters;
-}
-
 /// Sums over the processes of small numbers, such as 1 for every parameter that has a gradient.
 inline std::vector<int> total_counts(const std::vector<int>& own, at::Device device, Collectives& collectives) {
   const at::Tensor counts = at::tensor(own, at::kInt).to(device);
@@ -100,7 +94,7 @@ inline void average_gradients(const torch::optim::Optimizer& optimizer, const Pr
 /// The same for factor pairs.
 inline void average_gradients(const std::vector<FactorPair>& pairs, const ProcessGroup& group,
                               int64_t bucket_bytes = kBucketBytes) {
-  average_gradients(detail::parameters_of(pairs), group, bucket_bytes);
+  average_gradients(detail::alternating_factors(pairs), group, bucket_bytes);
 }
 
 /// Averages gradients while `backward` computes the others: a message leaves as soon as the gradients in it are there,
@@ -148,7 +142,7 @@ class GradientAverager {
   GradientAverager(const torch::optim::Optimizer& optimizer, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
       : GradientAverager(detail::parameters_of(optimizer), std::move(group), bucket_bytes) {}
   GradientAverager(const std::vector<FactorPair>& pairs, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
-      : GradientAverager(detail::parameters_of(pairs), std::move(group), bucket_bytes) {}
+      : GradientAverager(detail::alternating_factors(pairs), std::move(group), bucket_bytes) {}
 
   ~GradientAverager() {
     for (const at::Tensor& parameter : parameters_) torch::autograd::impl::set_post_acc_grad_hooks(parameter, nullptr);
