@@ -2,12 +2,15 @@
 """Do the tests notice when the algorithm is wrong? Applies small mutations to the headers and runs the tests on each.
 
     mutate.py --build FOLDER             all mutations of mutations.py
-    mutate.py --build FOLDER --only 3,17
+    mutate.py --build FOLDER NAME…       those of which the number is NAME, or the file or the text holds it:
+                                         17, host.hpp, bump_version
+    mutate.py --build FOLDER --survivors those that no test has noticed in the last run, or that have not run yet
+    mutate.py --build FOLDER --list      what there is, and what became of it in the last run; runs nothing
 
 All mutants are compiled into one binary, each behind a switch that an environment variable turns ("mutant schemata",
 Untch, Offutt & Harrold 1993): building takes as long as building the tests once. A mutant is killed when a test fails, the
 process dies, or it hangs. Ends with 1 if a mutant survives that is not explained in mutations.py, or one that is
-explained was killed. FOLDER/results.tsv is written as it goes.
+explained was killed. FOLDER/results.tsv is written as it goes and keeps what is not run again.
 """
 
 import argparse
@@ -101,13 +104,68 @@ def run(binary: pathlib.Path, mutant: int, timeout: float, test_filter: str) -> 
     return result.returncode != 0, failed[0] if failed else f"ended with {result.returncode}"
 
 
+def key(mutation: tuple[str, str, str, str]) -> tuple[str, str, str]:
+    """What a mutation is known by in results.tsv: its number changes with the list."""
+    file, snippet, replacement, _ = mutation
+    return file, snippet.replace("\n", "\\n"), replacement
+
+
+class Results:
+    """What became of each mutation, in a file."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.verdicts: dict[tuple[str, str, str], str] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                *place, verdict = line.split("\t")
+                self.verdicts[tuple(place)] = verdict
+
+    def verdict(self, mutation: tuple[str, str, str, str]) -> str:
+        return self.verdicts.get(key(mutation), "not run")
+
+    def note(self, mutation: tuple[str, str, str, str], verdict: str) -> None:
+        self.verdicts[key(mutation)] = verdict
+        lines = ["\t".join((*key(each), self.verdict(each))) for each in MUTATIONS if key(each) in self.verdicts]
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def chosen(names: list[str], only_survivors: bool, results: Results) -> list[int]:
+    """The numbers of the mutations that are meant."""
+    def is_meant(number: int, mutation: tuple[str, str, str, str], name: str) -> bool:
+        return number == int(name) if name.isdigit() else any(name in text for text in mutation[:3])
+
+    for name in names:
+        if not any(is_meant(number, mutation, name) for number, mutation in enumerate(MUTATIONS, 1)):
+            sys.exit(f"no mutation is '{name}': expected a number from 1 to {len(MUTATIONS)}, or a part of a file's name "
+                     "or of a mutation's text")
+    return [number for number, mutation in enumerate(MUTATIONS, 1)
+            if (not names or any(is_meant(number, mutation, name) for name in names))
+            and not (only_survivors and results.verdict(mutation).startswith("killed"))]
+
+
+def describe(number: int) -> str:
+    file, snippet, replacement, _ = MUTATIONS[number - 1]
+    part = re.search("«(.*)»", snippet, re.DOTALL).group(1)
+    return f"{number:3} {file}: {part} → {replacement}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=pathlib.Path, required=True, help="folder for the mutants")
-    parser.add_argument("--only", default="", help="numbers of mutations, separated by commas (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="numbers, or parts of a file's name or of the text")
+    parser.add_argument("--survivors", action="store_true", help="only those that were not killed in the last run")
+    parser.add_argument("--list", action="store_true", help="show them, and run nothing")
     options = parser.parse_args()
     folder = options.build.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder / "results.tsv")
+    numbers = chosen(options.names, options.survivors, results)
+    if options.list or not numbers:
+        for number in numbers:
+            print(f"{describe(number)}: {results.verdict(MUTATIONS[number - 1])}")
+        print(f"{len(numbers)} of {len(MUTATIONS)} mutations")
+        return
     print(f"building {len(MUTATIONS)} mutants into one binary, as long as building the tests", flush=True)
     binary = build(folder)
 
@@ -118,22 +176,19 @@ def main() -> None:
     timeout = 60 + 4 * (time.monotonic() - begin)
     print(f"unchanged: all tests pass, {time.monotonic() - begin:.0f} s", flush=True)
 
-    chosen = [int(number) for number in options.only.split(",") if number] or range(1, len(MUTATIONS) + 1)
     wrong, kills = [], 0
-    with open(folder / "results.tsv", "w", encoding="utf-8") as results:
-        for number in chosen:
-            file, snippet, replacement, reason = MUTATIONS[number - 1]
-            part = re.search("«(.*)»", snippet, re.DOTALL).group(1)
-            killed, by = run(binary, number, timeout, SLOW)
-            if not killed:
-                killed, by = run(binary, number, timeout, "*")
-            kills += killed
-            verdict = f"killed by {by}" if killed else f"survives: {reason}" if reason else "SURVIVES"
-            if killed == bool(reason):
-                wrong.append(number)
-            print(f"{number:3} {file}: {part} → {replacement}: {verdict}", flush=True)
-            results.write(f"{number}\t{file}\t{part}\t{replacement}\t{verdict}\n")
-    print(f"{kills} of {len(chosen)} mutants killed, {len(chosen) - kills} survive")
+    for number in numbers:
+        reason = MUTATIONS[number - 1][3]
+        killed, by = run(binary, number, timeout, SLOW)
+        if not killed:
+            killed, by = run(binary, number, timeout, "*")
+        kills += killed
+        verdict = f"killed by {by}" if killed else f"survives: {reason}" if reason else "SURVIVES"
+        if killed == bool(reason):
+            wrong.append(number)
+        print(f"{describe(number)}: {verdict}", flush=True)
+        results.note(MUTATIONS[number - 1], verdict)
+    print(f"{kills} of {len(numbers)} mutants killed, {len(numbers) - kills} survive")
     if wrong:
         sys.exit(f"not as mutations.py says: {wrong}")
 
