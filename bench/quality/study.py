@@ -253,9 +253,10 @@ class Programs:
                            task.source, "--test-size", str(task.test_size), "--validation-size",
                            str(task.validation_size)])
         out = self.results / "work" / f"{threading.get_ident()}-{job.cell.task}-{job.split}"
-        self.call([str(self.build / "examples/finetune/finetune"), *common, "--model", str(self.deps / "minilm"),
-                   "--train", str(data / "train.tsv"), "--test", str(data / f"{job.split}.tsv"), "--out", str(out),
-                   "--overwrite", "--threads", "1", "--checkpoint-every", "0", "--seed", str(job.seeds[0]),
+        self.call([str(self.build / "examples/finetune/finetune"), "train", *common,
+                   "--model", str(self.deps / "minilm"), "--train", str(data / "train.tsv"),
+                   "--test", str(data / f"{job.split}.tsv"), "--out", str(out), "--overwrite",
+                   "--threads", "1", "--checkpoint-every", "0", "--seed", str(job.seeds[0]),
                    *(["--evaluate-every", str(task.steps // 2)] if job.split == "test" else [])])
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps, final = lines[:-1], lines[-1]

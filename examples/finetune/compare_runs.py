@@ -2,7 +2,7 @@
 """Sets runs side by side: compare_runs.py RUN_FOLDER... --picture PICTURE.png
 
 Prints a table of the runs, and draws each optimizer's loss curves in a panel of its own. Where an optimizer was started
-in two equivalent ways (finetune --init-scale), the gap between its two curves is measured and drawn below them.
+in two equivalent ways (finetune train --init-scale), the gap between its two curves is measured and drawn below them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def read_run(folder: str) -> dict:
     except (OSError, ValueError) as error:
         sys.exit(f"{path}: cannot be read ({error}); the folder of a finished run of finetune is expected")
     if not lines or not lines[-1].get("final"):
-        sys.exit(f"{path}: the run is not finished; go on with: finetune --resume --out {folder}")
+        sys.exit(f"{path}: the run is not finished; go on with: finetune train --resume --out {folder}")
     losses = [float("nan") if line["loss"] is None else line["loss"] for line in lines if "step" in line]
     return {**lines[-1], "losses": losses}
 
@@ -96,7 +96,7 @@ def draw(panels: list[tuple[str, list[dict]]], picture: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="an --out folder of finetune")
+    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="an --out folder of finetune train")
     parser.add_argument("--picture", help="PNG to draw")
     options = parser.parse_args()
 

@@ -3,12 +3,9 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json_fwd.hpp>
+#include <nlohmann/json.hpp>
 #include <vector>
 
-#include "classifier.hpp"
-#include "dataset.hpp"
-#include "process_group.hpp"
 #include "step_record.hpp"
 
 namespace finetune {
@@ -20,21 +17,20 @@ class MetricsLog {
   MetricsLog(const std::filesystem::path& path, int64_t keep_steps);
 
   void write(const StepRecord& record);
-  void write_final(const nlohmann::json& summary);
+  void write_final(const nlohmann::ordered_json& summary);
 
   /// All steps so far, those of an interrupted run included.
   const std::vector<StepRecord>& records() const { return records_; }
 
  private:
-  void write_line(const nlohmann::json& line);
+  void write_line(const nlohmann::ordered_json& line);
 
   std::filesystem::path path_;
   std::ofstream file_;
   std::vector<StepRecord> records_;
 };
 
-/// Accuracy and loss over a data set, without dropout and gradients; the processes divide the work. The model is left
-/// in the mode it was in.
-Evaluation evaluate(SentenceClassifier& model, const Dataset& data, const Processes& processes = {});
+/// Adds scores to a line of the log as "test_loss", …, of which "test" is the prefix.
+void add_scores(nlohmann::ordered_json& line, const std::string& prefix, const Scores& scores);
 
 }  // namespace finetune

@@ -5,6 +5,7 @@
 
 #include <lora_rite/baselines/registry.hpp>
 #include <lora_rite/lora_rite.hpp>
+#include <set>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -42,15 +43,19 @@ void refuse_options_of_rite(const RunOptions& options) {
 }
 
 // What is trained and is no factor.
-std::vector<torch::Tensor> head_of(const SentenceClassifier& model) {
+std::vector<torch::Tensor> head_of(const torch::nn::Module& model) {
+  std::set<const void*> factors;
+  for (const lora_rite::FactorPair& pair : lora_rite::find_factor_pairs(model)) {
+    factors.insert({pair.a.unsafeGetTensorImpl(), pair.b.unsafeGetTensorImpl()});
+  }
   std::vector<torch::Tensor> head;
-  for (const auto& item : model.named_parameters()) {
-    if (item.value().requires_grad() && item.key().find(".lora_") == std::string::npos) head.push_back(item.value());
+  for (const torch::Tensor& parameter : model.parameters()) {
+    if (parameter.requires_grad() && factors.count(parameter.unsafeGetTensorImpl()) == 0) head.push_back(parameter);
   }
   return head;
 }
 
-TrainingOptimizer make_by_name(const RunOptions& options, const SentenceClassifier& model) {
+TrainingOptimizer make_by_name(const RunOptions& options, const torch::nn::Module& model) {
   refuse_options_of_rite(options);
   TrainingOptimizer result;
   result.optimizers.push_back(
@@ -67,14 +72,16 @@ TrainingOptimizer make_by_name(const RunOptions& options, const SentenceClassifi
            " does not take it here; leave it out, or choose rite, adam or adamw");
     }
   }
-  result.optimizers.push_back(std::make_unique<torch::optim::AdamW>(
-      head_of(model), torch::optim::AdamWOptions(options.head_lr).weight_decay(0)));
+  if (const std::vector<torch::Tensor> head = head_of(model); !head.empty()) {
+    result.optimizers.push_back(
+        std::make_unique<torch::optim::AdamW>(head, torch::optim::AdamWOptions(options.head_lr).weight_decay(0)));
+  }
   result.skipped_steps = [] { return int64_t{0}; };
   return result;
 }
 
 template <class Basis>
-TrainingOptimizer make_rite(const RunOptions& options, const SentenceClassifier& model, const Processes& processes) {
+TrainingOptimizer make_rite(const RunOptions& options, const torch::nn::Module& model, const Processes& processes) {
   const auto rite_options = lora_rite::LoraRiteOptions(options.lr)
                                 .betas({0.9, options.beta2})
                                 .weight_decay(options.weight_decay)
@@ -88,7 +95,8 @@ TrainingOptimizer make_rite(const RunOptions& options, const SentenceClassifier&
   if (options.shard_optimizer && processes.size > 1) {
     rite = std::make_unique<lora_rite::ShardedLoraRite<Basis>>(processes.group, lora_rite::find_factor_pairs(model),
                                                                rite_options);
-    rite->add_parameters(head_of(model), head_options);
+    const std::vector<torch::Tensor> head = head_of(model);
+    if (!head.empty()) rite->add_parameters(head, head_options);
   } else {
     rite = std::make_unique<lora_rite::LoraRite<Basis>>(model, rite_options, head_options);
   }
@@ -114,13 +122,33 @@ double tensor_bytes(torch::serialize::InputArchive& archive) {
 
 }  // namespace
 
+std::vector<torch::Tensor> TrainingOptimizer::parameters() const {
+  std::vector<torch::Tensor> result;
+  for (const auto& optimizer : optimizers) {
+    for (const auto& group : optimizer->param_groups()) {
+      result.insert(result.end(), group.params().begin(), group.params().end());
+    }
+  }
+  return result;
+}
+
 std::vector<std::string> optimizer_names() { return lora_rite::optimizer_names(); }
 
-TrainingOptimizer make_optimizer(const RunOptions& options, const SentenceClassifier& model,
+TrainingOptimizer make_optimizer(const RunOptions& options, const torch::nn::Module& model,
                                  const Processes& processes) {
   if (options.optimizer == "rite") return make_rite<lora_rite::PolarBasis>(options, model, processes);
   if (options.optimizer == "rite-qr") return make_rite<lora_rite::QrBasis>(options, model, processes);
   return make_by_name(options, model);
+}
+
+std::unique_ptr<lora_rite::WarmupScheduler> make_scheduler(const RunOptions& options,
+                                                           torch::optim::Optimizer& optimizer) {
+  if (options.schedule == "cosine") {
+    return std::make_unique<lora_rite::WarmupCosine>(optimizer, options.warmup, options.steps, options.min_lr_ratio);
+  }
+  // A constant rate is a line that goes down to itself.
+  const double ratio = options.schedule == "constant" ? 1 : options.min_lr_ratio;
+  return std::make_unique<lora_rite::WarmupLinear>(optimizer, options.warmup, options.steps, ratio);
 }
 
 // Asked through what the optimizers save: that is exactly what they remember, whatever their class.

@@ -21,20 +21,29 @@ std::string draw(int64_t step, int64_t total) {
   return bar;
 }
 
+// "4:07", "1:04:07"
+std::string show_time(int64_t seconds) {
+  std::ostringstream text;
+  if (seconds >= 3600) text << seconds / 3600 << ':' << std::setfill('0') << std::setw(2);
+  text << seconds / 60 % 60 << ':' << std::setfill('0') << std::setw(2) << seconds % 60;
+  return text.str();
+}
+
 }  // namespace
 
 void ProgressBar::update(const StepRecord& record) {
   loss_ = kSmoothing * loss_ + (1 - kSmoothing) * record.loss;
   ms_step_ = kSmoothing * ms_step_ + (1 - kSmoothing) * record.ms_step;
+  tokens_ = kSmoothing * tokens_ + (1 - kSmoothing) * static_cast<double>(record.tokens);
   weight_ = kSmoothing * weight_ + (1 - kSmoothing);
   if (!is_terminal_ && record.step % log_every_ != 0 && record.step != total_steps_) return;
 
   const double ms_step = ms_step_ / weight_;
   const auto seconds = std::llround(ms_step * static_cast<double>(total_steps_ - record.step) / 1000);
   std::ostringstream numbers;
-  numbers << std::setw(4) << record.step << '/' << total_steps_ << "  loss " << fixed(loss_ / weight_, 4) << "  "
-          << fixed(ms_step, 0) << " ms/step  ETA " << seconds / 60 << ':' << std::setw(2) << std::setfill('0')
-          << seconds % 60;
+  numbers << std::setw(4) << record.step << '/' << total_steps_ << "  loss " << fixed(loss_ / weight_, 4) << "  lr "
+          << record.lr << "  " << fixed(ms_step, 0) << " ms/step  " << fixed(1000 * tokens_ / ms_step_, 0)
+          << " tokens/s  ETA " << show_time(seconds);
   if (is_terminal_) {
     // \x1b[?7l … h: a narrow terminal cuts the line instead of wrapping it, after which \r would no longer reach its
     // start. \x1b[K clears what a longer line before has left.

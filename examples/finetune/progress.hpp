@@ -7,7 +7,8 @@
 
 namespace finetune {
 
-/// Shows how training goes: a bar that is redrawn on a terminal, a line every `log_every` steps elsewhere.
+/// Shows how training goes (loss, learning rate, tokens a second, time left): a bar that is redrawn on a terminal, a
+/// line every `log_every` steps elsewhere.
 class ProgressBar {
  public:
   ProgressBar(std::ostream& out, bool is_terminal, int64_t total_steps, int64_t log_every)
@@ -27,6 +28,7 @@ class ProgressBar {
   // Exponential averages; dividing by `weight_` makes up for their start at zero.
   double loss_ = 0;
   double ms_step_ = 0;
+  double tokens_ = 0;
   double weight_ = 0;
 };
 

@@ -46,8 +46,8 @@ def read_lines(path: str) -> list[dict]:
 def run(options: argparse.Namespace, data: tuple[str, str], optimizer: str, rate: float, seed: int) -> dict:
     """The final line of one run. All runs share a folder, hence their tokens."""
     folder = os.path.join(options.out, "run")
-    command = [options.finetune, "--model", options.model, "--train", data[0], "--test", data[1], "--out", folder,
-               "--overwrite", "--checkpoint-every", "0", "--optimizer", optimizer, "--lr", repr(rate),
+    command = [options.finetune, "train", "--model", options.model, "--train", data[0], "--test", data[1],
+               "--out", folder, "--overwrite", "--checkpoint-every", "0", "--optimizer", optimizer, "--lr", repr(rate),
                "--seed", str(seed), "--steps", str(options.steps), "--batch", str(options.batch), *options.extra]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
         sys.exit("a run failed (above): " + " ".join(command))

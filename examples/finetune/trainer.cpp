@@ -1,11 +1,15 @@
 #include "trainer.hpp"
 
+#include <ATen/Parallel.h>
+#include <torch/cuda.h>
+#include <torch/nn/utils/clip_grad.h>
+
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <lora_rite/checkpoint.hpp>
 #include <lora_rite/distributed.hpp>
-#include <lora_rite/nn/inject.hpp>
-#include <lora_rite/schedulers.hpp>
+#include <lora_rite/nn/adapters.hpp>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
@@ -14,53 +18,67 @@
 
 #include "error.hpp"
 #include "interrupt.hpp"
+#include "metrics.hpp"
 #include "optimizers.hpp"
-#include "peft_adapter.hpp"
 #include "progress.hpp"
-#include "tokenize.hpp"
 
 namespace finetune {
 namespace {
 
+// On a GPU the work is done when the device has done it, not when the call returns.
 class Stopwatch {
  public:
+  explicit Stopwatch(bool on_gpu) : on_gpu_(on_gpu) { wait(); }
+
   double milliseconds() const {
+    wait();
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
   }
 
  private:
+  void wait() const {
+    if (on_gpu_) torch::cuda::synchronize();
+  }
+
+  bool on_gpu_;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-Dataset tokenize_rows(const std::vector<LabelledText>& rows, const std::vector<std::string>& classes,
-                      const std::string& path, const RunOptions& options, const BertConfig& config,
-                      const std::string& cache) {
-  std::vector<std::string> texts;
-  for (const LabelledText& row : rows) texts.push_back(row.text);
-  const TokenizerOptions tokenizer{options.model, options.max_length, options.python};
-  return {tokenize(texts, tokenizer, config.vocab_size, std::filesystem::path(options.out) / cache),
-          index_labels(rows, classes, path)};
+// Leaves gradients of the mean loss over all examples of the step, and returns this process's part of that mean.
+double accumulate_gradients(Workload& workload, const std::vector<int64_t>& examples, int64_t micro_batch,
+                            const Processes& processes) {
+  const std::vector<int64_t> own = processes.part_of(examples);
+  const double weight = workload.weight(examples);
+  double loss = 0;
+  const auto size = static_cast<int64_t>(own.size());
+  const int64_t stride = micro_batch > 0 ? micro_batch : size;
+  workload.model().zero_grad();
+  for (int64_t begin = 0; begin < size; begin += stride) {
+    const int64_t end = std::min(begin + stride, size);
+    const torch::Tensor part = workload.loss_sum({own.begin() + begin, own.begin() + end}) / weight;
+    // The mean over the processes divides by their number.
+    (part * processes.size).backward();
+    loss += part.item<double>();
+  }
+  return loss;
 }
 
-StepRecord train_step(SentenceClassifier& model, const TrainingOptimizer& training, const Dataset& data,
-                      const std::vector<int64_t>& indices, const Processes& processes) {
+StepRecord train_step(const RunOptions& options, Workload& workload, const TrainingOptimizer& training,
+                      const std::vector<int64_t>& examples, const Processes& processes) {
+  const bool on_gpu = options.device == "cuda";
   StepRecord record;
-  const Stopwatch step;
+  const Stopwatch step(on_gpu);
   record.lr = training.optimizers[0]->param_groups()[0].options().get_lr();
-  const std::vector<int64_t> own = processes.part_of(indices);
-  const Batch batch = make_batch(data, own, model.bert().config().pad_token_id);
-  // 1 where the parts are equal; otherwise it makes the mean over the processes the mean over the examples.
-  const double weight = static_cast<double>(own.size()) * processes.size / static_cast<double>(indices.size());
-  const torch::Tensor loss = at::cross_entropy_loss(model.forward(batch.tokens, batch.mask), batch.labels) * weight;
-  model.zero_grad();
-  loss.backward();
+  record.tokens = workload.tokens(examples);
+  const double loss = accumulate_gradients(workload, examples, options.micro_batch, processes);
   if (processes.size > 1) {
     for (const auto& optimizer : training.optimizers) lora_rite::average_gradients(*optimizer, processes.group);
   }
-  const Stopwatch optimizer_step;
+  if (options.max_grad_norm > 0) torch::nn::utils::clip_grad_norm_(training.parameters(), options.max_grad_norm);
+  const Stopwatch optimizer_step(on_gpu);
   for (const auto& optimizer : training.optimizers) optimizer->step();
   record.ms_optimizer = optimizer_step.milliseconds();
-  record.loss = processes.sum({loss.item<double>()})[0] / processes.size;
+  record.loss = processes.sum({loss})[0];
   record.ms_step = step.milliseconds();
   return record;
 }
@@ -75,25 +93,45 @@ uint64_t dropout_seed(uint64_t seed, int64_t step, int rank) {
   return result;
 }
 
-// FNV-1a: it has to notice mistakes only.
-uint64_t fingerprint(const Dataset& data) {
-  uint64_t hash = 0xcbf29ce484222325;
-  const auto add = [&](int64_t number) { hash = (hash ^ static_cast<uint64_t>(number)) * 0x100000001b3; };
-  for (const auto& sentence : data.tokens) {
-    add(-1);
-    for (const int64_t token : sentence) add(token);
+/// The best measurement so far, and how many since then were no better. Part of the checkpoint.
+class BestSoFar {
+ public:
+  BestSoFar(Headline headline, std::map<std::string, c10::IValue>& values)
+      : headline_(std::move(headline)), values_(values) {
+    const double infinity = std::numeric_limits<double>::infinity();
+    values_ = {{"best_score", headline_.higher_is_better ? -infinity : infinity},
+               {"best_step", int64_t{0}},
+               {"measurements_since_best", int64_t{0}}};
   }
-  for (const int64_t label : data.labels) add(label);
-  return hash;
-}
+
+  // Whether this one is the best.
+  bool take(const Scores& scores, int64_t step) {
+    const double found = score_of(scores, headline_.score);
+    if (!headline_.improves(found, score())) {
+      values_["measurements_since_best"] = measurements_since() + 1;
+      return false;
+    }
+    values_["best_score"] = found;
+    values_["best_step"] = step;
+    values_["measurements_since_best"] = int64_t{0};
+    return true;
+  }
+
+  const std::string& name() const { return headline_.score; }
+  double score() const { return values_.at("best_score").toDouble(); }
+  int64_t step() const { return values_.at("best_step").toInt(); }  // 0 = none was any good
+  int64_t measurements_since() const { return values_.at("measurements_since_best").toInt(); }
+
+ private:
+  Headline headline_;
+  std::map<std::string, c10::IValue>& values_;
+};
 
 // What all processes start from.
-std::string describe_start(const TaskData& task, const SentenceClassifier& model, int64_t finished_steps) {
+std::string describe_start(Workload& workload, int64_t finished_steps) {
   std::ostringstream text;
-  text << finished_steps << " finished steps\n";
-  for (const auto& [name, data] : {std::pair("training", &task.train), std::pair("test", &task.test)})
-    text << data->size() << ' ' << name << " examples of fingerprint " << fingerprint(*data) << '\n';
-  for (const auto& item : model.named_parameters()) {
+  text << finished_steps << " finished steps\n" << workload.describe();
+  for (const auto& item : workload.model().named_parameters()) {
     // A sum of integers: it does not depend on the number of threads.
     text << item.key() << item.value().sizes() << " with bytes that add up to "
          << item.value().detach().contiguous().view(torch::kByte).sum(torch::kLong).item<int64_t>() << '\n';
@@ -110,47 +148,6 @@ void save(const std::filesystem::path& path, const lora_rite::TrainingState& sta
   }
 }
 
-// The median is not moved by the first steps, which warm up caches, nor by other programs' bursts.
-double median(const std::vector<StepRecord>& records, double StepRecord::*field) {
-  std::vector<double> values;
-  for (const StepRecord& record : records) values.push_back(record.*field);
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
-}
-
-nlohmann::json summarize(const RunOptions& options, const TaskData& task, const SentenceClassifier& model,
-                         const std::vector<StepRecord>& records, const Evaluation& test, int processes) {
-  int64_t trainable = 0;
-  for (const torch::Tensor& parameter : model.parameters()) {
-    if (parameter.requires_grad()) trainable += parameter.numel();
-  }
-  const double ms_step = median(records, &StepRecord::ms_step);
-  const double ms_optimizer = median(records, &StepRecord::ms_optimizer);
-  return {{"final", true},
-          {"optimizer", options.optimizer},
-          {"lr", options.lr},
-          {"head_lr", options.head_lr},
-          {"init_scale", options.init_scale},
-          {"rank", options.rank},
-          {"alpha", options.alpha},
-          {"seed", options.seed},
-          {"steps", options.steps},
-          {"batch", options.batch},
-          {"threads", at::get_num_threads()},
-          {"processes", processes},
-          {"train_examples", task.train.size()},
-          {"test_examples", task.test.size()},
-          {"classes", task.classes},
-          {"trainable_parameters", trainable},
-          {"test_accuracy", test.accuracy},
-          {"test_accuracy_error", test.accuracy_error},
-          {"test_loss", test.loss},
-          {"ms_per_step", ms_step},
-          {"ms_optimizer", ms_optimizer},
-          {"optimizer_share", ms_optimizer / ms_step}};
-}
-
 // What the library throws says what is wrong with the file; the way out is this program's to tell.
 void resume_from(const std::filesystem::path& path, lora_rite::TrainingState& state) {
   try {
@@ -160,87 +157,144 @@ void resume_from(const std::filesystem::path& path, lora_rite::TrainingState& st
   }
 }
 
+// The median is not moved by the first steps, which warm up caches, nor by other programs' bursts.
+template <class Value>
+double median(const std::vector<StepRecord>& records, const Value& value) {
+  std::vector<double> values;
+  for (const StepRecord& record : records) values.push_back(value(record));
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+nlohmann::ordered_json summarize(const RunOptions& options, Workload& workload, const std::vector<StepRecord>& records,
+                                 int processes) {
+  const double ms_step = median(records, [](const StepRecord& record) { return record.ms_step; });
+  const double ms_optimizer = median(records, [](const StepRecord& record) { return record.ms_optimizer; });
+  nlohmann::ordered_json summary = {
+      {"final", true},
+      {"optimizer", options.optimizer},
+      {"lr", options.lr},
+      {"schedule", options.schedule},
+      {"init_scale", options.init_scale},
+      {"rank", options.rank},
+      {"alpha", options.alpha},
+      {"seed", options.seed},
+      {"steps", options.steps},
+      {"finished_steps", records.size()},
+      {"batch", options.batch},
+      {"threads", at::get_num_threads()},
+      {"processes", processes},
+      {"trainable_parameters", lora_rite::nn::trainable_parameters(workload.model()).trainable},
+      {"ms_per_step", ms_step},
+      {"ms_optimizer", ms_optimizer},
+      {"optimizer_share", ms_optimizer / ms_step},
+      {"tokens_per_second",
+       median(records, [](const StepRecord& step) { return 1000 * static_cast<double>(step.tokens) / step.ms_step; })}};
+  const nlohmann::json facts = workload.summary();
+  for (const auto& [name, value] : facts.items()) summary[name] = value;
+  return summary;
+}
+
 }  // namespace
 
-TaskData load_task(const RunOptions& options, const BertConfig& config) {
-  const std::vector<LabelledText> train = read_tsv(options.train);
-  const std::vector<LabelledText> test = read_tsv(options.test);
-  TaskData task;
-  task.classes = find_classes(train, options.train);
-  task.train = tokenize_rows(train, task.classes, options.train, options, config, "train.tokens");
-  task.test = tokenize_rows(test, task.classes, options.test, options, config, "test.tokens");
-  return task;
-}
-
-std::shared_ptr<SentenceClassifier> make_classifier(const RunOptions& options, std::shared_ptr<BertModel> base,
-                                                    int64_t classes) {
-  at::manual_seed(options.seed);
-  lora_rite::nn::inject_lora(*base, adapter_of(options));
-  auto model = std::make_shared<SentenceClassifier>(std::move(base), classes);
-  const at::NoGradGuard no_grad;
-  for (auto& item : model->named_parameters()) {
-    if (item.key().find(".lora_A.") != std::string::npos) item.value().mul_(options.init_scale);
-  }
-  return model;
-}
-
-Outcome run_training(const RunOptions& options, SentenceClassifier& model, const TaskData& task, bool resume,
-                     const Display& display, const Processes& processes) {
+Outcome run_training(const RunOptions& options, Workload& workload, bool resume, const Display& display,
+                     const Processes& processes) {
   if (options.batch < processes.size) {
     fail("--batch ", options.batch, ": ", processes.size,
          " processes share a batch; give each an example or start fewer");
   }
   const std::filesystem::path folder = options.out;
   const std::filesystem::path checkpoint = folder / "checkpoint.pt";
-  const TrainingOptimizer training = make_optimizer(options, model, processes);
-  std::vector<lora_rite::WarmupLinear> schedulers;
-  for (const auto& optimizer : training.optimizers) schedulers.emplace_back(*optimizer, options.warmup, options.steps);
+  const TrainingOptimizer training = make_optimizer(options, workload.model(), processes);
+  std::vector<std::unique_ptr<lora_rite::WarmupScheduler>> schedulers;
   lora_rite::TrainingState state;
-  state.tensors = lora_rite::trained_tensors(model);
-  for (const auto& optimizer : training.optimizers) state.optimizers.push_back(optimizer.get());
-  for (lora_rite::WarmupLinear& scheduler : schedulers) state.others.push_back(&scheduler);
+  state.tensors = lora_rite::trained_tensors(workload.model());
+  for (const auto& optimizer : training.optimizers) {
+    state.optimizers.push_back(optimizer.get());
+    schedulers.push_back(make_scheduler(options, *optimizer));
+    state.others.push_back(schedulers.back().get());
+  }
+  BestSoFar best(workload.headline(), state.values);
   if (resume) resume_from(checkpoint, state);
-  if (processes.size > 1) processes.check_same(describe_start(task, model, state.step));
+  if (processes.size > 1) processes.check_same(describe_start(workload, state.step));
   std::optional<MetricsLog> log;
   if (processes.is_first()) log.emplace(folder / "metrics.jsonl", state.step);
 
-  BatchOrder order(task.train.size(), options.batch, options.seed);
+  const bool validates = workload.has(Split::Validation);
+  const auto is_due = [&](int64_t step) {
+    const bool is_last = step == options.steps;
+    return options.evaluate_every > 0 ? is_last || step % options.evaluate_every == 0 : is_last && validates;
+  };
+  const auto has_ended = [&] {
+    return state.step == options.steps || (options.patience > 0 && best.measurements_since() >= options.patience);
+  };
   ProgressBar progress(display.out, display.is_terminal, options.steps, options.log_every);
   const InterruptGuard interrupt;
-  model.train();
-  while (state.step < options.steps && !processes.any(interrupt.requested())) {
+  workload.model().train();
+  while (!has_ended() && !processes.any(interrupt.requested())) {
     at::manual_seed(dropout_seed(options.seed, state.step, processes.rank));
-    StepRecord record = train_step(model, training, task.train, order.indices(state.step), processes);
-    for (lora_rite::WarmupLinear& scheduler : schedulers) scheduler.step();
+    StepRecord record = train_step(options, workload, training, workload.examples_of(state.step), processes);
+    for (const auto& scheduler : schedulers) scheduler->step();
     record.step = ++state.step;
-    if (options.evaluate_every > 0 && (state.step % options.evaluate_every == 0 || state.step == options.steps)) {
-      record.test = evaluate(model, task.test, processes);
+    std::string news;
+    if (is_due(record.step) && validates) {
+      record.validation = workload.evaluate(Split::Validation, processes);
+      const bool is_best = best.take(record.validation, record.step);
+      if (is_best && processes.is_first()) workload.save(folder / "best");
+      news =
+          concat("step ", record.step, ": validation ", show(record.validation), is_best ? " (the best so far)" : "");
+    } else if (is_due(record.step) && workload.has(Split::Test)) {
+      record.test = workload.evaluate(Split::Test, processes);
     }
     if (log) log->write(record);
     progress.update(record);
+    if (!news.empty()) {
+      progress.finish();
+      display.out << news << std::endl;
+    }
     if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0) save(checkpoint, state, processes);
     if (display.after_step) display.after_step(record);
   }
   progress.finish();
   save(checkpoint, state, processes);
-  if (state.step < options.steps) return Outcome::Interrupted;
+  if (!has_ended()) return Outcome::Interrupted;
 
-  const std::optional<Evaluation> last = log ? log->records().back().test : std::nullopt;
-  const bool is_measured = processes.any(last.has_value());
-  const Evaluation test = is_measured ? last.value_or(Evaluation()) : evaluate(model, task.test, processes);
+  const bool is_measured = processes.any(log && !log->records().back().test.empty());
+  Scores test;
+  if (is_measured) {
+    if (log) test = log->records().back().test;
+  } else if (workload.has(Split::Test)) {
+    test = workload.evaluate(Split::Test, processes);
+  }
   const double megabytes = state_megabytes(training);
   if (!log) return Outcome::Finished;
 
-  save_adapter(folder, model.bert(), adapter_of(options), options.model);
-  save_head(folder / "head.safetensors", model.head(), task.classes);
-  nlohmann::json summary = summarize(options, task, model, log->records(), test, processes.size);
+  workload.save(folder);
+  nlohmann::ordered_json summary = summarize(options, workload, log->records(), processes.size);
+  add_scores(summary, "validation", log->records().back().validation);
+  add_scores(summary, "test", test);
+  if (validates) {
+    summary["best_step"] = best.step();
+    summary["best_validation_" + best.name()] = best.score();
+    summary["stopped_early"] = state.step < options.steps;
+  }
   summary["optimizer_state_mb"] = megabytes;
   summary["skipped_steps"] = training.skipped_steps();
   log->write_final(summary);
-  display.out << "test accuracy " << fixed(100 * test.accuracy, 1) << " % (± " << fixed(100 * test.accuracy_error, 1)
-              << "), test loss " << fixed(test.loss, 4) << "; " << fixed(summary["ms_per_step"], 0)
-              << " ms/step, of which the optimizer " << fixed(summary["ms_optimizer"], 1) << " ms; optimizer state "
-              << fixed(summary["optimizer_state_mb"], 2) << " MB\n";
+
+  if (state.step < options.steps) {
+    display.out << "ended after step " << state.step << ": the last " << options.patience
+                << " measurements were no better than the best\n";
+  }
+  if (best.step() > 0) {
+    display.out << "best of the validation: " << best.name() << ' ' << fixed(best.score(), 4) << " after step "
+                << best.step() << ", in " << (folder / "best").string() << '\n';
+  }
+  if (!test.empty()) display.out << "test " << show(test) << '\n';
+  display.out << fixed(summary["ms_per_step"], 0) << " ms/step, of which the optimizer "
+              << fixed(summary["ms_optimizer"], 1) << " ms; " << fixed(summary["tokens_per_second"], 0)
+              << " tokens/s; optimizer state " << fixed(megabytes, 2) << " MB\n";
   return Outcome::Finished;
 }
 

@@ -5,22 +5,17 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <lora_rite/nn/lora_config.hpp>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "process_group.hpp"
 #include "run_options.hpp"
+#include "step_record.hpp"
 
 namespace finetune {
-
-/// Results of a measurement by name ("loss", "accuracy", …), in the order in which they are shown.
-using Scores = std::vector<std::pair<std::string, double>>;
-
-/// The score called `name`, NaN if there is none.
-double score_of(const Scores& scores, const std::string& name);
 
 /// The data that a model is measured on.
 enum class Split {
@@ -79,6 +74,13 @@ class Workload {
   /// Lines that tell apart data that differ, for Processes::check_same.
   virtual std::string describe() const = 0;
 };
+
+/// The adapters that `options` ask for; on the layers `natural` unless they name others. Throws Error for a list of
+/// modules that makes no sense.
+lora_rite::nn::LoraConfig lora_config(const RunOptions& options, const lora_rite::nn::ModuleNames& natural);
+
+/// Gives the model fresh adapters, drawn from the run's seed.
+void add_adapters(torch::nn::Module& model, const RunOptions& options, const lora_rite::nn::LoraConfig& config);
 
 /// What `options` ask for: a sentence classifier where config.json's model_type is "bert", else a language model. Reads
 /// the data, loads the model, moves it to the device and gives it adapters drawn from the run's seed. Throws Error for

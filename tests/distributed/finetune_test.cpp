@@ -185,9 +185,9 @@ TEST_F(Finetune, AfterAProcessWasKilledTheRunGoesOnFromItsCheckpoint) {
 
 const Scenario dividing("finetune divides", [](const Process& process) {
   RunOptions options = tiny_options(process.folder.string(), "rite");
-  const auto model = make_classifier(options, load_bert(options.model), 2);
+  const auto workload = tiny_workload(options);
   const auto divided = [&](const Processes& processes) {
-    const TrainingOptimizer training = make_optimizer(options, *model, processes);
+    const TrainingOptimizer training = make_optimizer(options, workload->model(), processes);
     const auto* optimizer = dynamic_cast<lora_rite::ShardedLoraRite<>*>(training.optimizers[0].get());
     return optimizer != nullptr && optimizer->owner(0, 0) != optimizer->owner(0, 1);
   };
@@ -204,11 +204,11 @@ TEST(FinetuneProcesses, DivideTheOptimizerWhenAsked) {
 const Scenario differences("finetune differences", [](const Process& process) {
   const bool is_last = process.rank == process.size - 1;
   const Processes processes = processes_of(process);
-  const auto message = [&](RunOptions options, const TaskData& task) {
-    const auto model = make_classifier(options, load_bert(options.model), 2);
+  const auto message = [&](const RunOptions& options, const TaskData& task) {
+    SentenceWorkload workload(options, load_bert(options.model), task);
     std::ostringstream ignored;
     try {
-      run_training(options, *model, task, false, {ignored}, processes);
+      run_training(options, workload, false, {ignored}, processes);
     } catch (const c10::Error& error) {
       return std::string(error.what_without_backtrace());
     } catch (const Error& error) {

@@ -4,7 +4,6 @@
 
 #include <gtest/gtest.h>
 
-#include "models/bert.hpp"
 #include "support.hpp"
 
 namespace finetune {
@@ -13,12 +12,12 @@ namespace {
 TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
   const TemporaryFolder folder;
   const RunOptions usual = tiny_options(folder.string(), "rite");
-  const auto model = make_classifier(usual, load_bert(usual.model), 2);
+  const auto workload = tiny_workload(usual);
   const auto message = [&](const std::string& optimizer, const std::function<void(RunOptions&)>& change) {
     RunOptions options = usual;
     options.optimizer = optimizer;
     change(options);
-    return error_of([&] { make_optimizer(options, *model); });
+    return error_of([&] { make_optimizer(options, workload->model()); });
   };
   const std::vector<std::pair<std::string, std::function<void(RunOptions&)>>> only_for_rite = {
       {"--clip", [](RunOptions& options) { options.clip = 0; }},
@@ -31,7 +30,7 @@ TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
     EXPECT_EQ(message("adam", change).find(flag + ": adam has no such option"), 0u) << flag;
     RunOptions options = usual;
     change(options);
-    EXPECT_NO_THROW(make_optimizer(options, *model)) << flag;
+    EXPECT_NO_THROW(make_optimizer(options, workload->model())) << flag;
   }
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.beta2 = 0.9; }).find("--beta2 0.9: sgd"), 0u);
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.weight_decay = 0.1; }).find("--weight-decay 0.1: sgd"),

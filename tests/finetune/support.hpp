@@ -11,8 +11,10 @@
 #include <random>
 #include <string>
 
-#include "classifier.hpp"
 #include "error.hpp"
+#include "language_workload.hpp"
+#include "models/load_model.hpp"
+#include "sentence_workload.hpp"
 #include "support/temporary_folder.hpp"
 #include "trainer.hpp"
 
@@ -55,7 +57,29 @@ inline Dataset tiny_dataset(int64_t size, uint32_t seed) {
 }
 
 /// Test data for three batches of an evaluation, for several processes to divide.
-inline TaskData tiny_task() { return {tiny_dataset(50, 1), tiny_dataset(150, 2), {"no", "yes"}}; }
+inline TaskData tiny_task(bool with_validation = false) {
+  return {tiny_dataset(50, 1), with_validation ? tiny_dataset(80, 3) : Dataset(), tiny_dataset(150, 2), {"no", "yes"}};
+}
+
+/// Prompts and completions of the tiny language models' tokens: a completion repeats the prompt's last tokens.
+inline std::vector<TextRecord> tiny_texts(int64_t size, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<TextRecord> records(size);
+  for (TextRecord& record : records) {
+    record.prompt.resize(3 + random() % 6);
+    for (int64_t& token : record.prompt) token = 3 + random() % 45;
+    record.completion.assign(record.prompt.end() - 1 - random() % 3, record.prompt.end());
+    record.completion.push_back(1);
+    record.references = {"yes"};
+  }
+  return records;
+}
+
+inline LanguageData tiny_language_data(bool with_validation = false) {
+  LanguageData data{"gsm8k", tiny_texts(45, 1), {}, {"gsm8k", tiny_texts(20, 2), {}}};
+  if (with_validation) data.validation = {"gsm8k", tiny_texts(20, 3), {}};
+  return data;
+}
 
 inline RunOptions tiny_options(const std::string& out, const std::string& optimizer) {
   RunOptions options;
@@ -71,25 +95,39 @@ inline RunOptions tiny_options(const std::string& out, const std::string& optimi
   return options;
 }
 
-/// A run of the tiny model from its start (or its checkpoint, with `resume`), as main() would do it.
+/// The workload of the tiny model that `options` name, with the data above in place of files; data to validate on
+/// wherever options.validation says anything.
+inline std::unique_ptr<Workload> tiny_workload(const RunOptions& options) {
+  const bool with_validation = !options.validation.empty();
+  if (options.model == golden("tiny").string()) {
+    return std::make_unique<SentenceWorkload>(options, load_bert(options.model), tiny_task(with_validation));
+  }
+  const auto dtype = options.dtype == "bfloat16" ? torch::kBFloat16 : torch::kFloat;
+  return std::make_unique<LanguageWorkload>(options, load_model(options.model, dtype),
+                                            tiny_language_data(with_validation));
+}
+
+/// A run of a tiny model from its start (or its checkpoint, with `resume`), as `finetune train` would do it.
 struct TinyRun {
   Outcome outcome;
   std::vector<StepRecord> records;
   std::map<std::string, torch::Tensor> trained;
+  std::string output;
 };
 
 inline TinyRun run_tiny(const RunOptions& options, bool resume = false,
                         const std::function<void(const StepRecord&)>& after_step = nullptr,
                         const Processes& processes = {}) {
-  const auto model = make_classifier(options, load_bert(options.model), 2);
+  const auto workload = tiny_workload(options);
   TinyRun run;
-  std::ostringstream ignored;
+  std::ostringstream output;
   const auto record = [&](const StepRecord& step) {
     run.records.push_back(step);
     if (after_step) after_step(step);
   };
-  run.outcome = run_training(options, *model, tiny_task(), resume, {ignored, false, record}, processes);
-  for (const auto& item : model->named_parameters()) {
+  run.outcome = run_training(options, *workload, resume, {output, false, record}, processes);
+  run.output = output.str();
+  for (const auto& item : workload->model().named_parameters()) {
     if (item.value().requires_grad()) run.trained[item.key()] = item.value().detach().clone();
   }
   return run;

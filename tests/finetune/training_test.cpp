@@ -47,8 +47,9 @@ TEST_P(Resume, AfterCtrlCTheRunIsBitIdenticalToOneThatNeverStopped) {
   const TemporaryFolder stopped;
   const TinyRun expected = run_tiny(options(whole));
   EXPECT_EQ(expected.outcome, Outcome::Finished);
-  EXPECT_GT(distance(expected.trained.at("bert.encoder.layer.0.attention.self.query.lora_B.default.weight"), torch::zeros(1)),
-            1e-4)
+  EXPECT_GT(
+      distance(expected.trained.at("bert.encoder.layer.0.attention.self.query.lora_B.default.weight"), torch::zeros(1)),
+      1e-4)
       << "the factors moved";
 
   const TinyRun first = run_tiny(options(stopped), false, [](const StepRecord& record) {
@@ -94,7 +95,8 @@ TEST(Training, EveryOptimizerOfTheRegistryTrainsFactorsAndHead) {
     const TemporaryFolder folder;
     RunOptions options = tiny_options(folder.string(), optimizer.c_str());
     options.steps = 2;
-    const auto start = make_classifier(options, load_bert(options.model), 2)->named_parameters();
+    const auto workload = tiny_workload(options);
+    const auto start = workload->model().named_parameters();
     const TinyRun run = run_tiny(options);
     for (const char* name : {"bert.encoder.layer.0.attention.self.query.lora_B.default.weight", "head.weight"}) {
       EXPECT_FALSE(run.trained.at(name).equal(start[name])) << optimizer << " leaves " << name;
@@ -200,7 +202,8 @@ TEST(Training, AMetricsFileThatDoesNotReachTheCheckpointIsRefused) {
   RunOptions options = tiny_options(folder.string(), "adam");
   options.steps = 3;
   run_tiny(options);
-  std::ofstream(folder / "metrics.jsonl") << R"({"step":1,"loss":1.0,"lr":0.1,"ms_step":1,"ms_optimizer":1})" << '\n';
+  std::ofstream(folder / "metrics.jsonl")
+      << R"({"step":1,"loss":1.0,"lr":0.1,"ms_step":1,"ms_optimizer":1,"tokens":5})" << '\n';
   const std::string message = error_of([&] { run_tiny(options, true); });
   EXPECT_NE(message.find("metrics.jsonl: holds 1 steps, but the checkpoint is at step 3"), std::string::npos)
       << message;
@@ -209,14 +212,14 @@ TEST(Training, AMetricsFileThatDoesNotReachTheCheckpointIsRefused) {
 TEST(Optimizers, StateIsThatOfTheMomentsItKeeps) {
   const TemporaryFolder folder;
   const RunOptions options = tiny_options(folder.string(), "adam");
-  const auto model = make_classifier(options, load_bert(options.model), 2);
+  const auto workload = tiny_workload(options);
   double bytes = 0;
-  for (const torch::Tensor& parameter : model->parameters()) {
+  for (const torch::Tensor& parameter : workload->model().parameters()) {
     if (!parameter.requires_grad()) continue;
     parameter.mutable_grad() = torch::ones_like(parameter);
     bytes += 2.0 * static_cast<double>(parameter.nbytes());
   }
-  const TrainingOptimizer adam = make_optimizer(options, *model);
+  const TrainingOptimizer adam = make_optimizer(options, workload->model());
   EXPECT_LT(state_megabytes(adam), 1e-4) << "nothing but its options yet";
   for (const auto& optimizer : adam.optimizers) optimizer->step();
   EXPECT_NEAR(state_megabytes(adam), bytes / 1e6, 0.01 * bytes / 1e6);
@@ -225,8 +228,8 @@ TEST(Optimizers, StateIsThatOfTheMomentsItKeeps) {
 TEST(Optimizers, AnUnknownNameIsRefused) {
   const TemporaryFolder folder;
   const RunOptions options = tiny_options(folder.string(), "adamax");
-  const auto model = make_classifier(options, load_bert(options.model), 2);
-  EXPECT_THROW(make_optimizer(options, *model), c10::Error);
+  const auto workload = tiny_workload(options);
+  EXPECT_THROW(make_optimizer(options, workload->model()), c10::Error);
 }
 
 TEST(InterruptGuard, OneSignalAsksAndItsEffectEndsWithTheGuard) {
@@ -247,9 +250,11 @@ TEST(InterruptGuard, OneSignalAsksAndItsEffectEndsWithTheGuard) {
 TEST(ProgressBar, ShowsPositionLossAndTimeLeft) {
   std::ostringstream out;
   ProgressBar bar(out, /*is_terminal=*/true, 120, 10);
-  bar.update({60, 0.5, 1e-3, 250, 10});
-  EXPECT_EQ(out.str(),
-            "\r\x1b[?7l[===============>              ]   60/120  loss 0.5000  250 ms/step  ETA 0:15\x1b[K\x1b[?7h");
+  bar.update({60, 0.5, 1e-3, 250, 10, 100});
+  EXPECT_EQ(
+      out.str(),
+      "\r\x1b[?7l[===============>              ]   60/120  loss 0.5000  lr 0.001  250 ms/step  400 tokens/s  ETA "
+      "0:15\x1b[K\x1b[?7h");
   bar.finish();
   EXPECT_EQ(out.str().back(), '\n');
 }
@@ -257,12 +262,12 @@ TEST(ProgressBar, ShowsPositionLossAndTimeLeft) {
 TEST(ProgressBar, PrintsPlainLinesWhereThereIsNoTerminal) {
   std::ostringstream out;
   ProgressBar bar(out, /*is_terminal=*/false, 7, 3);
-  for (int64_t step = 1; step <= 7; ++step) bar.update({step, 1, 1e-3, 1000, 10});
+  for (int64_t step = 1; step <= 7; ++step) bar.update({step, 1, 1e-3, 1000, 10, 5});
   bar.finish();
   EXPECT_EQ(out.str(),
-            "     3/7  loss 1.0000  1000 ms/step  ETA 0:04\n"
-            "     6/7  loss 1.0000  1000 ms/step  ETA 0:01\n"
-            "     7/7  loss 1.0000  1000 ms/step  ETA 0:00\n");
+            "     3/7  loss 1.0000  lr 0.001  1000 ms/step  5 tokens/s  ETA 0:04\n"
+            "     6/7  loss 1.0000  lr 0.001  1000 ms/step  5 tokens/s  ETA 0:01\n"
+            "     7/7  loss 1.0000  lr 0.001  1000 ms/step  5 tokens/s  ETA 0:00\n");
 }
 
 }  // namespace

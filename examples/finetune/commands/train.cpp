@@ -46,9 +46,8 @@ constexpr const char* kFooter =
     "\n"
     "Examples:\n"
     "  finetune train --model .deps/minilm --train train.tsv --test test.tsv --out runs/reviews\n"
-    "  finetune train --model smollm2 --train gsm8k.jsonl --validation held-out.jsonl --evaluate-every 50 --patience "
-    "3\n"
-    "      --dtype bfloat16 --batch 16 --micro-batch 4 --schedule cosine --warmup 20 --out runs/gsm8k\n"
+    "  finetune train --model smollm2 --train gsm8k.jsonl --validation held-out.jsonl --evaluate-every 50\n"
+    "      --patience 3 --dtype bfloat16 --micro-batch 4 --schedule cosine --warmup 20 --out runs/gsm8k\n"
     "  finetune train --config gsm8k.toml --seed 1 --out runs/gsm8k-1\n";
 
 // What the command line says beside the options of a run.

@@ -1,7 +1,8 @@
-#include "peft_adapter.hpp"
+#include "sentence_workload.hpp"
 
 #include <lora_rite/io/peft.hpp>
 #include <lora_rite/nn/nn.hpp>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -11,34 +12,30 @@
 namespace finetune {
 namespace {
 
-// That of golden/tiny_adapter.
-lora_rite::nn::LoraConfig tiny_config() {
+// The tiny model's run with the adapter that PEFT wrote, for whose file rank and alpha are those of
+// golden/tiny_adapter.
+std::unique_ptr<SentenceWorkload> adapted_workload() {
   RunOptions options;
+  options.model = "tiny";
   options.rank = 3;
   options.alpha = 6;
-  return adapter_of(options);
+  auto workload = std::make_unique<SentenceWorkload>(options, load_bert(golden("tiny")), tiny_task());
+  lora_rite::nn::load_adapter_state(workload->model().bert(), lora_rite::load_adapter(golden("tiny_adapter")).tensors);
+  return workload;
 }
 
-// The tiny model with the adapter that PEFT wrote.
-std::shared_ptr<BertModel> adapted_model() {
-  const auto model = load_bert(golden("tiny"));
-  lora_rite::nn::inject_lora(*model, tiny_config());
-  lora_rite::nn::load_adapter_state(*model, lora_rite::load_adapter(golden("tiny_adapter")).tensors);
-  return model;
-}
-
-TEST(PeftAdapter, AnAdapterOfPeftActsHereAsItDoesThere) {
+TEST(SentenceWorkload, AnAdapterOfPeftActsHereAsItDoesThere) {
   const Safetensors expected = load_safetensors(golden("tiny_adapter/expected.safetensors"));
   const Safetensors base = load_safetensors(golden("tiny/expected.safetensors"));
   EXPECT_GT(distance(base.tensors.at("pooled"), expected.tensors.at("pooled")), 0.1) << "the adapter has an effect";
   const torch::Tensor mask = expected.tensors.at("mask");
-  const torch::Tensor hidden = adapted_model()->forward(expected.tensors.at("tokens"), mask);
+  const torch::Tensor hidden = adapted_workload()->model().bert().forward(expected.tensors.at("tokens"), mask);
   EXPECT_LT(distance(mean_pool(hidden, mask), expected.tensors.at("pooled")), 1e-5);
 }
 
-TEST(PeftAdapter, TheFileWrittenIsTheOnePeftWrites) {
+TEST(SentenceWorkload, TheFileWrittenIsTheOnePeftWrites) {
   const TemporaryFolder folder;
-  save_adapter(folder.string(), *adapted_model(), tiny_config(), "tiny");
+  adapted_workload()->save(folder.string());
 
   const Safetensors ours = load_safetensors(folder / "adapter_model.safetensors");
   const Safetensors theirs = load_safetensors(golden("tiny_adapter/adapter_model.safetensors"));
@@ -50,9 +47,9 @@ TEST(PeftAdapter, TheFileWrittenIsTheOnePeftWrites) {
   }
 }
 
-TEST(PeftAdapter, EveryFieldOfTheDescriptionEqualsPefts) {
+TEST(SentenceWorkload, EveryFieldOfTheDescriptionEqualsPefts) {
   const TemporaryFolder folder;
-  save_adapter(folder.string(), *adapted_model(), tiny_config(), "tiny");
+  adapted_workload()->save(folder.string());
   const nlohmann::json ours = read_json(folder / "adapter_config.json");
   const nlohmann::json theirs = read_json(golden("tiny_adapter/adapter_config.json"));
   for (const auto& [name, value] : ours.items()) {
@@ -65,7 +62,7 @@ TEST(PeftAdapter, EveryFieldOfTheDescriptionEqualsPefts) {
   }
 }
 
-TEST(PeftAdapter, TheHeadCarriesItsClassNames) {
+TEST(SentenceWorkload, TheHeadCarriesItsClassNames) {
   const TemporaryFolder folder;
   const SentenceClassifier model(load_bert(golden("tiny")), 3);
   auto& head = const_cast<SentenceClassifier&>(model).head();

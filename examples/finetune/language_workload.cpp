@@ -1,0 +1,155 @@
+#include "language_workload.hpp"
+
+#include <algorithm>
+#include <lora_rite/io/peft.hpp>
+#include <lora_rite/nn/peft.hpp>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <utility>
+
+#include "error.hpp"
+#include "models/config.hpp"
+#include "models/load_model.hpp"
+
+namespace finetune {
+namespace {
+
+// An option that would be ignored is a mistake.
+void refuse_options_of_classifiers(const RunOptions& options) {
+  const RunOptions usual;
+  const auto refuse = [](const char* flag, const char* reason, bool is_given) {
+    if (is_given) fail(flag, ": a language model has no such option (", reason, "); leave it out");
+  };
+  refuse("--head-lr", "nothing but the adapters is trained", options.head_lr != usual.head_lr);
+  refuse("--max-length", "prepare_tasks.py cuts the texts", options.max_length != usual.max_length);
+}
+
+// FNV-1a: it has to notice mistakes only.
+class Fingerprint {
+ public:
+  void add(const std::vector<int64_t>& tokens) {
+    add(-1);
+    for (const int64_t token : tokens) add(token);
+  }
+  void add(int64_t number) { hash_ = (hash_ ^ static_cast<uint64_t>(number)) * 0x100000001b3; }
+  uint64_t value() const { return hash_; }
+
+ private:
+  uint64_t hash_ = 0xcbf29ce484222325;
+};
+
+uint64_t fingerprint(const std::vector<TextRecord>& texts, const std::vector<ChoiceRecord>& choices) {
+  Fingerprint result;
+  for (const TextRecord& record : texts) {
+    result.add(record.prompt);
+    result.add(record.completion);
+  }
+  for (const ChoiceRecord& record : choices) {
+    for (const auto& prompt : record.prompts) result.add(prompt);
+    for (const auto& choice : record.choices) result.add(choice);
+    result.add(record.answer);
+  }
+  return result.value();
+}
+
+}  // namespace
+
+TaskReading reading_of(const std::filesystem::path& config) {
+  const std::string type = read_model_type(config);
+  if (type == "t5" || type == "mt5") return {T5Config::from_file(config).vocab_size, /*encoder_decoder=*/true};
+  return {DecoderConfig::from_file(config).vocab_size, /*encoder_decoder=*/false};
+}
+
+LanguageData load_language_data(const RunOptions& options, const TaskReading& reading) {
+  auto train = read_text_records(options.train, reading);
+  LanguageData data{train.task, std::move(train.records), {}, {}};
+  if (!options.validation.empty()) data.validation = read_language_test(options.validation, reading);
+  if (!options.test.empty()) data.test = read_language_test(options.test, reading);
+  if (options.generate > 0 && data.test.has_choices()) {
+    fail("--generate ", options.generate, ": ", options.test,
+         " has choices, after which there is nothing to write; leave it out, or make the file with --for train");
+  }
+  return data;
+}
+
+LanguageWorkload::LanguageWorkload(RunOptions options, std::shared_ptr<LanguageModel> model, LanguageData data)
+    : options_(std::move(options)),
+      data_(std::move(data)),
+      buckets_(record_lengths(data_.train, model->is_encoder_decoder()), options_.batch, options_.seed),
+      model_(std::move(model)) {
+  refuse_options_of_classifiers(options_);
+  model_->to(torch::Device(options_.device));
+  add_adapters(*model_, options_, lora_config(options_, "all-linear"));
+  model_->set_gradient_checkpointing(options_.gradient_checkpointing);
+}
+
+double LanguageWorkload::weight(const std::vector<int64_t>& examples) const {
+  size_t count = 0;
+  for (const int64_t index : examples) count += data_.train[index].completion.size();
+  return static_cast<double>(count);
+}
+
+int64_t LanguageWorkload::tokens(const std::vector<int64_t>& examples) const {
+  size_t count = 0;
+  for (const int64_t index : examples) count += data_.train[index].prompt.size() + data_.train[index].completion.size();
+  return static_cast<int64_t>(count);
+}
+
+torch::Tensor LanguageWorkload::loss_sum(const std::vector<int64_t>& examples) {
+  return completion_loss(*model_, make_language_batch(data_.train, examples, model_->is_encoder_decoder(),
+                                                      model_->special_tokens(), device_of(*model_)));
+}
+
+Scores LanguageWorkload::evaluate(Split split, const Processes& processes) {
+  // As many rows as in training: they are known to fit.
+  const int64_t own = (options_.batch + processes.size - 1) / processes.size;
+  const int64_t batch = options_.micro_batch > 0 ? std::min(options_.micro_batch, own) : own;
+  Scores scores = measure(*model_, data(split), batch, processes);
+  if (split == Split::Test && options_.generate > 0) {
+    const TokenizerOptions tokenizer{options_.model, options_.max_length, options_.python};
+    const Scores written = measure_generation(*model_, data_.test, batch, options_.generate, tokenizer,
+                                              std::filesystem::path(options_.out) / "generated", processes);
+    scores.insert(scores.end(), written.begin(), written.end());
+  }
+  return scores;
+}
+
+Headline LanguageWorkload::headline() const {
+  if (data_.validation.has_choices()) return {"acc", /*higher_is_better=*/true};
+  return {"loss", /*higher_is_better=*/false};
+}
+
+void LanguageWorkload::save(const std::filesystem::path& folder) const {
+  lora_rite::AdapterConfig origin;
+  origin.task_type = model_->is_encoder_decoder() ? "SEQ_2_SEQ_LM" : "CAUSAL_LM";
+  origin.base_model_name_or_path = options_.model;
+  lora_rite::save_adapter(folder, lora_rite::nn::peft_adapter(*model_, "default", origin));
+}
+
+nlohmann::json LanguageWorkload::summary() const {
+  nlohmann::json result = {{"task", data_.task}, {"train_examples", data_.train.size()}, {"dtype", options_.dtype}};
+  if (has(Split::Validation)) result["validation_examples"] = data_.validation.size();
+  if (has(Split::Test)) result["test_examples"] = data_.test.size();
+  return result;
+}
+
+std::string LanguageWorkload::title() const { return concat(data_.train.size(), " examples of ", data_.task); }
+
+std::string LanguageWorkload::describe() const {
+  std::ostringstream text;
+  text << data_.train.size() << " training examples of fingerprint " << fingerprint(data_.train, {}) << '\n';
+  for (const auto& [name, test] : {std::pair("validation", &data_.validation), std::pair("test", &data_.test)}) {
+    text << test->size() << ' ' << name << " examples of fingerprint " << fingerprint(test->texts, test->choices)
+         << '\n';
+  }
+  return text.str();
+}
+
+std::unique_ptr<Workload> load_language_workload(const RunOptions& options) {
+  refuse_options_of_classifiers(options);
+  LanguageData data = load_language_data(options, reading_of(std::filesystem::path(options.model) / "config.json"));
+  const auto dtype = options.dtype == "bfloat16" ? torch::kBFloat16 : torch::kFloat;
+  return std::make_unique<LanguageWorkload>(options, load_model(options.model, dtype), std::move(data));
+}
+
+}  // namespace finetune
