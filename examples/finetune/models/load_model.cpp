@@ -21,15 +21,6 @@ std::map<std::string, torch::Tensor> read_tensors(const std::filesystem::path& f
   return lora_rite::load_sharded(folder).tensors;
 }
 
-std::shared_ptr<LanguageModel> build_model(const std::filesystem::path& config) {
-  const std::string type = read_model_type(config);
-  if (type == "llama" || type == "gemma" || type == "gemma2") {
-    return std::make_shared<DecoderModel>(DecoderConfig::from_file(config));
-  }
-  if (type == "t5" || type == "mt5") return std::make_shared<T5Model>(T5Config::from_file(config));
-  fail(config.string(), ": 'model_type' is '", type, "', but only llama, gemma, gemma2, t5 and mt5 are supported");
-}
-
 }  // namespace
 
 // Moves tensors from the files into a model's parameters, one by one, so that hardly anything is held twice.
@@ -122,11 +113,21 @@ class CheckpointLoader {
   torch::Tensor output_;
 };
 
+std::shared_ptr<LanguageModel> build_model(const std::filesystem::path& folder) {
+  const std::filesystem::path config = folder / "config.json";
+  const std::string type = read_model_type(config);
+  if (type == "llama" || type == "gemma" || type == "gemma2") {
+    return std::make_shared<DecoderModel>(DecoderConfig::from_file(config));
+  }
+  if (type == "t5" || type == "mt5") return std::make_shared<T5Model>(T5Config::from_file(config));
+  fail(config.string(), ": 'model_type' is '", type, "', but only llama, gemma, gemma2, t5 and mt5 are supported");
+}
+
 std::shared_ptr<LanguageModel> load_model(const std::filesystem::path& folder, c10::ScalarType dtype) {
   if (dtype != torch::kFloat && dtype != torch::kBFloat16) {
     fail("the model's dtype is ", c10::toString(dtype), ", but only Float and BFloat16 are supported");
   }
-  const auto model = build_model(folder / "config.json");
+  const auto model = build_model(folder);
   CheckpointLoader(*model, folder, dtype).load();
   model->eval();
   return model;

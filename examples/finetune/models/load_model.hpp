@@ -9,6 +9,10 @@
 
 namespace finetune {
 
+/// The model that `folder`'s config.json describes, without weights and without memory for them: each is one zero, seen
+/// many times. Errors of config.json as load_model's.
+std::shared_ptr<LanguageModel> build_model(const std::filesystem::path& folder);
+
 /// Builds the model that `folder`'s config.json describes by `model_type` (llama, gemma, gemma2, t5, mt5) and fills it
 /// from model.safetensors, or from the shards that model.safetensors.index.json lists. dtype: torch::kFloat or
 /// torch::kBFloat16.
