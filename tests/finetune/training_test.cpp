@@ -1,12 +1,14 @@
+#include <algorithm>
+#include <cmath>
 #include <csignal>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "files.hpp"
+#include "finetune/models/support.hpp"
 #include "interrupt.hpp"
 #include "optimizers.hpp"
 #include "progress.hpp"
-#include "support.hpp"
 
 namespace finetune {
 namespace {
@@ -27,18 +29,57 @@ std::vector<double> logged_losses(const std::string& out) {
   return losses;
 }
 
-class Resume : public testing::TestWithParam<const char*> {
+// Largest difference of two loss curves.
+double curve_distance(const TinyRun& left, const TinyRun& right) {
+  double largest = 0;
+  for (size_t index = 0; index < left.records.size(); ++index) {
+    largest = std::max(largest, std::abs(left.records[index].loss - right.records[index].loss));
+  }
+  return largest;
+}
+
+// A tiny model, its optimizer, and what else the run does.
+struct Case {
+  const char* name;
+  std::string model;
+  const char* optimizer;
+};
+
+class Resume : public testing::TestWithParam<Case> {
  protected:
-  // With dropout, so that the random number generator matters, and a warm-up, so that the schedule does.
+  // With dropout, so that the random number generator matters, a warm-up, so that the schedule does, parts of a batch,
+  // a bound on the gradient, and the best of several measurements.
   RunOptions options(const TemporaryFolder& folder) const {
-    RunOptions result = tiny_options(folder.string(), GetParam());
+    RunOptions result = tiny_options(folder.string(), GetParam().optimizer);
+    result.model = GetParam().model;
+    result.lr = 2e-2;
     result.dropout = 0.1;
     result.warmup = 7;
+    result.micro_batch = 3;
+    result.max_grad_norm = 0.5;
+    result.validation = "some";
+    result.evaluate_every = 2;
+    result.patience = 3;
     return result;
   }
 
-  static void expect_equal(const TinyRun& found, const TinyRun& expected) {
+  // Trained weights, the log and the best adapter.
+  static void expect_equal(const TinyRun& found, const std::string& found_out, const TinyRun& expected,
+                           const std::string& expected_out) {
+    ASSERT_FALSE(expected.trained.empty());
     for (const auto& [name, tensor] : expected.trained) EXPECT_TRUE(found.trained.at(name).equal(tensor)) << name;
+    const auto lines = read_lines(found_out + "/metrics.jsonl"),
+               expected_lines = read_lines(expected_out + "/metrics.jsonl");
+    ASSERT_EQ(lines.size(), expected_lines.size());
+    for (size_t index = 0; index < lines.size(); ++index) {
+      for (const char* field : {"loss", "lr", "tokens", "validation_loss", "best_step", "best_validation_loss",
+                                "best_validation_accuracy", "finished_steps", "stopped_early", "test_loss"}) {
+        EXPECT_EQ(lines[index].value(field, nlohmann::json()), expected_lines[index].value(field, nlohmann::json()))
+            << field << " in line " << index + 1;
+      }
+    }
+    EXPECT_EQ(read_file(found_out + "/best/adapter_model.safetensors"),
+              read_file(expected_out + "/best/adapter_model.safetensors"));
   }
 };
 
@@ -47,10 +88,11 @@ TEST_P(Resume, AfterCtrlCTheRunIsBitIdenticalToOneThatNeverStopped) {
   const TemporaryFolder stopped;
   const TinyRun expected = run_tiny(options(whole));
   EXPECT_EQ(expected.outcome, Outcome::Finished);
-  EXPECT_GT(
-      distance(expected.trained.at("bert.encoder.layer.0.attention.self.query.lora_B.default.weight"), torch::zeros(1)),
-      1e-4)
-      << "the factors moved";
+  double moved = 0;
+  for (const auto& [name, tensor] : expected.trained) {
+    if (name.find("lora_B") != std::string::npos) moved = std::max(moved, distance(tensor, torch::zeros(1)));
+  }
+  EXPECT_GT(moved, 1e-3) << "the factors moved";
 
   const TinyRun first = run_tiny(options(stopped), false, [](const StepRecord& record) {
     if (record.step == 5) std::raise(SIGINT);
@@ -60,8 +102,7 @@ TEST_P(Resume, AfterCtrlCTheRunIsBitIdenticalToOneThatNeverStopped) {
 
   const TinyRun second = run_tiny(options(stopped), true);
   EXPECT_EQ(second.outcome, Outcome::Finished);
-  EXPECT_EQ(logged_losses(stopped.string()), logged_losses(whole.string()));
-  expect_equal(second, expected);
+  expect_equal(second, stopped.string(), expected, whole.string());
 }
 
 TEST_P(Resume, AfterACrashStepsBehindTheCheckpointAreRepeated) {
@@ -80,15 +121,98 @@ TEST_P(Resume, AfterACrashStepsBehindTheCheckpointAreRepeated) {
 
   const TinyRun second = run_tiny(with_checkpoints, true);
   EXPECT_EQ(second.records.front().step, 5);
-  EXPECT_EQ(logged_losses(crashed.string()), logged_losses(whole.string()));
-  expect_equal(second, expected);
+  expect_equal(second, crashed.string(), expected, whole.string());
 }
 
-INSTANTIATE_TEST_SUITE_P(Optimizers, Resume, testing::Values("rite", "adam", "adamw", "scaled-adam"),
-                         [](const auto& info) {
-                           return std::string(info.param) == "scaled-adam" ? std::string("scaled_adam")
-                                                                           : std::string(info.param);
-                         });
+INSTANTIATE_TEST_SUITE_P(Runs, Resume,
+                         testing::Values(Case{"rite", golden("tiny").string(), "rite"},
+                                         Case{"adam", golden("tiny").string(), "adam"},
+                                         Case{"adamw", golden("tiny").string(), "adamw"},
+                                         Case{"scaled_adam", golden("tiny").string(), "scaled-adam"},
+                                         Case{"llama", model_golden("llama").string(), "rite"},
+                                         Case{"t5", model_golden("t5").string(), "adam"}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(EarlyStopping, EndsTheRunAfterSoManyMeasurementsThatAreNoBetter) {
+  const TemporaryFolder whole;
+  const TemporaryFolder stopped;
+  RunOptions options = tiny_options(whole.string(), "adam");
+  options.lr = options.head_lr = 0;  // every measurement is that of the start
+  options.validation = "some";
+  options.evaluate_every = 2;
+  options.patience = 3;
+  const TinyRun run = run_tiny(options);
+  EXPECT_EQ(run.outcome, Outcome::Finished);
+  EXPECT_EQ(run.records.back().step, 8) << "the best is that of step 2, those of 4, 6 and 8 are no better";
+  const auto final = read_lines(whole / "metrics.jsonl").back();
+  EXPECT_EQ(final["best_step"], 2);
+  EXPECT_EQ(final["stopped_early"], true);
+  EXPECT_EQ(final["finished_steps"], 8);
+  EXPECT_NE(run.output.find("ended after step 8"), std::string::npos) << run.output;
+
+  options.out = stopped.string();
+  run_tiny(options, false, [](const StepRecord& record) {
+    if (record.step == 5) std::raise(SIGINT);
+  });
+  EXPECT_EQ(run_tiny(options, true).records.back().step, 8) << "what was counted before counts";
+  EXPECT_TRUE(run_tiny(options, true).records.empty()) << "and it has ended for good";
+
+  options.out = whole.string();
+  options.patience = 0;
+  EXPECT_EQ(run_tiny(options).records.back().step, options.steps);
+}
+
+// That the files in `folder` hold these trained weights of a model.
+void expect_weights(const std::filesystem::path& folder, const std::map<std::string, torch::Tensor>& weights) {
+  const auto adapter = load_safetensors(folder / "adapter_model.safetensors").tensors;
+  size_t factors = 0;
+  for (const auto& [name, tensor] : weights) {
+    if (name.find(".lora_") == std::string::npos) continue;
+    std::string in_file = name;
+    in_file.erase(in_file.find(".default"), std::string(".default").size());
+    if (in_file.compare(0, 5, "bert.") == 0) in_file.erase(0, 5);
+    EXPECT_TRUE(adapter.at("base_model.model." + in_file).equal(tensor)) << folder << ": " << name;
+    ++factors;
+  }
+  EXPECT_EQ(adapter.size(), factors);
+  if (weights.count("head.weight") > 0) {
+    EXPECT_TRUE(load_safetensors(folder / "head.safetensors").tensors.at("weight").equal(weights.at("head.weight")));
+  }
+}
+
+TEST(EarlyStopping, BestHoldsTheWeightsOfTheBestMeasurement) {
+  for (const std::string& model : {golden("tiny").string(), model_golden("llama").string()}) {
+    const TemporaryFolder folder;
+    RunOptions options = tiny_options(folder.string(), "adam");
+    options.model = model;
+    options.lr = model == golden("tiny").string() ? 0.1 : 1;  // too much: it does not get better for long
+    options.schedule = "constant";
+    options.validation = "some";
+    options.evaluate_every = 1;
+    const auto workload = tiny_workload(options);
+    std::vector<std::map<std::string, torch::Tensor>> weights;  // after each step
+    std::vector<double> scores;
+    const Headline headline = workload->headline();
+    std::ostringstream ignored;
+    run_training(options, *workload, false, {ignored, false, [&](const StepRecord& record) {
+                                               scores.push_back(score_of(record.validation, headline.score));
+                                               weights.emplace_back();
+                                               for (const auto& item : workload->model().named_parameters()) {
+                                                 if (item.value().requires_grad())
+                                                   weights.back()[item.key()] = item.value().detach().clone();
+                                               }
+                                             }});
+    const auto place = headline.higher_is_better ? std::max_element(scores.begin(), scores.end())
+                                                 : std::min_element(scores.begin(), scores.end());
+    const auto best = static_cast<size_t>(place - scores.begin());
+    ASSERT_LT(best + 1, scores.size()) << "the last is not the best";
+    const auto final = read_lines(folder / "metrics.jsonl").back();
+    EXPECT_EQ(final["best_step"], best + 1);
+    EXPECT_EQ(final["best_validation_" + headline.score], scores[best]);
+    expect_weights(folder / "best", weights[best]);
+    expect_weights(folder.string(), weights.back());
+  }
+}
 
 TEST(Training, EveryOptimizerOfTheRegistryTrainsFactorsAndHead) {
   for (const std::string& optimizer : optimizer_names()) {
@@ -155,13 +279,101 @@ TEST(Training, LossFallsAndTheResultsAreWritten) {
   }
 }
 
-// Largest difference of two loss curves.
-double curve_distance(const TinyRun& left, const TinyRun& right) {
-  double largest = 0;
-  for (size_t index = 0; index < left.records.size(); ++index) {
-    largest = std::max(largest, std::abs(left.records[index].loss - right.records[index].loss));
+TEST(Training, AccumulationChangesLossesByRoundOffOnly) {
+  for (const std::string& model : {golden("tiny").string(), model_golden("llama").string()}) {
+    const TemporaryFolder folder;
+    RunOptions options = tiny_options(folder.string(), "rite");
+    options.model = model;
+    const TinyRun whole = run_tiny(options);
+    for (const int64_t micro_batch : {1, 3, 8, 100}) {  // 3: parts of 3, 3 and 2
+      options.micro_batch = micro_batch;
+      const TinyRun parts = run_tiny(options);
+      ASSERT_EQ(parts.records.size(), whole.records.size());
+      // A dozen steps carry a round-off of 6e-8 of every sum on; another weight of the parts changes more than 1e-2.
+      EXPECT_LT(curve_distance(whole, parts), 1e-5) << model << " in parts of " << micro_batch;
+    }
   }
-  return largest;
+}
+
+TEST(Training, EveryScheduleIsFollowed) {
+  const auto rates = [](const std::string& schedule, double min_lr_ratio) {
+    const TemporaryFolder folder;
+    RunOptions options = tiny_options(folder.string(), "adam");
+    options.steps = 6;
+    options.warmup = 2;
+    options.schedule = schedule;
+    options.min_lr_ratio = min_lr_ratio;
+    std::vector<double> found;
+    for (const StepRecord& record : run_tiny(options).records) found.push_back(record.lr / options.lr);
+    return found;
+  };
+  const auto expect = [](const std::vector<double>& found, const std::vector<double>& expected) {
+    ASSERT_EQ(found.size(), expected.size());
+    for (size_t step = 0; step < found.size(); ++step) EXPECT_NEAR(found[step], expected[step], 1e-12) << step + 1;
+  };
+  expect(rates("linear", 0), {0.5, 1, 1, 0.75, 0.5, 0.25});
+  expect(rates("linear", 0.2), {0.5, 1, 1, 0.8, 0.6, 0.4});
+  expect(rates("constant", 0), {0.5, 1, 1, 1, 1, 1});
+  const double half = std::sqrt(0.5);
+  expect(rates("cosine", 0.2), {0.5, 1, 1, 0.6 + 0.4 * half, 0.6, 0.6 - 0.4 * half});
+}
+
+TEST(Training, TheGradientOfAllParametersTogetherIsBounded) {
+  const TemporaryFolder folder;
+  RunOptions options = tiny_options(folder.string(), "sgd");
+  options.model = model_golden("llama").string();
+  options.lr = 0.5;
+  options.schedule = "constant";
+  options.steps = 1;
+  const auto start = tiny_workload(options)->model().named_parameters();
+  const auto change = [&](double bound) {
+    options.max_grad_norm = bound;
+    double squares = 0;
+    for (const auto& [name, tensor] : run_tiny(options).trained) {
+      squares += (tensor - start[name]).to(torch::kDouble).square().sum().item<double>();
+    }
+    return std::sqrt(squares);
+  };
+  const double unbounded = change(0);
+  EXPECT_NEAR(change(unbounded / options.lr / 4), unbounded / 4, 1e-4 * unbounded);
+  EXPECT_NEAR(change(unbounded / options.lr * 4), unbounded, 1e-6 * unbounded) << "a small one is left alone";
+}
+
+TEST(Training, ABaseInBfloat16TrainsWithFactorsInFloat) {
+  const TemporaryFolder folder;
+  RunOptions options = tiny_options(folder.string(), "rite");
+  options.model = model_golden("llama").string();
+  options.lr = 2e-2;
+  options.steps = 30;
+  const TinyRun exact = run_tiny(options);
+  options.dtype = "bfloat16";
+  const TinyRun rounded = run_tiny(options);
+  for (const auto& [name, tensor] : rounded.trained) EXPECT_EQ(tensor.scalar_type(), torch::kFloat) << name;
+  for (const auto& item : tiny_workload(options)->model().named_parameters()) {
+    if (item.value().requires_grad()) continue;
+    EXPECT_EQ(item.value().scalar_type(), torch::kBFloat16) << item.key();
+  }
+  const auto mean_loss = [](const TinyRun& run, size_t begin) {
+    double sum = 0;
+    for (size_t step = begin; step < begin + 6; ++step) sum += run.records[step].loss / 6;
+    return sum;
+  };
+  EXPECT_LT(mean_loss(rounded, 24), mean_loss(rounded, 0) - 0.1) << "it learns";
+  // bfloat16 has 8 bits: what it computes is off by about 2^-8 of a loss of 3.9.
+  EXPECT_NEAR(mean_loss(rounded, 24), mean_loss(exact, 24), 0.05);
+}
+
+TEST(Training, GradientCheckpointingChangesNothing) {
+  for (const char* model : {"llama", "t5"}) {
+    const TemporaryFolder folder;
+    RunOptions options = tiny_options(folder.string(), "rite");
+    options.model = model_golden(model).string();
+    options.dropout = 0.1;
+    options.steps = 4;
+    const TinyRun usual = run_tiny(options);
+    options.gradient_checkpointing = true;
+    EXPECT_EQ(curve_distance(run_tiny(options), usual), 0) << model;
+  }
 }
 
 TEST(Training, AnEquivalentStartChangesAdamsCurveButNotRites) {
