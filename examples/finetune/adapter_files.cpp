@@ -117,9 +117,13 @@ AdapterFile read_adapter(const fs::path& folder) {
   return file;
 }
 
+bool changes_base(const std::string& init) {
+  return std::find(kHarmlessInits.begin(), kHarmlessInits.end(), init) == kHarmlessInits.end();
+}
+
 void check_fits_ordinary_base(const AdapterFile& file) {
   const auto* init = std::get_if<std::string>(&file.adapter.config.init_lora_weights);
-  if (init == nullptr || std::find(kHarmlessInits.begin(), kHarmlessInits.end(), *init) != kHarmlessInits.end()) return;
+  if (init == nullptr || !changes_base(*init)) return;
   fail((file.folder / "adapter_config.json").string(), ": init_lora_weights is '", *init, "', expected true, false, ",
        join(kHarmlessInits), ": others change the base weight, and such factors fit no other one; let PEFT write the ",
        "adapter with path_initial_model_for_weight_conversion");
@@ -242,6 +246,13 @@ void BaseCheckpoint::check_not_tied(const AdapterFile& adapter) const {
          " uses one matrix as embedding and as output (tie_word_embeddings), which cannot hold the change of one of ",
          "them; use the base with the adapter beside it, or train without that layer (--exclude-modules)");
   }
+}
+
+void check_not_merged(const AdapterFile& adapter, const BaseCheckpoint& base) {
+  const std::vector<std::string> merged = base.merged_adapters();
+  if (std::find(merged.begin(), merged.end(), fingerprint(adapter)) == merged.end()) return;
+  fail(adapter.folder.string(), ": was merged into ", base.folder().string(),
+       " already, and its change would be added twice. Use the base it was trained on, or the merged one without it");
 }
 
 }  // namespace finetune

@@ -34,7 +34,10 @@ struct AdapterFile {
 /// tensor where one is missing or damaged, or holds what is no plain LoRA (DoRA, modules_to_save, fan_in_fan_out, …).
 AdapterFile read_adapter(const std::filesystem::path& folder);
 
-/// Throws Error if the factors fit no ordinary base, because their start ("pissa", "olora", …) was taken out of it.
+/// Whether factors that started so (init_lora_weights: "pissa", "olora", …) had their start taken out of the base.
+bool changes_base(const std::string& init);
+
+/// Throws Error if the factors fit no ordinary base, because their start was taken out of it.
 void check_fits_ordinary_base(const AdapterFile& adapter);
 
 /// Throws Error naming module and shapes unless the factors fit a base weight of this shape; `origin` begins the
@@ -86,6 +89,9 @@ class BaseCheckpoint {
   std::map<std::string, std::string> file_of_;
   std::map<std::string, std::map<std::string, std::string>> metadata_;
 };
+
+/// Throws Error if `finetune merge` put the adapter into these weights.
+void check_not_merged(const AdapterFile& adapter, const BaseCheckpoint& base);
 
 /// The key of a safetensors header's metadata under which merge remembers what it merged: a JSON list of fingerprints.
 constexpr const char* kMergedKey = "merged_adapters";

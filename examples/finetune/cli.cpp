@@ -7,6 +7,9 @@
 #include <functional>
 #include <iostream>
 
+#include "commands/evaluate.hpp"
+#include "commands/export.hpp"
+#include "commands/inspect.hpp"
 #include "commands/merge.hpp"
 #include "commands/train.hpp"
 
@@ -31,7 +34,10 @@ int run_command_line(int argc, const char* const* argv) {
   app.require_subcommand(1);
   std::function<int()> action;
   add_train_command(app, action);
+  add_evaluate_command(app, action);
   add_merge_command(app, action);
+  add_export_command(app, action);
+  add_inspect_command(app, action);
   app.footer(kFooter);  // after the commands, which would take it for theirs
   try {
     app.parse(argc, argv);

@@ -441,6 +441,21 @@ inline void load_archive(torch::serialize::InputArchive& archive, TrainingState&
   state.values = std::move(values);
 }
 
+/// use(archive) with the content of a checkpoint. Throws c10::Error naming the file, also for what `use` throws.
+template <class Use>
+void with_archive(const std::filesystem::path& path, std::optional<torch::Device> device, const Use& use) {
+  const std::string file = read_checkpoint_file(path);
+  try {
+    torch::serialize::InputArchive archive;
+    archive.load_from(file.data() + kHeaderBytes, file.size() - kHeaderBytes - kChecksumBytes, device);
+    use(archive);
+  } catch (const c10::Error& error) {
+    TORCH_CHECK(false, checkpoint_label(path), "does not fit this run: ", error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    TORCH_CHECK(false, checkpoint_label(path), "does not fit this run: ", error.what());
+  }
+}
+
 }  // namespace detail
 
 /// Writes a checkpoint of the run: to "<path>.tmp" in the same folder, which then takes the place of `path`. Returns
@@ -465,17 +480,23 @@ inline void save_checkpoint(const std::filesystem::path& path, const TrainingSta
 /// As with torch::load, load only files that you trust.
 inline void load_checkpoint(const std::filesystem::path& path, TrainingState& state,
                             std::optional<torch::Device> device = std::nullopt) {
-  const std::string file = detail::read_checkpoint_file(path);
-  try {
-    torch::serialize::InputArchive archive;
-    archive.load_from(file.data() + detail::kHeaderBytes, file.size() - detail::kHeaderBytes - detail::kChecksumBytes,
-                      device);
-    detail::load_archive(archive, state);
-  } catch (const c10::Error& error) {
-    TORCH_CHECK(false, detail::checkpoint_label(path), "does not fit this run: ", error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    TORCH_CHECK(false, detail::checkpoint_label(path), "does not fit this run: ", error.what());
-  }
+  detail::with_archive(path, device,
+                       [&](torch::serialize::InputArchive& archive) { detail::load_archive(archive, state); });
+}
+
+/// Copies the tensors of a checkpoint into `tensors`, of the same names, shapes and dtypes, and nothing else: what a
+/// run has learned, to be used without its optimizer. Returns the number of finished steps. Throws c10::Error as
+/// load_checkpoint; nothing is changed then.
+inline int64_t load_checkpoint_tensors(const std::filesystem::path& path,
+                                       const std::map<std::string, torch::Tensor>& tensors) {
+  int64_t step = 0;
+  detail::with_archive(path, torch::Device(torch::kCPU), [&](torch::serialize::InputArchive& archive) {
+    const auto found = detail::read_tensors(archive, tensors);
+    step = detail::read_value(archive, "step").toInt();
+    const at::NoGradGuard no_grad;
+    for (const auto& [name, tensor] : tensors) torch::Tensor(tensor).copy_(found.at(name));
+  });
+  return step;
 }
 
 /// The last checkpoints of one run in a folder, as step-<step>.ckpt.

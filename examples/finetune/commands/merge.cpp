@@ -4,9 +4,9 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
-#include <cstring>
+#include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <lora_rite/io/safetensors.hpp>
@@ -21,6 +21,7 @@
 #include "dtypes.hpp"
 #include "error.hpp"
 #include "files.hpp"
+#include "new_folder.hpp"
 
 namespace finetune {
 namespace {
@@ -30,45 +31,6 @@ namespace fs = std::filesystem;
 constexpr const char* kIndexFile = "model.safetensors.index.json";
 constexpr const char* kHeadFile = "head.safetensors";
 constexpr double kGiga = 1e9;
-
-// A folder that takes its place when it is complete, and is gone otherwise.
-class NewFolder {
- public:
-  explicit NewFolder(fs::path path) : path_(std::move(path)) {
-    while (!path_.has_filename() && path_.has_parent_path()) path_ = path_.parent_path();  // "merged/"
-    std::error_code error;
-    if (fs::exists(path_, error) && !(fs::is_directory(path_, error) && fs::is_empty(path_, error))) {
-      fail("--out ", path_.string(), ": is there already; name a folder that is not, or remove it");
-    }
-    temporary_ = path_;
-    temporary_ += ".tmp";
-    fs::remove_all(temporary_, error);  // of a merge that was killed
-    fs::create_directories(temporary_, error);
-    if (error) {
-      fail("--out ", path_.string(), ": cannot be made (", error.message(), "); choose a folder you can write to");
-    }
-  }
-  ~NewFolder() {
-    std::error_code ignored;
-    if (!temporary_.empty()) fs::remove_all(temporary_, ignored);
-  }
-  NewFolder(const NewFolder&) = delete;
-  NewFolder& operator=(const NewFolder&) = delete;
-
-  const fs::path& inside() const { return temporary_; }
-
-  void finish() {
-    lora_rite::detail::sync_folder(temporary_);
-    if (std::rename(temporary_.c_str(), path_.c_str()) != 0) {  // also onto an empty folder
-      fail("--out ", path_.string(), ": cannot be put in place: ", std::strerror(errno));
-    }
-    temporary_.clear();
-    lora_rite::detail::sync_folder(path_.parent_path());
-  }
-
- private:
-  fs::path path_, temporary_;
-};
 
 // What belongs to a model beside its weights: descriptions, the tokenizer, the licence.
 bool is_companion(const fs::path& path) {
@@ -206,15 +168,15 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
   for (const WeightedAdapter& adapter : options.adapters) adapters.push_back(read_adapter(adapter.folder));
   Plan plan;
   plan.merged = base.merged_adapters();
+  std::set<std::string> own;
   for (size_t i = 0; i < adapters.size(); ++i) {
-    const std::string own = fingerprint(adapters[i]);
-    if (std::find(plan.merged.begin(), plan.merged.end(), own) != plan.merged.end()) {
-      fail(adapters[i].folder.string(), ": was merged into ", options.model.string(),
-           i > 0 ? " or stands twice on the command line" : "",
-           " already; merging it again would add its change twice. Start from the base it was trained on");
+    check_not_merged(adapters[i], base);
+    plan.merged.push_back(fingerprint(adapters[i]));
+    if (!own.insert(plan.merged.back()).second) {
+      fail("--adapter ", adapters[i].folder.string(),
+           ": the same adapter stands there twice; give it a weight instead");
     }
     plan_adapter(base, adapters[i], options.adapters[i].weight, adapters.size() == 1, plan);
-    plan.merged.push_back(own);
   }
 
   const auto dtype_of = [&](const torch::Tensor& tensor) {

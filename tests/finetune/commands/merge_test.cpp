@@ -291,12 +291,12 @@ TEST(Merge, WhatIsMergedAlreadyIsRefused) {
   merge(merge_options(model_golden("llama"), adapter, folder / "once"));
   const std::string message = refusal_of(merge_options(folder / "once", folder / "copy", folder / "twice"));
   EXPECT_NE(message.find("was merged into"), std::string::npos) << message;
-  EXPECT_NE(message.find("Start from the base"), std::string::npos) << message;
+  EXPECT_NE(message.find("Use the base it was trained on"), std::string::npos) << message;
   EXPECT_FALSE(fs::exists(folder / "twice"));
 
   MergeOptions options = merge_options(model_golden("llama"), adapter, folder / "twice");
   options.adapters.push_back({folder / "copy", 1});
-  EXPECT_NE(refusal_of(options).find("stands twice"), std::string::npos);
+  EXPECT_NE(refusal_of(options).find("stands there twice"), std::string::npos);
 
   // Another one is added to it, and both are remembered, in shards as well.
   lora_rite::Adapter other = lora_rite::load_adapter(adapter);

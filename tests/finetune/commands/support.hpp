@@ -46,7 +46,7 @@ inline std::shared_ptr<LanguageModel> adapted_golden(const std::string& name) {
   return model;
 }
 
-/// Writes that adapter as PEFT does. With a scale, both factors' values are multiplied by it.
+/// Writes that adapter as PEFT does.
 inline std::filesystem::path save_golden_adapter(const std::string& name, const std::filesystem::path& folder) {
   lora_rite::save_adapter(folder, lora_rite::nn::peft_adapter(*adapted_golden(name)));
   return folder;
