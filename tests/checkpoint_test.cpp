@@ -378,6 +378,36 @@ INSTANTIATE_TEST_SUITE_P(
                              "load: group 1: lr is -1"}),
     [](const auto& info) { return info.param.name; });
 
+TEST(Checkpoint, TensorsAloneAreReadWithoutTheRest) {
+  const TemporaryFolder folder;
+  TrainingRun run;
+  run.train(5);
+  save_checkpoint(folder / "run.ckpt", run.state);
+  std::map<std::string, torch::Tensor> tensors;
+  for (const auto& [name, tensor] : run.state.tensors) tensors[name] = torch::zeros_like(tensor).requires_grad_();
+  torch::manual_seed(1);
+  const auto generator = detail::generator_states();
+  EXPECT_EQ(load_checkpoint_tensors(folder / "run.ckpt", tensors), 5);
+  for (const auto& [name, tensor] : run.state.tensors) EXPECT_TRUE(torch::equal(tensors.at(name), tensor)) << name;
+  for (const auto& [device, state] : generator) EXPECT_TRUE(torch::equal(detail::generator_states().at(device), state));
+
+  // Another name, another shape, a damaged file: nothing is changed.
+  for (auto& item : tensors) item.second.detach().zero_();
+  auto others = tensors;
+  others["more"] = torch::zeros({1});
+  EXPECT_TRUE(
+      mentions(error_of([&] { load_checkpoint_tensors(folder / "run.ckpt", others); }), "has no tensor 'more'"));
+  others = tensors;
+  others["mean"] = torch::zeros({99});
+  EXPECT_TRUE(mentions(error_of([&] { load_checkpoint_tensors(folder / "run.ckpt", others); }), "tensor 'mean' is"));
+  others = tensors;
+  others.erase("head");
+  EXPECT_TRUE(mentions(error_of([&] { load_checkpoint_tensors(folder / "run.ckpt", others); }), "a tensor 'head'"));
+  write_bytes(folder / "cut.ckpt", read_bytes(folder / "run.ckpt").substr(0, 1000));
+  EXPECT_TRUE(mentions(error_of([&] { load_checkpoint_tensors(folder / "cut.ckpt", tensors); }), "is truncated"));
+  for (const auto& [name, tensor] : tensors) EXPECT_EQ(tensor.abs().max().item<float>(), 0) << name;
+}
+
 TEST(Checkpoint, RefusedByTheLastObjectChangesNothing) {
   const TemporaryFolder folder;
   // SGD with momentum first: LibTorch's optimizers are changed before the second one refuses.
