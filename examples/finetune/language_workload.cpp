@@ -7,12 +7,15 @@
 #include <sstream>
 #include <utility>
 
+#include "dtypes.hpp"
 #include "error.hpp"
 #include "models/config.hpp"
 #include "models/load_model.hpp"
 
 namespace finetune {
 namespace {
+
+constexpr const char* kNaturalLayers = "all-linear";
 
 // An option that would be ignored is a mistake.
 void refuse_options_of_classifiers(const RunOptions& options) {
@@ -79,7 +82,7 @@ LanguageWorkload::LanguageWorkload(RunOptions options, std::shared_ptr<LanguageM
       model_(std::move(model)) {
   refuse_options_of_classifiers(options_);
   model_->to(torch::Device(options_.device));
-  add_adapters(*model_, options_, lora_config(options_, "all-linear"));
+  add_adapters(*model_, options_, lora_config(options_, kNaturalLayers));
   model_->set_gradient_checkpointing(options_.gradient_checkpointing);
 }
 
@@ -145,11 +148,21 @@ std::string LanguageWorkload::describe() const {
   return text.str();
 }
 
-std::unique_ptr<Workload> load_language_workload(const RunOptions& options) {
+std::unique_ptr<Workload> load_language_workload(const RunOptions& options, const Processes& processes) {
   refuse_options_of_classifiers(options);
-  LanguageData data = load_language_data(options, reading_of(std::filesystem::path(options.model) / "config.json"));
-  const auto dtype = options.dtype == "bfloat16" ? torch::kBFloat16 : torch::kFloat;
-  return std::make_unique<LanguageWorkload>(options, load_model(options.model, dtype), std::move(data));
+  const TaskReading reading = reading_of(std::filesystem::path(options.model) / "config.json");
+  LanguageData data = load_language_data(options, reading);
+  MemoryQuestion question;
+  question.dtype = parse_dtype("--dtype", options.dtype);
+  question.lora = lora_config(options, kNaturalLayers);
+  for (const TextRecord& record : data.train) {
+    const auto prompt = static_cast<int64_t>(record.prompt.size());
+    const auto completion = static_cast<int64_t>(record.completion.size());
+    question.length = std::max(question.length, reading.encoder_decoder ? prompt : prompt + completion);
+    question.completion = std::max(question.completion, completion);
+  }
+  check_it_fits(options, question, processes);
+  return std::make_unique<LanguageWorkload>(options, load_model(options.model, question.dtype), std::move(data));
 }
 
 }  // namespace finetune

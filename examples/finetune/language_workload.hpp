@@ -56,6 +56,6 @@ class LanguageWorkload : public Workload {
 };
 
 /// Everything from the run's folders and files. Errors as make_workload's.
-std::unique_ptr<Workload> load_language_workload(const RunOptions& options);
+std::unique_ptr<Workload> load_language_workload(const RunOptions& options, const Processes& processes);
 
 }  // namespace finetune

@@ -22,7 +22,7 @@ def main() -> int:
     with open(metrics, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     steps = [line for line in lines if "step" in line]
-    final = next((line for line in lines if line.get("final")), None)
+    final = next((line for line in lines if line.get("final")), {})
     x = [line["step"] for line in steps]
     losses = [float("nan") if line["loss"] is None else line["loss"] for line in steps]
     smooth, average, weight = [], 0.0, 0.0
@@ -33,10 +33,18 @@ def main() -> int:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(x, losses, color="#9ecae1", linewidth=0.8, label="loss of each batch")
     axes.plot(x, smooth, color="#08519c", linewidth=2, label="smoothed")
+    validation = [line for line in steps if line.get("validation_loss") is not None]
+    if validation:
+        axes.plot([line["step"] for line in validation], [line["validation_loss"] for line in validation],
+                  color="#31a354", marker="o", markersize=3, linewidth=1.5, label="validation")
+    if final.get("best_step"):
+        axes.axvline(final["best_step"], color="#31a354", linestyle=":", linewidth=1.2,
+                     label=f"the best measurement (step {final['best_step']})")
+    if final.get("test_loss") is not None:  # null where the run diverged, nothing where there is no such score
+        accuracy = f" (accuracy {100 * final['test_accuracy']:.1f} %)" if "test_accuracy" in final else ""
+        axes.axhline(final["test_loss"], color="#d94801", linestyle="--", linewidth=1.2,
+                     label=f"test loss {final['test_loss']:.3f}{accuracy}")
     if final:
-        if final["test_loss"] is not None:  # null where the run diverged
-            axes.axhline(final["test_loss"], color="#d94801", linestyle="--", linewidth=1.2,
-                         label=f"test loss {final['test_loss']:.3f} (accuracy {100 * final['test_accuracy']:.1f} %)")
         axes.set_title(f"{final['optimizer']}, rank {final['rank']}, learning rate {final['lr']:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy")

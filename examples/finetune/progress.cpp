@@ -42,8 +42,8 @@ void ProgressBar::update(const StepRecord& record) {
   const auto seconds = std::llround(ms_step * static_cast<double>(total_steps_ - record.step) / 1000);
   std::ostringstream numbers;
   numbers << std::setw(4) << record.step << '/' << total_steps_ << "  loss " << fixed(loss_ / weight_, 4) << "  lr "
-          << record.lr << "  " << fixed(ms_step, 0) << " ms/step  " << fixed(1000 * tokens_ / ms_step_, 0)
-          << " tokens/s  ETA " << show_time(seconds);
+          << std::setprecision(3) << record.lr << "  " << fixed(ms_step, 0) << " ms/step  "
+          << fixed(1000 * tokens_ / ms_step_, 0) << " tokens/s  ETA " << show_time(seconds);
   if (is_terminal_) {
     // \x1b[?7l … h: a narrow terminal cuts the line instead of wrapping it, after which \r would no longer reach its
     // start. \x1b[K clears what a longer line before has left.

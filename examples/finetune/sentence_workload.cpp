@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cross_entropy_loss.h>
 
+#include <algorithm>
 #include <cmath>
 #include <lora_rite/io/peft.hpp>
 #include <lora_rite/io/safetensors.hpp>
@@ -171,6 +172,13 @@ std::unique_ptr<Workload> load_sentence_workload(const RunOptions& options, cons
   }
   TaskData task;
   processes.first_alone([&] { task = load_task(options, config); });  // the others find its tokens
+  MemoryQuestion question;
+  question.lora = lora_config(options, kLinearLayers);
+  question.classes = static_cast<int64_t>(task.classes.size());
+  for (const auto& sentence : task.train.tokens) {
+    question.length = std::max(question.length, static_cast<int64_t>(sentence.size()));
+  }
+  check_it_fits(options, question, processes);
   return std::make_unique<SentenceWorkload>(options, load_bert(options.model), std::move(task));
 }
 

@@ -1,26 +1,25 @@
 #include "trainer.hpp"
 
-#include <ATen/Parallel.h>
 #include <torch/cuda.h>
 #include <torch/nn/utils/clip_grad.h>
 
 #include <algorithm>
 #include <chrono>
-#include <limits>
 #include <lora_rite/checkpoint.hpp>
 #include <lora_rite/distributed.hpp>
-#include <lora_rite/nn/adapters.hpp>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
 #include <sstream>
 #include <utility>
 
+#include "best_so_far.hpp"
 #include "error.hpp"
 #include "interrupt.hpp"
 #include "metrics.hpp"
 #include "optimizers.hpp"
 #include "progress.hpp"
+#include "report.hpp"
 
 namespace finetune {
 namespace {
@@ -93,40 +92,6 @@ uint64_t dropout_seed(uint64_t seed, int64_t step, int rank) {
   return result;
 }
 
-/// The best measurement so far, and how many since then were no better. Part of the checkpoint.
-class BestSoFar {
- public:
-  BestSoFar(Headline headline, std::map<std::string, c10::IValue>& values)
-      : headline_(std::move(headline)), values_(values) {
-    const double infinity = std::numeric_limits<double>::infinity();
-    values_ = {{"best_score", headline_.higher_is_better ? -infinity : infinity},
-               {"best_step", int64_t{0}},
-               {"measurements_since_best", int64_t{0}}};
-  }
-
-  // Whether this one is the best.
-  bool take(const Scores& scores, int64_t step) {
-    const double found = score_of(scores, headline_.score);
-    if (!headline_.improves(found, score())) {
-      values_["measurements_since_best"] = measurements_since() + 1;
-      return false;
-    }
-    values_["best_score"] = found;
-    values_["best_step"] = step;
-    values_["measurements_since_best"] = int64_t{0};
-    return true;
-  }
-
-  const std::string& name() const { return headline_.score; }
-  double score() const { return values_.at("best_score").toDouble(); }
-  int64_t step() const { return values_.at("best_step").toInt(); }  // 0 = none was any good
-  int64_t measurements_since() const { return values_.at("measurements_since_best").toInt(); }
-
- private:
-  Headline headline_;
-  std::map<std::string, c10::IValue>& values_;
-};
-
 // What all processes start from.
 std::string describe_start(Workload& workload, int64_t finished_steps) {
   std::ostringstream text;
@@ -148,6 +113,15 @@ void save(const std::filesystem::path& path, const lora_rite::TrainingState& sta
   }
 }
 
+// That of another run, which --overwrite replaces.
+void remove_best(const std::filesystem::path& folder) {
+  for (const char* name : {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"}) {
+    std::filesystem::remove(folder / name);
+  }
+  std::error_code not_empty;
+  std::filesystem::remove(folder, not_empty);
+}
+
 // What the library throws says what is wrong with the file; the way out is this program's to tell.
 void resume_from(const std::filesystem::path& path, lora_rite::TrainingState& state) {
   try {
@@ -157,43 +131,11 @@ void resume_from(const std::filesystem::path& path, lora_rite::TrainingState& st
   }
 }
 
-// The median is not moved by the first steps, which warm up caches, nor by other programs' bursts.
-template <class Value>
-double median(const std::vector<StepRecord>& records, const Value& value) {
-  std::vector<double> values;
-  for (const StepRecord& record : records) values.push_back(value(record));
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
-}
-
-nlohmann::ordered_json summarize(const RunOptions& options, Workload& workload, const std::vector<StepRecord>& records,
-                                 int processes) {
-  const double ms_step = median(records, [](const StepRecord& record) { return record.ms_step; });
-  const double ms_optimizer = median(records, [](const StepRecord& record) { return record.ms_optimizer; });
-  nlohmann::ordered_json summary = {
-      {"final", true},
-      {"optimizer", options.optimizer},
-      {"lr", options.lr},
-      {"schedule", options.schedule},
-      {"init_scale", options.init_scale},
-      {"rank", options.rank},
-      {"alpha", options.alpha},
-      {"seed", options.seed},
-      {"steps", options.steps},
-      {"finished_steps", records.size()},
-      {"batch", options.batch},
-      {"threads", at::get_num_threads()},
-      {"processes", processes},
-      {"trainable_parameters", lora_rite::nn::trainable_parameters(workload.model()).trainable},
-      {"ms_per_step", ms_step},
-      {"ms_optimizer", ms_optimizer},
-      {"optimizer_share", ms_optimizer / ms_step},
-      {"tokens_per_second",
-       median(records, [](const StepRecord& step) { return 1000 * static_cast<double>(step.tokens) / step.ms_step; })}};
-  const nlohmann::json facts = workload.summary();
-  for (const auto& [name, value] : facts.items()) summary[name] = value;
-  return summary;
+// The test's scores after the last step: those of the log if it was measured then.
+Scores final_test(Workload& workload, const std::optional<MetricsLog>& log, const Processes& processes) {
+  const Scores measured = log ? log->records().back().test : Scores();
+  if (processes.any(!measured.empty())) return measured;
+  return workload.has(Split::Test) ? workload.evaluate(Split::Test, processes) : Scores();
 }
 
 }  // namespace
@@ -219,7 +161,10 @@ Outcome run_training(const RunOptions& options, Workload& workload, bool resume,
   if (resume) resume_from(checkpoint, state);
   if (processes.size > 1) processes.check_same(describe_start(workload, state.step));
   std::optional<MetricsLog> log;
-  if (processes.is_first()) log.emplace(folder / "metrics.jsonl", state.step);
+  if (processes.is_first()) {
+    log.emplace(folder / "metrics.jsonl", state.step);
+    if (!resume) remove_best(folder / "best");
+  }
 
   const bool validates = workload.has(Split::Validation);
   const auto is_due = [&](int64_t step) {
@@ -260,19 +205,11 @@ Outcome run_training(const RunOptions& options, Workload& workload, bool resume,
   save(checkpoint, state, processes);
   if (!has_ended()) return Outcome::Interrupted;
 
-  const bool is_measured = processes.any(log && !log->records().back().test.empty());
-  Scores test;
-  if (is_measured) {
-    if (log) test = log->records().back().test;
-  } else if (workload.has(Split::Test)) {
-    test = workload.evaluate(Split::Test, processes);
-  }
+  const Scores test = final_test(workload, log, processes);
   const double megabytes = state_megabytes(training);
   if (!log) return Outcome::Finished;
-
   workload.save(folder);
-  nlohmann::ordered_json summary = summarize(options, workload, log->records(), processes.size);
-  add_scores(summary, "validation", log->records().back().validation);
+  nlohmann::ordered_json summary = summarize(options, workload, log->records(), processes);
   add_scores(summary, "test", test);
   if (validates) {
     summary["best_step"] = best.step();
@@ -282,19 +219,7 @@ Outcome run_training(const RunOptions& options, Workload& workload, bool resume,
   summary["optimizer_state_mb"] = megabytes;
   summary["skipped_steps"] = training.skipped_steps();
   log->write_final(summary);
-
-  if (state.step < options.steps) {
-    display.out << "ended after step " << state.step << ": the last " << options.patience
-                << " measurements were no better than the best\n";
-  }
-  if (best.step() > 0) {
-    display.out << "best of the validation: " << best.name() << ' ' << fixed(best.score(), 4) << " after step "
-                << best.step() << ", in " << (folder / "best").string() << '\n';
-  }
-  if (!test.empty()) display.out << "test " << show(test) << '\n';
-  display.out << fixed(summary["ms_per_step"], 0) << " ms/step, of which the optimizer "
-              << fixed(summary["ms_optimizer"], 1) << " ms; " << fixed(summary["tokens_per_second"], 0)
-              << " tokens/s; optimizer state " << fixed(megabytes, 2) << " MB\n";
+  show_result(summary, options, workload.headline(), test, display.out);
   return Outcome::Finished;
 }
 

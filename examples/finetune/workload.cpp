@@ -62,6 +62,19 @@ void add_adapters(torch::nn::Module& model, const RunOptions& options, const lor
   for (const lora_rite::FactorPair& pair : lora_rite::find_factor_pairs(model)) pair.a.mul_(options.init_scale);
 }
 
+void check_it_fits(const RunOptions& options, MemoryQuestion question, const Processes& processes) {
+  if (options.memory_limit == 0 && options.device != "cpu") return;  // how much a GPU has is not known here
+  question.model = options.model;
+  question.optimizer = options.optimizer;
+  question.row_equilibration = options.row_equilibration;
+  question.gradient_checkpointing = options.gradient_checkpointing;
+  const int64_t own = (options.batch + processes.size - 1) / processes.size;
+  question.rows = options.micro_batch > 0 ? std::min(options.micro_batch, own) : own;
+  // Processes share a machine as a rule.
+  const double limit = options.memory_limit > 0 ? 1e9 * options.memory_limit : available_memory() / processes.size;
+  check_memory(plan_memory(question), limit);
+}
+
 std::unique_ptr<Workload> make_workload(const RunOptions& options, const Processes& processes) {
   if (options.device == "cuda" && !torch::cuda::is_available()) {
     fail("--device cuda: LibTorch finds no GPU here; choose cpu");
@@ -73,7 +86,7 @@ std::unique_ptr<Workload> make_workload(const RunOptions& options, const Process
   if (std::find(languages.begin(), languages.end(), type) == languages.end()) {
     fail(config.string(), ": 'model_type' is '", type, "', but only bert and ", join(languages), " are supported");
   }
-  return load_language_workload(options);
+  return load_language_workload(options, processes);
 }
 
 }  // namespace finetune

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.hpp"
 #include "process_group.hpp"
 #include "run_options.hpp"
 #include "step_record.hpp"
@@ -81,6 +82,10 @@ lora_rite::nn::LoraConfig lora_config(const RunOptions& options, const lora_rite
 
 /// Gives the model fresh adapters, drawn from the run's seed.
 void add_adapters(torch::nn::Module& model, const RunOptions& options, const lora_rite::nn::LoraConfig& config);
+
+/// Throws Error, with the arithmetic, if the run would take more memory than --memory-limit allows, or without one than
+/// the machine has for each of the processes. `question` says what the data are like, `options` the rest.
+void check_it_fits(const RunOptions& options, MemoryQuestion question, const Processes& processes);
 
 /// What `options` ask for: a sentence classifier where config.json's model_type is "bert", else a language model. Reads
 /// the data, loads the model, moves it to the device and gives it adapters drawn from the run's seed. Throws Error for

@@ -165,6 +165,10 @@ void add_memory_options(CLI::App& app, RunOptions& options) {
   app.add_flag("--gradient-checkpointing", options.gradient_checkpointing,
                "Language models: keep the layers' inputs only and compute the rest a second time")
       ->group(group);
+  add_option(app, "--memory-limit", options.memory_limit,
+             "10⁹ bytes that the run may take, which is reckoned before the model is loaded; 0 = what the machine has. "
+             "With cuda it is reckoned only if given")
+      ->group(group);
   add_option(app, "--threads", options.threads, "CPU threads, 0 = one a core")->group(group);
 }
 
@@ -263,6 +267,7 @@ void check_values(const RunOptions& options) {
 
   require_one_of(std::vector<std::string>{"float32", "bfloat16"}, "--dtype", options.dtype);
   require_one_of(std::vector<std::string>{"cpu", "cuda"}, "--device", options.device);
+  at_least(0, "--memory-limit", options.memory_limit);
   require(options.threads >= 0 && options.threads <= kMaxThreads, "--threads", options.threads, "0 to 1024");
   count(0, "--checkpoint-every", options.checkpoint_every);
   require(options.timeout >= 1 && options.timeout <= kMaxTimeout, "--timeout", options.timeout, "1 to 86400");

@@ -181,7 +181,6 @@ TEST(CommandLine, ThePrintedConfigMakesTheSameRun) {
   EXPECT_EQ(nlohmann::json(parse({"--config", config}).options), expected);
   const std::string text = read_file(config);
   for (const auto& [name, value] : expected.items()) {
-    if (name == "memory_limit") continue;
     std::string option = name;
     std::replace(option.begin(), option.end(), '_', '-');
     EXPECT_NE(text.find("\n" + option + "="), std::string::npos) << option;
