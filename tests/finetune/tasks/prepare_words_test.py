@@ -131,6 +131,13 @@ class PrepareWords(unittest.TestCase):
         self.assertEqual(sum(len(part[1]) for part in parts.values()), 600 + 1)  # and the verb
         self.assertAlmostEqual(len(parts["test"][0]) / 200, 0.15, delta=0.08)
 
+    def test_a_sentence_or_definition_of_two_senses_is_asked_about_once(self):
+        make_wordnet(self.path, [f'0000000{n} 26 n 01 {word} 0 000 | a thing; "ice and snow"'
+                                 for n, word in enumerate(("ice", "snow"))], {"ice%1:26:00::": 1, "snow%1:26:00::": 1})
+        files = self.run_script()
+        self.assertEqual(len(set(self.kinds(files)) & {"ice", "snow"}), 1)
+        self.assertEqual(len(self.instructions(files)["define"]), 1)
+
     def test_the_files_are_the_same_every_time(self):
         make_wordnet(self.path)
         self.assertEqual(self.run_script("first"), self.run_script("second"))
