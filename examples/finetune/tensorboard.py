@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Writes a run's curves as event files for TensorBoard: tensorboard.py METRICS.jsonl FOLDER."""
 
+import glob
 import json
+import os
 import sys
 import time
 
@@ -22,6 +24,8 @@ def main() -> int:
     steps = [line for line in lines if "step" in line]
     # A run has no clock of its own: it ends now, and its steps took what they took.
     clock = time.time() - sum(line["ms_step"] for line in steps) / 1000
+    for old in glob.glob(os.path.join(glob.escape(folder), "events.out.tfevents.*")):
+        os.remove(old)  # TensorBoard would show both
     writer = SummaryWriter(folder)
     for line in steps:
         clock += line["ms_step"] / 1000
@@ -37,7 +41,8 @@ def main() -> int:
         numbers = {name: value for name, value in final.items() if isinstance(value, (int, float, str))}
         writer.add_text("summary", "\n".join(f"- {name}: {value}" for name, value in numbers.items()))
         for name, value in final.items():
-            if name.startswith("test_") and value is not None and not any(name in line for line in steps):
+            is_score = name.startswith("test_") and name != "test_examples"
+            if is_score and value is not None and not any(name in line for line in steps):
                 writer.add_scalar("test/" + name.removeprefix("test_"), value, len(steps), walltime=clock)
     writer.close()
     return 0
