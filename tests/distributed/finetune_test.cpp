@@ -3,6 +3,7 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
+#include <cmath>
 #include <csignal>
 #include <nlohmann/json.hpp>
 
@@ -127,6 +128,53 @@ TEST_F(Finetune, LossesAndMeasurementsAreThoseOfOneProcess) {
   }
 }
 
+TEST_F(Finetune, ALanguageModelsLossesAndMeasurementsAreThoseOfOneProcess) {
+  RunOptions alone = options("alone");
+  alone.model = golden("../models/golden/llama").string();
+  alone.validation = "some";
+  alone.evaluate_every = 5;
+  alone.max_grad_norm = 0.5;
+  run_tiny(alone);
+  for (const int size : {2, 3}) {  // an epoch of 45 examples ends in a batch of 5: parts of 1, 2 and 2
+    Settings settings{alone};
+    settings.options.out = options("llama" + std::to_string(size)).out;
+    settings.options.micro_batch = 2;
+    expect_success(settings, size);
+    expect_close(losses(settings.options), losses(alone));
+    for (int rank = 1; rank < size; ++rank) expect_equal(trained(settings.options, rank), trained(settings.options));
+    const auto found = metrics(settings.options), expected = metrics(alone);
+    ASSERT_EQ(found.size(), expected.size());
+    for (const size_t line : {4, 9, 11}) {
+      EXPECT_EQ(found[line]["tokens"], expected[line]["tokens"]);
+      EXPECT_NEAR(found[line]["validation_loss"].get<double>(), expected[line]["validation_loss"].get<double>(),
+                  kRoundOff);
+    }
+    EXPECT_NEAR(found.back()["test_loss"].get<double>(), expected.back()["test_loss"].get<double>(), kRoundOff);
+    EXPECT_EQ(found.back()["best_step"], expected.back()["best_step"]);
+  }
+}
+
+TEST_F(Finetune, ALanguageModelStoppedInOneProcessGoesOnBitForBitWithWhatWasCounted) {
+  Settings whole{options("whole")};
+  whole.options.model = golden("../models/golden/t5").string();
+  whole.options.dropout = 0.1;
+  whole.options.validation = "some";
+  whole.options.evaluate_every = 2;
+  whole.options.patience = 2;
+  whole.options.lr = 0.3;
+  expect_success(whole, 2);
+  Settings stopped = whole;
+  stopped.options.out = options("stopped").out;
+  stopped.signal_after = 5;
+  expect_success(stopped, 2);
+  stopped.signal_after = 0;
+  stopped.resume = true;
+  expect_success(stopped, 2);
+  EXPECT_EQ(losses(stopped.options), losses(whole.options));
+  expect_equal(trained(stopped.options), trained(whole.options));
+  EXPECT_EQ(metrics(stopped.options).back()["best_step"], metrics(whole.options).back()["best_step"]);
+}
+
 TEST_F(Finetune, ADividedOptimizerTrainsTheSameBitForBit) {
   Settings whole{options("whole")}, divided{options("divided")};
   divided.options.shard_optimizer = true;
@@ -199,6 +247,31 @@ const Scenario dividing("finetune divides", [](const Process& process) {
 
 TEST(FinetuneProcesses, DivideTheOptimizerWhenAsked) {
   lora_rite::testing::expect_success("finetune divides", 2, lora_rite::testing::fresh_folder("finetune"));
+}
+
+const Scenario measuring("finetune measures", [](const Process& process) {
+  const auto model = load_model(golden("../models/golden/llama"));
+  LanguageTest test{"arc", {}, {}};
+  for (const TextRecord& text : tiny_texts(7, 5)) {
+    ChoiceRecord record{{text.prompt}, {text.completion, {3, 4}, {5}}, {3, 2, 1}, {4, 2, 1}, 0};
+    record.answer = static_cast<int64_t>(test.choices.size() % 3);
+    test.choices.push_back(record);
+  }
+  const auto expect_same = [&](const LanguageTest& own) {
+    const Scores alone = measure(*model, own, 4), together = measure(*model, own, 4, processes_of(process));
+    ASSERT_EQ(together.size(), alone.size());
+    for (size_t i = 0; i < alone.size(); ++i) {
+      EXPECT_EQ(together[i].first, alone[i].first);
+      EXPECT_NEAR(together[i].second, alone[i].second, kRoundOff * std::abs(alone[i].second)) << alone[i].first;
+    }
+  };
+  expect_same(test);
+  expect_same({"gsm8k", tiny_texts(7, 5), {}});
+  expect_same({"gsm8k", tiny_texts(1, 5), {}});  // the last process has none
+});
+
+TEST(FinetuneProcesses, MeasureALanguageModelAsOne) {
+  lora_rite::testing::expect_success("finetune measures", 2, lora_rite::testing::fresh_folder("finetune"));
 }
 
 const Scenario differences("finetune differences", [](const Process& process) {

@@ -73,5 +73,16 @@ TEST(SentenceWorkload, TheHeadCarriesItsClassNames) {
   EXPECT_EQ(nlohmann::json::parse(file.metadata.at("labels")), (nlohmann::json{"bad", "good", "so\tso"}));
 }
 
+TEST(SentenceWorkload, OptionsOfLanguageModelsAreRefused) {
+  const auto message = [](const std::function<void(RunOptions&)>& change) {
+    RunOptions options;
+    change(options);
+    return error_of([&] { SentenceWorkload workload(options, load_bert(golden("tiny")), tiny_task()); });
+  };
+  EXPECT_EQ(message([](RunOptions& options) { options.generate = 5; }).find("--generate: a sentence classifier"), 0U);
+  EXPECT_EQ(message([](RunOptions& options) { options.dtype = "bfloat16"; }).find("--dtype: a sentence"), 0U);
+  EXPECT_EQ(message([](RunOptions& options) { options.gradient_checkpointing = true; }).find("--gradient-check"), 0U);
+}
+
 }  // namespace
 }  // namespace finetune
