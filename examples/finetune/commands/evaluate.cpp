@@ -199,20 +199,11 @@ nlohmann::json evaluate_model(const EvaluateOptions& options, std::ostream& out)
 }
 
 void add_evaluate_command(CLI::App& app, std::function<int()>& action) {
-  CLI::App* command = app.add_subcommand(
-      "eval",
-      "Measures a model, with or without an adapter, on one file or several.\n"
-      "\n"
-      "A language model: files of prepare_tasks.py. Texts give loss and perplexity, with --generate also ROUGE-L, "
-      "exact\n"
-      "match and GSM8K's numbers; questions with choices give acc, acc_norm and acc_bytes with their standard errors.\n"
-      "A sentence classifier (bert): TSV files of lines 'label TAB text' give accuracy and loss; its head comes from "
-      "the\n"
-      "adapter's folder, or from that of a merged model.\n");
+  CLI::App* command = app.add_subcommand("eval", "Measure a model, with or without an adapter, on one file or several");
   const auto options = std::make_shared<EvaluateOptions>();
   command->add_option("--model", options->model, "Folder of the model")->required()->type_name("DIR");
   command->add_option("--adapter", options->adapter, "Folder of a PEFT adapter")->type_name("DIR");
-  command->add_option("--data", options->data, "What to measure on")->required()->type_name("FILE...");
+  command->add_option("--data", options->data, "What to measure on")->required()->type_name("FILE");
   command
       ->add_option("--generate", options->generate,
                    "Language model: write up to so many tokens after each prompt and score them, 0 = no")
@@ -228,7 +219,15 @@ void add_evaluate_command(CLI::App& app, std::function<int()>& action) {
   command->add_option("--python", options->python, "Interpreter with tokenizers")
       ->default_str("$FINETUNE_PYTHON, else python3");
   command->footer(
-      "\nExamples:\n"
+      "\n"
+      "A language model is measured on files of prepare_tasks.py: texts give loss and perplexity, with --generate\n"
+      "also ROUGE-L, exact match and GSM8K's numbers; questions with choices give acc, acc_norm and acc_bytes with\n"
+      "their standard errors.\n"
+      "\n"
+      "A sentence classifier (bert) is measured on TSV files of lines 'label TAB text': accuracy and loss. Its head\n"
+      "comes from the adapter's folder, or from that of a merged model.\n"
+      "\n"
+      "Examples:\n"
       "  finetune eval --model .deps/smollm2 --data arc.jsonl piqa.jsonl\n"
       "  finetune eval --model .deps/smollm2 --adapter runs/gsm8k --data gsm8k-test.jsonl --generate 200 --out s.json\n"
       "  finetune eval --model .deps/minilm --adapter runs/reviews --data test.tsv\n");

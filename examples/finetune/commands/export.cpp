@@ -91,12 +91,7 @@ void export_adapter(const ExportOptions& options, std::ostream& log) {
 
 void add_export_command(CLI::App& app, std::function<int()>& action) {
   CLI::App* command = app.add_subcommand(
-      "export",
-      "Writes the adapter of a training run as Python's PEFT reads it, also of a run that was interrupted.\n"
-      "\n"
-      "--from last takes the weights of checkpoint.pt: exactly those that the run would have saved, had it ended "
-      "there.\n"
-      "--from best takes those of the best measurement on --validation. A classifier's head comes along.\n");
+      "export", "Write the adapter of a training run as Python's PEFT reads it, also of a run that was interrupted");
   const auto options = std::make_shared<ExportOptions>();
   command->add_option("--run", options->run, "The --out folder of 'finetune train'")->required()->type_name("DIR");
   command->add_option("--from", options->from, "last or best")->capture_default_str();
@@ -107,7 +102,11 @@ void add_export_command(CLI::App& app, std::function<int()>& action) {
       ->default_str("float32");
   command->add_option("--out", options->out, "Folder to be made")->required()->type_name("DIR");
   command->footer(
-      "\nExample:\n"
+      "\n"
+      "--from last takes the weights of checkpoint.pt: what the run would have saved, had it ended there.\n"
+      "--from best takes those of the best measurement on --validation. A classifier's head comes along.\n"
+      "\n"
+      "Example:\n"
       "  finetune export --run runs/arc --from best --dtype bfloat16 --out arc-adapter\n");
   command->callback([options, &action] {
     action = [options] {

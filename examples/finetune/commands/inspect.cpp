@@ -177,18 +177,8 @@ void inspect(const InspectOptions& options, std::ostream& out) {
 }
 
 void add_inspect_command(CLI::App& app, std::function<int()>& action) {
-  CLI::App* command = app.add_subcommand(
-      "inspect",
-      "Shows what an adapter holds, layer by layer: as a table, as JSON, as a heat map.\n"
-      "\n"
-      "  ‖A‖, ‖B‖, ‖B‖/‖A‖, κ(A), κ(B)   the factors: norms, their ratio, condition numbers. They tell how ΔW is "
-      "split\n"
-      "  ‖ΔW‖, σ₁, σᵣ, κ(ΔW)             ΔW = scale * B A itself: norm, largest and smallest singular value, their "
-      "ratio\n"
-      "  rank, eff. rank                 singular values above round-off; exp of their entropy, between 1 and r\n"
-      "  ‖ΔW‖/‖W‖                        how far the layer went from its base weight (with --model)\n"
-      "\n"
-      "Norms are Frobenius norms. The product is never formed: a large model's adapter takes seconds.\n");
+  CLI::App* command =
+      app.add_subcommand("inspect", "Show what an adapter holds, layer by layer: as a table, as JSON, as a heat map");
   const auto options = std::make_shared<InspectOptions>();
   command->add_option("adapter", options->adapter, "Folder with adapter_config.json and adapter_model.safetensors")
       ->required()
@@ -202,7 +192,15 @@ void add_inspect_command(CLI::App& app, std::function<int()>& action) {
   command->add_option("--python", options->python, "Interpreter with matplotlib")
       ->default_str("$FINETUNE_PYTHON, else python3");
   command->footer(
-      "\nExample:\n"
+      "\n"
+      "  ‖A‖, ‖B‖, ‖B‖/‖A‖, κ(A), κ(B)   how ΔW is split: norms, their ratio, condition numbers\n"
+      "  ‖ΔW‖, σ₁, σᵣ, κ(ΔW)             ΔW = scale * B A: norm, largest and smallest singular value, their ratio\n"
+      "  rank, eff. rank                 singular values above round-off; exp of their entropy, between 1 and r\n"
+      "  ‖ΔW‖/‖W‖                        how far the layer went from its base weight (with --model)\n"
+      "\n"
+      "Norms are Frobenius norms. The product is never formed: a large model's adapter takes seconds.\n"
+      "\n"
+      "Example:\n"
       "  finetune inspect runs/arc --model .deps/smollm2 --sort change --top 10 --picture arc.png\n");
   command->callback([options, &action] {
     action = [options] {

@@ -237,12 +237,7 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
 
 void add_merge_command(CLI::App& app, std::function<int()>& action) {
   CLI::App* command = app.add_subcommand(
-      "merge",
-      "Writes a base model and an adapter as one ordinary checkpoint, which needs no LoRA to be used.\n"
-      "\n"
-      "Every weight that the adapter changes becomes W + scale * B A, computed in float32 and rounded once; all other\n"
-      "tensors and the tokenizer's files are copied. transformers loads the folder, and so does this program.\n"
-      "Any model works whose tensors are called as transformers calls them, also such that cannot be trained here.\n");
+      "merge", "Write a base model and an adapter as one ordinary checkpoint, which needs no LoRA to be used");
   struct Given {
     MergeOptions options;
     std::vector<std::string> adapters;
@@ -253,8 +248,7 @@ void add_merge_command(CLI::App& app, std::function<int()>& action) {
       ->type_name("DIR");
   command
       ->add_option("--adapter", given->adapters,
-                   "Folder with adapter_config.json and adapter_model.safetensors; several are added up, each times "
-                   "its WEIGHT (default 1)")
+                   "Folder of a PEFT adapter; several are added up, each times its WEIGHT (default 1)")
       ->required()
       ->type_name("DIR[=WEIGHT]");
   command->add_option("--out", given->options.out, "Folder to be made")->required()->type_name("DIR");
@@ -262,10 +256,15 @@ void add_merge_command(CLI::App& app, std::function<int()>& action) {
       ->default_str("as in the base");
   command
       ->add_option("--shard-size", given->options.shard_size,
-                   "10^9 bytes above which the weights go into several files; those of a sharded base stay as they are")
+                   "10^9 bytes of a file, above which there are several; a sharded base keeps its files")
       ->capture_default_str();
   command->footer(
-      "\nAn adapter that is in the weights already is refused: the files remember what was merged into them.\n"
+      "\n"
+      "Every weight that the adapter changes becomes W + scale * B A, computed in float32 and rounded once; all other\n"
+      "tensors and the tokenizer's files are copied. transformers loads the folder, and so does this program.\n"
+      "Any model works whose tensors are called as transformers calls them, also such that cannot be trained here.\n"
+      "\n"
+      "An adapter that is in the weights already is refused: the files remember what was merged into them.\n"
       "\n"
       "Example:\n"
       "  finetune merge --model .deps/smollm2 --adapter runs/arc --out merged --dtype bfloat16\n");
