@@ -140,6 +140,30 @@ TEST_P(EveryOptimizer, ResumesFromItsCheckpoint) {
   EXPECT_TRUE(equal_factors(straight, interrupted));
 }
 
+TEST_P(EveryOptimizer, CallsAClosureWithGradientsAndReturnsItsLoss) {
+  const auto called = some_pairs(), by_hand = clone_pairs(called);
+  const auto first = make_optimizer(GetParam(), called, 0.01), second = make_optimizer(GetParam(), by_hand, 0.01);
+  const auto loss = [](const std::vector<FactorPair>& pairs) {
+    return torch::matmul(pairs[0].b, pairs[0].a).square().mean() + torch::matmul(pairs[1].b, pairs[1].a).sum();
+  };
+  for (int step = 0; step < 2; ++step) {  // SOAP's first one moves nothing
+    first->zero_grad();
+    second->zero_grad();
+    const torch::Tensor expected = loss(by_hand);
+    expected.backward();
+    second->step();
+    const torch::NoGradGuard no_grad;
+    const torch::Tensor found = first->step([&] {
+      const torch::Tensor result = loss(called);
+      result.backward();
+      return result;
+    });
+    EXPECT_TRUE(torch::equal(found, expected));
+  }
+  EXPECT_TRUE(equal_factors(called, by_hand));
+  EXPECT_FALSE(equal_factors(called, some_pairs()));
+}
+
 TEST_P(EveryOptimizer, FollowsAScheduler) {
   const auto scheduled = some_pairs(), constant = clone_pairs(scheduled);
   const auto first = make_optimizer(GetParam(), scheduled, 0.5), second = make_optimizer(GetParam(), constant, 0.01);
@@ -237,6 +261,19 @@ TEST(Baselines, LongSidesGoWithoutAPreconditioner) {
   const auto [values, vectors] = torch::linalg_eigh(torch::matmul(g, g.t()) + 1e-6 * torch::eye(4, torch::kDouble));
   const torch::Tensor root = torch::matmul(vectors * values.rsqrt(), vectors.t());
   EXPECT_LT((one_sided[0].a - (by_hand[0].a - 0.1 * torch::matmul(root, g))).norm().item<double>(), 1e-12);
+}
+
+TEST(Baselines, WhereBothSidesAreLongItIsAdam) {
+  const auto long_sided = some_pairs(torch::kDouble), adam = clone_pairs(long_sided);
+  const auto start = clone_pairs(long_sided);
+  const auto factors = [](const std::vector<FactorPair>& pairs) { return Factors{pairs[0].a, pairs[0].b}; };
+  Shampoo optimizer(factors(long_sided), ShampooOptions(0.1).graft_adam(false).max_preconditioner_dim(1));
+  torch::optim::Adam reference(factors(adam), torch::optim::AdamOptions(0.1));
+  run_steps(optimizer, long_sided, 0, 3);
+  run_steps(reference, adam, 0, 3);
+  EXPECT_LT((long_sided[0].a - adam[0].a).norm().item<double>(), 1e-12);
+  EXPECT_LT((long_sided[0].b - adam[0].b).norm().item<double>(), 1e-12);
+  EXPECT_GT((long_sided[0].a - start[0].a).norm().item<double>(), 0.1);
 }
 
 TEST(Baselines, LoraPlusIsAdamWithTwoRates) {

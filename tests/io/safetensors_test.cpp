@@ -232,6 +232,8 @@ INSTANTIATE_TEST_SUITE_P(
                "the dtype of tensor 'x' is 'F4', expected F64"},
         Damage{"DtypeNoText", tensor_file(R"("dtype":4,"shape":[2],"data_offsets":[0,8])", 8),
                "the dtype of tensor 'x' is 4"},
+        Damage{"DtypeObject", tensor_file(R"("dtype":{},"shape":[2],"data_offsets":[0,8])", 8),
+               "the dtype of tensor 'x' is an object"},
         Damage{"ShapeNoList", tensor_file(R"("dtype":"F32","shape":2,"data_offsets":[0,8])", 8),
                "the shape of tensor 'x' is 2, expected a list"},
         Damage{"ShapeNested", tensor_file(R"("dtype":"F32","shape":[[2]],"data_offsets":[0,8])", 8),
@@ -394,7 +396,7 @@ void write_shards(const TemporaryFolder& folder, const std::string& index) {
 TEST(ShardedSafetensors, AreReadAsTheIndexSays) {
   const TemporaryFolder folder;
   write_shards(folder, R"({"metadata":{"total_size":14,"x":[{"y":null}]},)"
-                       R"("weight_map":{"a":"1.safetensors","b":"2.safetensors"},"more":-1.5})");
+                       R"("weight_map":{"a":"1.safetensors","b":"2.safetensors"},"more":-1.5,"less":-1,"and":true})");
   const Safetensors content = load_sharded(folder.string());
   ASSERT_EQ(content.tensors.size(), 2U);
   EXPECT_TRUE(content.tensors.at("a").equal(torch::ones({2})));
@@ -446,6 +448,8 @@ INSTANTIATE_TEST_SUITE_P(
         Damage{"MapBelow", R"({"metadata":{"weight_map":{"a":"1.safetensors"}}})", "has no weight_map"},
         Damage{"MapNoObject", R"({"weight_map":["a"]})", "weight_map is a list, expected an object"},
         Damage{"MapNull", R"({"weight_map":null})", "weight_map is null, expected an object"},
+        Damage{"MapNumber", R"({"weight_map":-1})", "weight_map is -1, expected an object"},
+        Damage{"MapTrue", R"({"weight_map":true})", "weight_map is true, expected an object"},
         Damage{"MapTwice", R"({"weight_map":{},"weight_map":{}})", "names 'weight_map' twice"},
         Damage{"ShardNoText", R"({"weight_map":{"a":3}})", "the shard of tensor 'a' is 3, expected a file name"},
         Damage{"ShardObject", R"({"weight_map":{"a":{}}})", "the shard of tensor 'a' is an object"},

@@ -627,6 +627,19 @@ TEST(LoraLinear, StartsByTheNamedDistributions) {
   EXPECT_GT(random.b.abs().min().item<double>() + random.b.abs().max().item<double>(), 0.1);
 }
 
+TEST(LoraConv2d, StartsWithNormalNumbersIfAsked) {
+  torch::manual_seed(3);
+  LoraConv2d layer(torch::nn::Conv2dOptions(100, 4, 3));
+  auto config = lora_config(10, 1);
+  config.init = LoraInit::Gaussian;
+  layer->add_adapter("x", config);
+  const auto adapter = layer->adapter("x");
+  // As above, of 9,000 numbers.
+  EXPECT_NEAR(adapter.a.std().item<double>() * 10, 1, 0.038);
+  EXPECT_GT(adapter.a.abs().max().item<double>() * 10, 3);
+  EXPECT_EQ(adapter.b.abs().max().item<double>(), 0);
+}
+
 TEST(LoraLinear, TwoAdaptersDoNotStartAlike) {
   LoraLinear layer(6, 5);
   layer->add_adapter("one", lora_config(2, 3));
