@@ -286,8 +286,9 @@ Parts plan_parts(const MemoryQuestion& question, double element) {
 // --- Text -----------------------------------------------------------------------------------------------------------
 
 // "134.5 M"
-std::string in_millions(double number) {
-  return number < 1e6 ? fixed(number / 1e3, 1) + " k" : fixed(number / 1e6, 1) + " M";
+std::string in_short(double number) {
+  if (number < 1e6) return fixed(number / 1e3, 1) + " k";
+  return number < 1e9 ? fixed(number / 1e6, 1) + " M" : fixed(number / 1e9, 2) + " G";
 }
 
 std::string in_unit(double bytes, bool megabytes) { return fixed(bytes / (megabytes ? 1e6 : 1e9), 2); }
@@ -402,8 +403,8 @@ MemoryPlan plan_memory(const MemoryQuestion& question) {
 
   MemoryPlan plan;
   const auto add = [&](const std::string& name, double bytes) { plan.parts.emplace_back(name, bytes); };
-  add(concat("base weights: ", in_millions(weights), " in ", name_of(asked.dtype)), weights * element);
-  add(concat("factors: ", in_millions(factors), " in float32, rank ", asked.lora.rank, " on ", pairs.size(), " layers"),
+  add(concat("base weights: ", in_short(weights), " in ", name_of(asked.dtype)), weights * element);
+  add(concat("factors: ", in_short(factors), " in float32, rank ", asked.lora.rank, " on ", pairs.size(), " layers"),
       factors * kFloatBytes);
   add("their gradients", factors * kFloatBytes);
   add("state of " + asked.optimizer, state);
