@@ -2,27 +2,22 @@
 
 #include <fstream>
 #include <iterator>
+#include <lora_rite/io/files.hpp>
 #include <nlohmann/json.hpp>
-#include <system_error>
+#include <sstream>
 
 #include "error.hpp"
 
 namespace finetune {
 
 void replace_file(const std::filesystem::path& path, const std::function<void(std::ostream&)>& write) {
-  std::filesystem::path temporary = path;
-  temporary += ".tmp";
-  {
-    std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
-    if (file) write(file);
-    file.flush();
-    if (!file) {
-      fail(temporary.string(), ": cannot be written; check that the folder exists, is writable and has space");
-    }
+  std::ostringstream content;
+  write(content);
+  try {
+    lora_rite::detail::replace_file(path, path.string() + ": ", content.str());
+  } catch (const c10::Error& error) {
+    fail(error.what_without_backtrace(), "; check that the folder exists, is writable and has space");
   }
-  std::error_code error;
-  std::filesystem::rename(temporary, path, error);
-  if (error) fail(path.string(), ": cannot be put in place: ", error.message());
 }
 
 std::string read_file(const std::filesystem::path& path) {

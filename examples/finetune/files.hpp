@@ -8,8 +8,8 @@
 
 namespace finetune {
 
-/// Writes a file under a temporary name in the same folder and renames it when complete, so that an
-/// interruption leaves either the old content or the new one. Throws Error if the disk refuses.
+/// Writes a file as the library writes its own: an interruption leaves either the old content or the new one, and what
+/// has been written outlives a power failure. Throws Error if the disk refuses; the old file is still there then.
 void replace_file(const std::filesystem::path& path, const std::function<void(std::ostream&)>& write);
 
 /// The whole file as bytes; throws Error naming it if it cannot be read.
