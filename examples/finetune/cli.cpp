@@ -6,6 +6,9 @@
 #include <exception>
 #include <functional>
 #include <iostream>
+#include <memory>
+#include <sstream>
+#include <string>
 
 #include "commands/evaluate.hpp"
 #include "commands/export.hpp"
@@ -27,10 +30,23 @@ constexpr const char* kFooter =
     "\n"
     "Exit codes: 0 success, 1 an error, 130 stopped by Ctrl-C, others a mistake on the command line.\n";
 
+// In the list of commands, the first line of each one's description.
+class CommandList : public CLI::Formatter {
+ public:
+  std::string make_subcommand(const CLI::App* command) const override {
+    std::ostringstream line;
+    const std::string description = command->get_description();
+    CLI::detail::format_help(line, command->get_name(), description.substr(0, description.find('\n')),
+                             get_column_width());
+    return line.str();
+  }
+};
+
 }  // namespace
 
 int run_command_line(int argc, const char* const* argv) {
   CLI::App app(kDescription);
+  app.formatter(std::make_shared<CommandList>());
   app.require_subcommand(1);
   std::function<int()> action;
   add_train_command(app, action);

@@ -9,6 +9,7 @@
 
 #include "dtypes.hpp"
 #include "error.hpp"
+#include "fingerprint.hpp"
 #include "models/config.hpp"
 #include "models/load_model.hpp"
 
@@ -26,20 +27,6 @@ void refuse_options_of_classifiers(const RunOptions& options) {
   refuse("--head-lr", "nothing but the adapters is trained", options.head_lr != usual.head_lr);
   refuse("--max-length", "prepare_tasks.py cuts the texts", options.max_length != usual.max_length);
 }
-
-// FNV-1a: it has to notice mistakes only.
-class Fingerprint {
- public:
-  void add(const std::vector<int64_t>& tokens) {
-    add(-1);
-    for (const int64_t token : tokens) add(token);
-  }
-  void add(int64_t number) { hash_ = (hash_ ^ static_cast<uint64_t>(number)) * 0x100000001b3; }
-  uint64_t value() const { return hash_; }
-
- private:
-  uint64_t hash_ = 0xcbf29ce484222325;
-};
 
 uint64_t fingerprint(const std::vector<TextRecord>& texts, const std::vector<ChoiceRecord>& choices) {
   Fingerprint result;

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "error.hpp"
+#include "fingerprint.hpp"
 #include "tokenize.hpp"
 
 namespace finetune {
@@ -51,16 +52,11 @@ Batch batch_on_device(SentenceClassifier& model, const Dataset& data, const std:
   return {batch.tokens.to(device), batch.mask.to(device), batch.labels.to(device)};
 }
 
-// FNV-1a: it has to notice mistakes only.
 uint64_t fingerprint(const Dataset& data) {
-  uint64_t hash = 0xcbf29ce484222325;
-  const auto add = [&](int64_t number) { hash = (hash ^ static_cast<uint64_t>(number)) * 0x100000001b3; };
-  for (const auto& sentence : data.tokens) {
-    add(-1);
-    for (const int64_t token : sentence) add(token);
-  }
-  for (const int64_t label : data.labels) add(label);
-  return hash;
+  Fingerprint result;
+  for (const auto& sentence : data.tokens) result.add(sentence);
+  result.add(data.labels);
+  return result.value();
 }
 
 }  // namespace
