@@ -8,9 +8,11 @@ namespace {
 using testing::clone_pairs;
 using testing::equal_factors;
 using testing::error_of;
+using testing::load_bytes;
 using testing::mentions;
 using testing::random_pair;
 using testing::run_steps;
+using testing::saved_bytes;
 using testing::set_gradients;
 
 double distance(const torch::Tensor& left, const torch::Tensor& right) {
@@ -214,11 +216,13 @@ TEST(LoraRite, RefusesASparseGradientAndChangesNothing) {
 
 TEST(LoraRite, NamesAGroupThatWasTamperedWith) {
   LoraRite<> optimizer({random_pair("q", 2, 4, 4)});
+  const std::string saved = saved_bytes(optimizer);
   optimizer.param_groups()[0].params().push_back(torch::zeros({2}));
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "group 0: the list of parameters has 3 tensors"));
   optimizer.param_groups()[0].params().pop_back();
   optimizer.param_groups()[0].set_options(std::make_unique<torch::optim::AdamOptions>(1e-3));
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "expected LoraRiteOptions"));
+  EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, saved); }), "expected LoraRiteOptions"));
 }
 
 TEST(LoraRite, NamesAFactorThatChangedItsDtypeAfterTheFirstStep) {

@@ -365,6 +365,7 @@ class LoraRite : public torch::optim::Optimizer {
 
   /// Batches are built with the first step, not before: until then a module may still be moved or converted.
   void build_batches() {
+    check_groups();
     int64_t first_pair = 0;
     for (size_t g = 0; g < groups_.size(); first_pair += static_cast<int64_t>(groups_[g].pairs.size()), ++g) {
       Group& group = groups_[g];
@@ -411,8 +412,8 @@ class LoraRite : public torch::optim::Optimizer {
     }
   }
 
-  /// Groups, options and gradients, before anything is changed.
-  void check_inputs() const {
+  /// Are the groups what they were when they were added, their options of this optimizer's class?
+  void check_groups() const {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const Group& group = groups_[i];
       const std::string label = "LoraRite, group " + std::to_string(i);
@@ -425,12 +426,18 @@ class LoraRite : public torch::optim::Optimizer {
                                               : dynamic_cast<const LoraRiteOptions*>(&options) != nullptr;
       TORCH_CHECK(right_options, label, " was given options of another optimizer, expected ",
                   group.others ? "torch::optim::AdamWOptions" : "LoraRiteOptions");
-      if (group.others) {
-        group.others->check_inputs(label);
-        continue;
-      }
-      detail::check_options(rite_options(i), label);
-      for (const auto& batch : group.batches) batch->check_inputs();
+    }
+  }
+
+  /// Options, factors and gradients, before anything is changed.
+  void check_inputs() const {
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const std::string label = "LoraRite, group " + std::to_string(i);
+      if (groups_[i].others)
+        groups_[i].others->check_inputs(label);
+      else
+        detail::check_options(rite_options(i), label);
+      for (const auto& batch : groups_[i].batches) batch->check_inputs();
     }
   }
 
