@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <iostream>
-#include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -21,12 +20,6 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-
-// How far the factors' norms are apart, whichever is the larger.
-double imbalance(const LayerReport& report) {
-  const double balance = report.spectrum.balance;
-  return balance == 0 ? std::numeric_limits<double>::infinity() : std::abs(std::log(balance));
-}
 
 std::string table_of(const std::vector<LayerReport>& reports, size_t count, bool has_base) {
   std::vector<std::string> header = {"layer", "r", "‖A‖", "‖B‖", "‖B‖/‖A‖", "κ(A)", "κ(B)", "‖ΔW‖"};
@@ -118,7 +111,7 @@ void sort_reports(std::vector<LayerReport>& reports, const std::string& by, bool
     if (by == "change") return report.relative_change;
     if (by == "condition") return report.spectrum.condition_number;
     if (by == "rank") return -report.spectrum.effective_rank;
-    return imbalance(report);
+    return std::abs(std::log(report.spectrum.balance));  // whichever factor is the larger
   };
   std::stable_sort(reports.begin(), reports.end(),
                    [&](const LayerReport& left, const LayerReport& right) { return key(left) > key(right); });

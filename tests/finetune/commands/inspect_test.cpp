@@ -109,6 +109,28 @@ TEST(Inspect, AFreshAdapterShowsNoChangeAndNoNaN) {
   EXPECT_EQ(layer["singular_values"], std::vector<double>(8, 0.0));
 }
 
+TEST(Inspect, ABaseWeightOfZerosGivesNoNaN) {
+  const TemporaryFolder folder;
+  Tensors tensors = lora_rite::load_sharded(model_golden("llama")).tensors;
+  for (auto& [name, tensor] : tensors) tensor = torch::zeros_like(tensor);
+  fs::create_directories(folder / "base");
+  fs::copy_file(model_golden("llama") / "config.json", folder / "base/config.json");
+  save_safetensors(folder / "base/model.safetensors", tensors);
+  lora_rite::Adapter adapter = lora_rite::load_adapter(save_golden_adapter("llama", folder / "adapter"));
+  for (auto& [name, tensor] : adapter.tensors) {
+    if (name == "model.layers.0.self_attn.q_proj.lora_B.weight") tensor = torch::zeros_like(tensor);
+  }
+  lora_rite::save_adapter(folder / "adapter", adapter);
+  const BaseCheckpoint base(folder / "base");
+  int unchanged = 0;
+  for (const LayerReport& report : inspect_adapter(read_adapter(folder / "adapter"), &base)) {
+    const bool is_unchanged = report.module == "model.layers.0.self_attn.q_proj";
+    unchanged += is_unchanged;
+    EXPECT_EQ(report.relative_change, is_unchanged ? 0 : std::numeric_limits<double>::infinity()) << report.module;
+  }
+  EXPECT_EQ(unchanged, 1);
+}
+
 TEST(Inspect, SortsAndCutsTheTable) {
   const TemporaryFolder folder;
   InspectOptions options;
