@@ -10,9 +10,7 @@
 #include "lora_rite/distributed/process_group.hpp"
 #include "lora_rite/optimizer.hpp"
 
-namespace lora_rite {
-
-namespace detail {
+namespace lora_rite::detail {
 
 /// What `ShardedLoraRite` and `RowShardedLoraRite` share: the processes agree on groups, gradients and skipped steps.
 template <class Basis>
@@ -123,6 +121,4 @@ class DistributedLoraRite : public LoraRite<Basis> {
   size_t agreed_groups_ = 0;
 };
 
-}  // namespace detail
-
-}  // namespace lora_rite
+}  // namespace lora_rite::detail

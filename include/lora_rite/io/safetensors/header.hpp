@@ -19,9 +19,7 @@
 
 /// What the header of a safetensors file says, and whether it is true of the file.
 
-namespace lora_rite {
-
-namespace detail {
+namespace lora_rite::detail {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "safetensors data is little-endian and is used as it lies");
 
@@ -295,6 +293,4 @@ inline void check_tiling(const std::string& label, const SafetensorsHeader& head
               data_bytes, data_bytes < position ? " (it is truncated)" : "");
 }
 
-}  // namespace detail
-
-}  // namespace lora_rite
+}  // namespace lora_rite::detail
