@@ -15,6 +15,7 @@
 
 #include "error.hpp"
 #include "files.hpp"
+#include "fingerprint.hpp"
 
 namespace finetune {
 namespace {
@@ -25,7 +26,6 @@ constexpr const char* kWholeFile = "model.safetensors";
 constexpr const char* kIndexFile = "model.safetensors.index.json";
 // Starts of factors that leave the base weight as it is.
 const std::vector<std::string> kHarmlessInits = {"gaussian", "orthogonal", "eva", "mica"};
-constexpr uint64_t kHashStart = 0xcbf29ce484222325, kHashFactor = 0x100000001b3;  // FNV-1a
 
 // Runs of digits by their value, everything else by its characters.
 bool in_natural_order(const std::string& left, const std::string& right) {
@@ -153,10 +153,10 @@ torch::Tensor delta_weight(const AdapterLayer& layer, at::IntArrayRef shape) {
 }
 
 std::string fingerprint(const AdapterFile& adapter) {
-  uint64_t hash = kHashStart;
+  Fingerprint hash;
   const auto add = [&](const void* data, size_t size) {
     const auto* bytes = static_cast<const unsigned char*>(data);
-    for (size_t i = 0; i < size; ++i) hash = (hash ^ bytes[i]) * kHashFactor;
+    for (size_t i = 0; i < size; ++i) hash.add(bytes[i]);
   };
   for (const AdapterLayer& layer : adapter.layers) {
     add(layer.module.data(), layer.module.size());
@@ -167,7 +167,7 @@ std::string fingerprint(const AdapterFile& adapter) {
     }
   }
   char text[17];
-  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash.value()));
   return text;
 }
 
