@@ -363,6 +363,21 @@ TEST(Training, ABaseInBfloat16TrainsWithFactorsInFloat) {
   EXPECT_NEAR(mean_loss(rounded, 24), mean_loss(exact, 24), 0.05);
 }
 
+TEST(Training, DropoutActsAndIsAFunctionOfTheSeed) {
+  for (const std::string& model : {golden("tiny").string(), model_golden("llama").string()}) {
+    const TemporaryFolder folder;
+    RunOptions options = tiny_options(folder.string(), "rite");
+    options.model = model;
+    options.lr = 2e-2;
+    options.steps = 6;
+    const TinyRun without = run_tiny(options);
+    options.dropout = 0.5;
+    const TinyRun with = run_tiny(options);
+    EXPECT_GT(curve_distance(with, without), 1e-3) << model;
+    EXPECT_EQ(curve_distance(run_tiny(options), with), 0) << model;
+  }
+}
+
 TEST(Training, GradientCheckpointingChangesNothing) {
   for (const char* model : {"llama", "t5"}) {
     const TemporaryFolder folder;
