@@ -35,7 +35,7 @@ std::shared_ptr<LanguageModel> load_adapted_language_model(const fs::path& folde
 }
 
 TrainedClassifier load_adapted_classifier(const fs::path& folder, const fs::path& adapter, torch::Device device) {
-  const fs::path path = (adapter.empty() ? folder : adapter) / "head.safetensors";
+  const fs::path path = (adapter.empty() ? folder : adapter) / kHeadFile;
   if (!fs::exists(path)) {
     fail(path.string(), ": does not exist; a BERT encoder alone tells no classes apart. --adapter is a folder that ",
          "'finetune train' or 'finetune export' wrote, or --model one of 'finetune merge'");

@@ -22,11 +22,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kWholeFile = "model.safetensors";
-constexpr const char* kIndexFile = "model.safetensors.index.json";
-// Starts of factors that leave the base weight as it is.
-const std::vector<std::string> kHarmlessInits = {"gaussian", "orthogonal", "eva", "mica"};
-
 // Runs of digits by their value, everything else by its characters.
 bool in_natural_order(const std::string& left, const std::string& right) {
   const auto is_digit = [](char character) { return std::isdigit(static_cast<unsigned char>(character)) != 0; };
@@ -48,10 +43,6 @@ bool in_natural_order(const std::string& left, const std::string& right) {
     }
   }
   return left.size() - i < right.size() - j;
-}
-
-bool ends_with(const std::string& text, const std::string& ending) {
-  return text.size() >= ending.size() && text.compare(text.size() - ending.size(), ending.size(), ending) == 0;
 }
 
 // "layer.weight", as find_factor_pairs has it → "layer". Embeddings' factors have no ".weight".
@@ -117,16 +108,8 @@ AdapterFile read_adapter(const fs::path& folder) {
   return file;
 }
 
-bool changes_base(const std::string& init) {
-  return std::find(kHarmlessInits.begin(), kHarmlessInits.end(), init) == kHarmlessInits.end();
-}
-
 void check_fits_ordinary_base(const AdapterFile& file) {
-  const auto* init = std::get_if<std::string>(&file.adapter.config.init_lora_weights);
-  if (init == nullptr || !changes_base(*init)) return;
-  fail((file.folder / "adapter_config.json").string(), ": init_lora_weights is '", *init, "', expected true, false, ",
-       join(kHarmlessInits), ": others change the base weight, and such factors fit no other one; let PEFT write the ",
-       "adapter with path_initial_model_for_weight_conversion");
+  lora_rite::nn::check_fits_ordinary_base((file.folder / "adapter_config.json").string() + ": ", file.adapter.config);
 }
 
 void check_shape(const AdapterLayer& layer, at::IntArrayRef shape, const std::string& origin) {
@@ -183,17 +166,14 @@ BaseCheckpoint::BaseCheckpoint(fs::path folder) : folder_(std::move(folder)) {
   if (config.contains("tie_word_embeddings") && config["tie_word_embeddings"].is_boolean()) {
     is_tied_ = config["tie_word_embeddings"].get<bool>();
   }
-  tensors_ = lora_rite::load_sharded(folder_).tensors;
-  is_sharded_ = fs::exists(folder_ / kIndexFile);
-  if (is_sharded_) {
-    // load_sharded has seen to it that this is an index, and complete.
-    file_of_ = read_json(folder_ / kIndexFile)["weight_map"].get<std::map<std::string, std::string>>();
-  } else {
-    for (const auto& item : tensors_) file_of_[item.first] = kWholeFile;
-  }
-  for (const auto& item : file_of_) {
-    if (metadata_.count(item.second) > 0) continue;
-    metadata_[item.second] = lora_rite::SafetensorsFile(folder_ / item.second).metadata();
+  const lora_rite::Checkpoint checkpoint = lora_rite::open_checkpoint(folder_);
+  is_sharded_ = checkpoint.is_sharded;
+  for (const lora_rite::CheckpointFile& part : checkpoint.files) {
+    metadata_[part.name] = part.file.metadata();
+    for (const std::string& name : part.tensors) {
+      tensors_[name] = part.file.tensor(name);
+      file_of_[name] = part.name;
+    }
   }
 }
 
@@ -250,7 +230,7 @@ void BaseCheckpoint::check_not_tied(const AdapterFile& adapter) const {
 
 void check_not_merged(const AdapterFile& adapter, const BaseCheckpoint& base) {
   const std::vector<std::string> merged = base.merged_adapters();
-  if (std::find(merged.begin(), merged.end(), fingerprint(adapter)) == merged.end()) return;
+  if (merged.empty() || std::find(merged.begin(), merged.end(), fingerprint(adapter)) == merged.end()) return;
   fail(adapter.folder.string(), ": was merged into ", base.folder().string(),
        " already, and its change would be added twice. Use the base it was trained on, or the merged one without it");
 }

@@ -34,10 +34,7 @@ struct AdapterFile {
 /// tensor where one is missing or damaged, or holds what is no plain LoRA (DoRA, modules_to_save, fan_in_fan_out, …).
 AdapterFile read_adapter(const std::filesystem::path& folder);
 
-/// Whether factors that started so (init_lora_weights: "pissa", "olora", …) had their start taken out of the base.
-bool changes_base(const std::string& init);
-
-/// Throws Error if the factors fit no ordinary base, because their start was taken out of it.
+/// Throws c10::Error if the factors fit no ordinary base, because their start was taken out of it.
 void check_fits_ordinary_base(const AdapterFile& adapter);
 
 /// Throws Error naming module and shapes unless the factors fit a base weight of this shape; `origin` begins the

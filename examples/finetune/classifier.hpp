@@ -10,6 +10,8 @@
 
 namespace finetune {
 
+constexpr const char* kHeadFile = "head.safetensors";  ///< beside an adapter: the head that was trained with it
+
 /// A sentence classifier: BERT encoder with adapters, mean pooling, a linear head.
 ///
 /// Trainable parameters: `bert.….lora_A.weight` / `bert.….lora_B.weight`, `head.weight`

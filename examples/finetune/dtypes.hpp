@@ -24,6 +24,14 @@ inline std::vector<std::string> dtype_names() {
   return names;
 }
 
+/// A dtype's name among them, or LibTorch's for any other.
+inline std::string dtype_name(c10::ScalarType dtype) {
+  for (const auto& [name, known] : named_dtypes()) {
+    if (known == dtype) return name;
+  }
+  return c10::toString(dtype);
+}
+
 /// The dtype that an option names. Throws Error with the option's name for any other text.
 inline c10::ScalarType parse_dtype(const std::string& option, const std::string& name) {
   for (const auto& [known, dtype] : named_dtypes()) {

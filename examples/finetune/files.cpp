@@ -20,6 +20,10 @@ void replace_file(const std::filesystem::path& path, const std::function<void(st
   }
 }
 
+void write_json(const std::filesystem::path& path, const nlohmann::json& value) {
+  replace_file(path, [&](std::ostream& file) { file << value.dump(2) << '\n'; });
+}
+
 std::string read_file(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file || std::filesystem::is_directory(path)) {

@@ -1,8 +1,6 @@
 #include "language_workload.hpp"
 
 #include <algorithm>
-#include <lora_rite/io/peft.hpp>
-#include <lora_rite/nn/peft.hpp>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <utility>
@@ -92,8 +90,7 @@ torch::Tensor LanguageWorkload::loss_sum(const std::vector<int64_t>& examples) {
 
 Scores LanguageWorkload::evaluate(Split split, const Processes& processes) {
   // As many rows as in training: they are known to fit.
-  const int64_t own = (options_.batch + processes.size - 1) / processes.size;
-  const int64_t batch = options_.micro_batch > 0 ? std::min(options_.micro_batch, own) : own;
+  const int64_t batch = rows_at_once(options_, processes);
   Scores scores = measure(*model_, data(split), batch, processes);
   if (split == Split::Test && options_.generate > 0) {
     const TokenizerOptions tokenizer{options_.model, options_.max_length, options_.python};
@@ -110,10 +107,7 @@ Headline LanguageWorkload::headline() const {
 }
 
 void LanguageWorkload::save(const std::filesystem::path& folder) const {
-  lora_rite::AdapterConfig origin;
-  origin.task_type = model_->is_encoder_decoder() ? "SEQ_2_SEQ_LM" : "CAUSAL_LM";
-  origin.base_model_name_or_path = options_.model;
-  lora_rite::save_adapter(folder, lora_rite::nn::peft_adapter(*model_, "default", origin));
+  save_adapter_of(*model_, options_, model_->is_encoder_decoder() ? "SEQ_2_SEQ_LM" : "CAUSAL_LM", folder);
 }
 
 nlohmann::json LanguageWorkload::summary() const {

@@ -10,14 +10,12 @@
 #include <lora_rite/io/safetensors.hpp>
 #include <lora_rite/nn/inject.hpp>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
-#include <set>
 #include <sstream>
 
+#include "dtypes.hpp"
 #include "error.hpp"
-#include "files.hpp"
 #include "models/bert.hpp"
 #include "models/config.hpp"
 #include "models/load_model.hpp"
@@ -87,22 +85,6 @@ double state_bytes(const MemoryQuestion& question, const Factors& pair) {
 
 // --- Files ----------------------------------------------------------------------------------------------------------
 
-// The safetensors files of a checkpoint, as load_sharded finds them.
-std::vector<fs::path> weight_files(const fs::path& folder) {
-  const fs::path index = folder / "model.safetensors.index.json";
-  if (!fs::exists(index)) return {folder / "model.safetensors"};
-  const nlohmann::json json = read_json(index);
-  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
-    fail(index.string(), ": has no object 'weight_map'; the index of a sharded checkpoint is expected");
-  }
-  std::set<fs::path> files;
-  for (const auto& [tensor, shard] : json["weight_map"].items()) {
-    if (!shard.is_string()) fail(index.string(), ": the shard of tensor '", tensor, "' is no text");
-    files.insert(folder / shard.get<std::string>());
-  }
-  return {files.begin(), files.end()};
-}
-
 // What the headers tell.
 struct Checkpoint {
   bool has_both_outputs = false;  // an output matrix beside the embedding
@@ -113,10 +95,9 @@ struct Checkpoint {
 Checkpoint read_headers(const fs::path& folder, c10::ScalarType dtype) {
   Checkpoint result;
   bool has_output = false, has_embedding = false;
-  for (const fs::path& path : weight_files(folder)) {
-    const lora_rite::SafetensorsFile file(path);
-    for (const std::string& name : file.names()) {
-      const auto info = file.info(name);
+  for (const lora_rite::CheckpointFile& part : lora_rite::open_checkpoint(folder).files) {
+    for (const std::string& name : part.tensors) {
+      const auto info = part.file.info(name);
       const auto ends_in = [&](const char* ending) { return lora_rite::nn::detail::is_or_ends_in(name, ending); };
       has_output = has_output || name == "lm_head.weight";
       has_embedding = has_embedding || ends_in("embed_tokens.weight") || ends_in("shared.weight");
@@ -293,19 +274,6 @@ std::string in_short(double number) {
 
 std::string in_unit(double bytes, bool megabytes) { return fixed(bytes / (megabytes ? 1e6 : 1e9), 2); }
 
-const char* name_of(c10::ScalarType dtype) {
-  switch (dtype) {
-    case c10::kFloat:
-      return "float32";
-    case c10::kBFloat16:
-      return "bfloat16";
-    case c10::kHalf:
-      return "float16";
-    default:
-      return c10::toString(dtype);
-  }
-}
-
 // --- What the system says -------------------------------------------------------------------------------------------
 
 std::optional<double> read_number(const fs::path& path) {
@@ -403,7 +371,7 @@ MemoryPlan plan_memory(const MemoryQuestion& question) {
 
   MemoryPlan plan;
   const auto add = [&](const std::string& name, double bytes) { plan.parts.emplace_back(name, bytes); };
-  add(concat("base weights: ", in_short(weights), " in ", name_of(asked.dtype)), weights * element);
+  add(concat("base weights: ", in_short(weights), " in ", dtype_name(asked.dtype)), weights * element);
   add(concat("factors: ", in_short(factors), " in float32, rank ", asked.lora.rank, " on ", pairs.size(), " layers"),
       factors * kFloatBytes);
   add("their gradients", factors * kFloatBytes);
@@ -416,7 +384,7 @@ MemoryPlan plan_memory(const MemoryQuestion& question) {
     add(concat("logits of ", asked.rows, " × ", asked.completion, " tokens in float32"), parts.logits);
   }
   if (checkpoint.largest_cast > 0) {
-    add(concat("while loading: the largest tensor in ", name_of(checkpoint.largest_dtype)), checkpoint.largest_cast);
+    add(concat("while loading: the largest tensor in ", dtype_name(checkpoint.largest_dtype)), checkpoint.largest_cast);
   }
   return plan;
 }

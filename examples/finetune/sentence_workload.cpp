@@ -5,9 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <lora_rite/io/peft.hpp>
 #include <lora_rite/io/safetensors.hpp>
-#include <lora_rite/nn/peft.hpp>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <utility>
@@ -36,16 +34,6 @@ void refuse_options_of_language_models(const RunOptions& options) {
   refuse("--dtype", options.dtype != "float32");
 }
 
-Dataset tokenize_rows(const std::vector<LabelledText>& rows, const std::vector<std::string>& classes,
-                      const std::string& path, const RunOptions& options, const BertConfig& config,
-                      const std::string& cache) {
-  std::vector<std::string> texts;
-  for (const LabelledText& row : rows) texts.push_back(row.text);
-  const TokenizerOptions tokenizer{options.model, options.max_length, options.python};
-  return {tokenize(texts, tokenizer, config.vocab_size, std::filesystem::path(options.out) / cache),
-          index_labels(rows, classes, path)};
-}
-
 Batch batch_on_device(SentenceClassifier& model, const Dataset& data, const std::vector<int64_t>& indices) {
   const torch::Device device = model.head().weight.device();
   const Batch batch = make_batch(data, indices, model.bert().config().pad_token_id);
@@ -61,13 +49,30 @@ uint64_t fingerprint(const Dataset& data) {
 
 }  // namespace
 
+void check_max_length(int64_t max_length, const BertConfig& config) {
+  if (max_length > config.max_position_embeddings) {
+    fail("--max-length ", max_length, ": the model has ", config.max_position_embeddings,
+         " positions; choose at most that");
+  }
+}
+
+Dataset tokenize_rows(const std::vector<LabelledText>& rows, const std::vector<std::string>& classes,
+                      const std::filesystem::path& path, const TokenizerOptions& tokenizer, const BertConfig& config,
+                      const std::filesystem::path& cache) {
+  std::vector<std::string> texts;
+  for (const LabelledText& row : rows) texts.push_back(row.text);
+  std::vector<int64_t> labels = index_labels(rows, classes, path);
+  return {tokenize(texts, tokenizer, config.vocab_size, cache), std::move(labels)};
+}
+
 TaskData load_task(const RunOptions& options, const BertConfig& config) {
   if (options.test.empty()) fail("--test is missing: a sentence classifier is measured; see finetune train --help");
   const std::vector<LabelledText> train = read_tsv(options.train);
   TaskData task;
   task.classes = find_classes(train, options.train);
   const auto load = [&](const std::vector<LabelledText>& rows, const std::string& path, const char* cache) {
-    return tokenize_rows(rows, task.classes, path, options, config, cache);
+    return tokenize_rows(rows, task.classes, path, {options.model, options.max_length, options.python}, config,
+                         std::filesystem::path(options.out) / cache);
   };
   const std::vector<LabelledText> test = read_tsv(options.test);
   const auto validation = options.validation.empty() ? std::vector<LabelledText>() : read_tsv(options.validation);
@@ -131,11 +136,8 @@ Scores SentenceWorkload::evaluate(Split split, const Processes& processes) {
 }
 
 void SentenceWorkload::save(const std::filesystem::path& folder) const {
-  lora_rite::AdapterConfig origin;
-  origin.task_type = "FEATURE_EXTRACTION";
-  origin.base_model_name_or_path = options_.model;
-  lora_rite::save_adapter(folder, lora_rite::nn::peft_adapter(model_->bert(), "default", origin));
-  save_head(folder / "head.safetensors", model_->head(), task_.classes);
+  save_adapter_of(model_->bert(), options_, "FEATURE_EXTRACTION", folder);
+  save_head(folder / kHeadFile, model_->head(), task_.classes);
 }
 
 nlohmann::json SentenceWorkload::summary() const {
@@ -162,10 +164,7 @@ std::string SentenceWorkload::describe() const {
 std::unique_ptr<Workload> load_sentence_workload(const RunOptions& options, const Processes& processes) {
   refuse_options_of_language_models(options);
   const BertConfig config = BertConfig::from_file(std::filesystem::path(options.model) / "config.json");
-  if (options.max_length > config.max_position_embeddings) {
-    fail("--max-length ", options.max_length, ": the model has ", config.max_position_embeddings,
-         " positions; choose at most that");
-  }
+  check_max_length(options.max_length, config);
   TaskData task;
   processes.first_alone([&] { task = load_task(options, config); });  // the others find its tokens
   MemoryQuestion question;

@@ -6,6 +6,7 @@
 
 #include "classifier.hpp"
 #include "dataset.hpp"
+#include "tokenize.hpp"
 #include "workload.hpp"
 
 namespace finetune {
@@ -17,6 +18,15 @@ struct TaskData {
   Dataset test;
   std::vector<std::string> classes;  ///< sorted; a label's index is its class
 };
+
+/// Throws Error if the model has not so many positions.
+void check_max_length(int64_t max_length, const BertConfig& config);
+
+/// Rows of the TSV file `path` as tokens and classes; errors as index_labels and tokenize, which keeps the tokens in
+/// `cache`.
+Dataset tokenize_rows(const std::vector<LabelledText>& rows, const std::vector<std::string>& classes,
+                      const std::filesystem::path& path, const TokenizerOptions& tokenizer, const BertConfig& config,
+                      const std::filesystem::path& cache);
 
 /// Reads and tokenises the run's TSV files; the tokens are cached in the output folder.
 TaskData load_task(const RunOptions& options, const BertConfig& config);

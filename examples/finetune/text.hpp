@@ -21,6 +21,11 @@ inline std::string fixed(double value, int digits) {
   return stream.str();
 }
 
+/// Whether a text ends in `ending`.
+inline bool ends_with(const std::string& text, const std::string& ending) {
+  return text.size() >= ending.size() && text.compare(text.size() - ending.size(), ending.size(), ending) == 0;
+}
+
 /// The elements in a row, "a, b, c".
 template <class List>
 std::string join(const List& list) {

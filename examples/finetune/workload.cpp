@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <lora_rite/factor_pair.hpp>
+#include <lora_rite/io/peft.hpp>
 #include <lora_rite/nn/inject.hpp>
+#include <lora_rite/nn/peft.hpp>
 
 #include "error.hpp"
 #include "language_workload.hpp"
@@ -62,23 +64,39 @@ void add_adapters(torch::nn::Module& model, const RunOptions& options, const lor
   for (const lora_rite::FactorPair& pair : lora_rite::find_factor_pairs(model)) pair.a.mul_(options.init_scale);
 }
 
+int64_t rows_at_once(const RunOptions& options, const Processes& processes) {
+  const int64_t own = (options.batch + processes.size - 1) / processes.size;
+  return options.micro_batch > 0 ? std::min(options.micro_batch, own) : own;
+}
+
+void check_device(const std::string& device) {
+  if (device == "cuda" && !torch::cuda::is_available()) {
+    fail("--device cuda: LibTorch finds no GPU here; choose cpu");
+  }
+}
+
+void save_adapter_of(const torch::nn::Module& model, const RunOptions& options, const std::string& task_type,
+                     const std::filesystem::path& folder) {
+  lora_rite::AdapterConfig origin;
+  origin.task_type = task_type;
+  origin.base_model_name_or_path = options.model;
+  lora_rite::save_adapter(folder, lora_rite::nn::peft_adapter(model, "default", origin));
+}
+
 void check_it_fits(const RunOptions& options, MemoryQuestion question, const Processes& processes) {
   if (options.memory_limit == 0 && options.device != "cpu") return;  // how much a GPU has is not known here
   question.model = options.model;
   question.optimizer = options.optimizer;
   question.row_equilibration = options.row_equilibration;
   question.gradient_checkpointing = options.gradient_checkpointing;
-  const int64_t own = (options.batch + processes.size - 1) / processes.size;
-  question.rows = options.micro_batch > 0 ? std::min(options.micro_batch, own) : own;
+  question.rows = rows_at_once(options, processes);
   // Processes share a machine as a rule.
   const double limit = options.memory_limit > 0 ? 1e9 * options.memory_limit : available_memory() / processes.size;
   check_memory(plan_memory(question), limit);
 }
 
 std::unique_ptr<Workload> make_workload(const RunOptions& options, const Processes& processes) {
-  if (options.device == "cuda" && !torch::cuda::is_available()) {
-    fail("--device cuda: LibTorch finds no GPU here; choose cpu");
-  }
+  check_device(options.device);
   const std::filesystem::path config = std::filesystem::path(options.model) / "config.json";
   const std::string type = read_model_type(config);
   if (type == "bert") return load_sentence_workload(options, processes);

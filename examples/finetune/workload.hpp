@@ -83,6 +83,16 @@ lora_rite::nn::LoraConfig lora_config(const RunOptions& options, const lora_rite
 /// Gives the model fresh adapters, drawn from the run's seed.
 void add_adapters(torch::nn::Module& model, const RunOptions& options, const lora_rite::nn::LoraConfig& config);
 
+/// The rows that a process computes at a time: --micro-batch, or its part of the batch if that is less.
+int64_t rows_at_once(const RunOptions& options, const Processes& processes);
+
+/// Throws Error if LibTorch cannot use the --device of this name.
+void check_device(const std::string& device);
+
+/// Writes the adapter of a model as PEFT reads it. `task_type` is PEFT's name for what the model is for.
+void save_adapter_of(const torch::nn::Module& model, const RunOptions& options, const std::string& task_type,
+                     const std::filesystem::path& folder);
+
 /// Throws Error, with the arithmetic, if the run would take more memory than --memory-limit allows, or without one than
 /// the machine has for each of the processes. `question` says what the data are like, `options` the rest.
 void check_it_fits(const RunOptions& options, MemoryQuestion question, const Processes& processes);

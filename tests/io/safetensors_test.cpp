@@ -403,6 +403,25 @@ TEST(ShardedSafetensors, AreReadAsTheIndexSays) {
   EXPECT_TRUE(content.tensors.at("b").equal(torch::zeros({3}, torch::kHalf)));
 }
 
+TEST(ShardedSafetensors, OpeningTellsWhichFileHasWhat) {
+  const TemporaryFolder folder;
+  write_shards(folder, R"({"weight_map":{"a":"1.safetensors","b":"2.safetensors"}})");
+  Checkpoint checkpoint = open_checkpoint(folder.string());
+  EXPECT_TRUE(checkpoint.is_sharded);
+  ASSERT_EQ(checkpoint.files.size(), 2U);
+  EXPECT_EQ(checkpoint.files[1].name, "2.safetensors");
+  EXPECT_EQ(checkpoint.files[1].tensors, std::vector<std::string>{"b"});
+  EXPECT_EQ(checkpoint.files[1].file.info("b").dtype, torch::kHalf);
+
+  const TemporaryFolder other;
+  save_safetensors(other / "model.safetensors", {{"a", torch::ones({2})}, {"b", torch::ones({3})}});
+  checkpoint = open_checkpoint(other.string());
+  EXPECT_FALSE(checkpoint.is_sharded);
+  ASSERT_EQ(checkpoint.files.size(), 1U);
+  EXPECT_EQ(checkpoint.files[0].name, "model.safetensors");
+  EXPECT_EQ(checkpoint.files[0].tensors, (std::vector<std::string>{"a", "b"}));
+}
+
 TEST(ShardedSafetensors, ShardsMayLieBelowTheFolderOrBehindLinks) {
   const TemporaryFolder folder;
   std::filesystem::create_directory(folder / "sub");

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "adapted_model.hpp"
+#include "commands/options.hpp"
 #include "dataset.hpp"
 #include "dtypes.hpp"
 #include "error.hpp"
@@ -28,8 +29,6 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-
-constexpr int64_t kMaxThreads = 1024;  // far more crash in LibTorch
 
 // What was measured on one file.
 struct Result {
@@ -63,11 +62,6 @@ class Scratch {
   fs::path path_;
 };
 
-template <class T>
-void require(bool condition, const char* option, const T& found, const std::string& expected) {
-  if (!condition) fail(option, " ", found, ": expected ", expected);
-}
-
 void check_values(const EvaluateOptions& options, bool is_classifier) {
   require(!options.data.empty(), "--data", "", "at least one file");
   require(options.generate >= 0, "--generate", options.generate, "at least 0");
@@ -76,9 +70,7 @@ void check_values(const EvaluateOptions& options, bool is_classifier) {
   require(options.threads >= 0 && options.threads <= kMaxThreads, "--threads", options.threads, "0 to 1024");
   require(options.dtype == "float32" || options.dtype == "bfloat16", "--dtype", options.dtype, "float32 or bfloat16");
   require(options.device == "cpu" || options.device == "cuda", "--device", options.device, "cpu or cuda");
-  if (options.device == "cuda" && !torch::cuda::is_available()) {
-    fail("--device cuda: LibTorch finds no GPU here; choose cpu");
-  }
+  check_device(options.device);
   if (!options.texts.empty() && options.generate == 0) {
     fail("--texts ", options.texts.string(), ": nothing is written without --generate; give the number of tokens");
   }
@@ -120,28 +112,16 @@ std::vector<Result> measure_classifier(const EvaluateOptions& options) {
   const TrainedClassifier classifier =
       load_adapted_classifier(options.model, options.adapter, torch::Device(options.device));
   const BertConfig& config = classifier.model->bert().config();
-  if (options.max_length > config.max_position_embeddings) {
-    fail("--max-length ", options.max_length, ": the model has ", config.max_position_embeddings,
-         " positions; choose at most that");
-  }
+  check_max_length(options.max_length, config);
   const TokenizerOptions tokenizer{options.model, options.max_length, options.python};
   const Scratch scratch;
   std::vector<Result> results;
   for (const fs::path& data : options.data) {
-    const std::vector<LabelledText> rows = read_tsv(data);
-    std::vector<std::string> texts;
-    for (const LabelledText& row : rows) texts.push_back(row.text);
-    Dataset dataset;
-    dataset.labels = index_labels(rows, classifier.classes, data);
-    dataset.tokens = tokenize(texts, tokenizer, config.vocab_size, scratch / "tokens");
+    const Dataset dataset =
+        tokenize_rows(read_tsv(data), classifier.classes, data, tokenizer, config, scratch / "tokens");
     results.push_back({data, "classes", dataset.size(), evaluate(*classifier.model, dataset), {}});
   }
   return results;
-}
-
-bool is_error(const std::string& score) {
-  const std::string ending = "_error";
-  return score.size() > ending.size() && score.compare(score.size() - ending.size(), ending.size(), ending) == 0;
 }
 
 // One line a score: shares, which have an error, in percent.
@@ -149,7 +129,7 @@ std::string table_of(const std::vector<Result>& results) {
   Table table({"data", "task", "examples", "score", "value", "±"});
   for (const Result& result : results) {
     for (const auto& [name, value] : result.scores) {
-      if (is_error(name)) continue;
+      if (ends_with(name, "_error")) continue;
       const auto error = std::find_if(result.scores.begin(), result.scores.end(),
                                       [name = name](const auto& score) { return score.first == name + "_error"; });
       const bool is_share = error != result.scores.end();
@@ -180,9 +160,7 @@ nlohmann::json evaluate_model(const EvaluateOptions& options, std::ostream& out)
       {"adapter", options.adapter.empty() ? nlohmann::json() : nlohmann::json(options.adapter.string())},
       {"dtype", options.dtype},
       {"results", std::move(list)}};
-  if (!options.out.empty()) {
-    replace_file(options.out, [&](std::ostream& file) { file << report.dump(2) << '\n'; });
-  }
+  if (!options.out.empty()) write_json(options.out, report);
   if (!options.texts.empty()) {
     replace_file(options.texts, [&](std::ostream& file) {
       for (const Result& result : results) {

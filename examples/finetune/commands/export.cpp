@@ -26,8 +26,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kHeadFile = "head.safetensors";
-
 RunOptions read_run(const ExportOptions& options) {
   const fs::path path = options.run / "run.json";
   if (!fs::exists(path)) {

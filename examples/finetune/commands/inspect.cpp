@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iostream>
+#include <lora_rite/nn/peft.hpp>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -62,7 +63,7 @@ std::string summary_of(const std::vector<LayerReport>& reports, bool has_base) {
 void draw(const nlohmann::json& figures, const InspectOptions& options) {
   fs::path input = options.picture;
   input += ".json.tmp";
-  replace_file(input, [&](std::ostream& file) { file << figures.dump() << '\n'; });
+  write_json(input, figures);
   const std::string python = find_python(options.python);
   const int code =
       run_program({python, script_path("inspect_plot.py").string(), input.string(), options.picture.string()});
@@ -153,18 +154,15 @@ void inspect(const InspectOptions& options, std::ostream& out) {
   std::vector<LayerReport> reports = inspect_adapter(adapter, has_base ? &*base : nullptr);
   const nlohmann::json figures = to_json(adapter, reports, has_base);
   sort_reports(reports, options.sort, has_base);
-  if (!options.json.empty()) {
-    replace_file(options.json, [&](std::ostream& file) { file << figures.dump(2) << '\n'; });
-  }
+  if (!options.json.empty()) write_json(options.json, figures);
   if (!options.picture.empty()) draw(figures, options);
 
   const size_t count = options.top == 0 ? reports.size() : std::min(reports.size(), static_cast<size_t>(options.top));
   out << table_of(reports, count, has_base);
   if (count < reports.size()) out << concat("… and ", reports.size() - count, " more (--top 0 shows all)\n");
   out << summary_of(reports, has_base);
-  if (const auto* init = std::get_if<std::string>(&adapter.adapter.config.init_lora_weights);
-      init != nullptr && changes_base(*init)) {
-    out << concat("init_lora_weights is '", *init,
+  if (const lora_rite::AdapterConfig& config = adapter.adapter.config; lora_rite::nn::changes_base(config)) {
+    out << concat("init_lora_weights is '", std::get<std::string>(config.init_lora_weights),
                   "': the base has lost what the factors started with, so ΔW is not the way from it\n");
   }
 }

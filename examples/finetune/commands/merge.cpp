@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "adapter_files.hpp"
+#include "classifier.hpp"
 #include "dtypes.hpp"
 #include "error.hpp"
 #include "files.hpp"
@@ -29,7 +30,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kIndexFile = "model.safetensors.index.json";
-constexpr const char* kHeadFile = "head.safetensors";
 constexpr double kGiga = 1e9;
 
 // What belongs to a model beside its weights: descriptions, the tokenizer, the licence.
@@ -37,7 +37,7 @@ bool is_companion(const fs::path& path) {
   const std::string name = path.filename().string();
   const std::string extension = path.extension().string();
   if (name == "config.json" || name == "adapter_config.json" || name == "run.json") return false;
-  if (name.size() > 11 && name.compare(name.size() - 11, 11, ".index.json") == 0) return false;
+  if (ends_with(name, ".index.json")) return false;
   if (name.rfind("LICENSE", 0) == 0 || name.rfind("NOTICE", 0) == 0) return true;
   for (const char* known : {".json", ".txt", ".model", ".jinja"}) {
     if (extension == known) return true;
@@ -62,7 +62,7 @@ void write_config(const fs::path& from, const fs::path& to, const std::string& d
     if (is_new) config["dtype"] = dtype;
     if (!is_new || config.contains("torch_dtype")) config["torch_dtype"] = dtype;
   }
-  replace_file(to / "config.json", [&](std::ostream& file) { file << config.dump(2) << '\n'; });
+  write_json(to / "config.json", config);
 }
 
 // What is added to one tensor: a sum in the order of the adapters.
@@ -106,6 +106,26 @@ torch::Tensor changed(const torch::Tensor& weight, const std::vector<Change>& ch
                                 /*copy=*/true);
   for (const Change& change : changes) sum.add_(delta_weight(*change.layer, weight.sizes()), change.weight);
   return sum.to(dtype);
+}
+
+// The tensor of this name as the merged checkpoint has it.
+torch::Tensor merged(const BaseCheckpoint& base, const Plan& plan, const std::string& name, c10::ScalarType dtype) {
+  const torch::Tensor& weight = base.tensors().at(name);
+  const auto changes = plan.changes.find(name);
+  const auto replacement = plan.replacements.find(name);
+  torch::Tensor result;
+  if (changes != plan.changes.end()) {
+    result = changed(weight, changes->second, dtype);
+  } else if (replacement != plan.replacements.end()) {
+    result = replacement->second.to(dtype);
+  } else {
+    return weight.to(dtype);
+  }
+  if (!at::isfinite(result).all().item<bool>()) {
+    fail(base.folder().string(), ": tensor '", name, "' would hold values that are not finite in ",
+         c10::toString(dtype), "; check the adapter with 'finetune inspect', or choose another --dtype");
+  }
+  return result;
 }
 
 int64_t bytes_of(const torch::Tensor& tensor, c10::ScalarType dtype) {
@@ -201,19 +221,7 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
   for (const auto& [file, names] : files) {
     std::map<std::string, torch::Tensor> tensors;
     for (const std::string& name : names) {
-      const torch::Tensor& weight = base.tensors().at(name);
-      const auto change = plan.changes.find(name);
-      const auto replacement = plan.replacements.find(name);
-      const torch::Tensor merged = change != plan.changes.end() ? changed(weight, change->second, dtype_of(weight))
-                                   : replacement != plan.replacements.end() ? replacement->second.to(dtype_of(weight))
-                                                                            : weight.to(dtype_of(weight));
-      if ((change != plan.changes.end() || replacement != plan.replacements.end()) &&
-          !at::isfinite(merged).all().item<bool>()) {
-        fail(options.model.string(), ": tensor '", name, "' would hold values that are not finite in ",
-             c10::toString(merged.scalar_type()),
-             "; check the adapter with 'finetune inspect', or choose another --dtype");
-      }
-      tensors.emplace(name, merged);
+      tensors.emplace(name, merged(base, plan, name, dtype_of(base.tensors().at(name))));
       weight_map[name] = file;
       total += bytes(name);
     }
@@ -227,8 +235,7 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
     log << "wrote " << file << ": " << tensors.size() << " tensors\n";
   }
   if (files.size() > 1 || base.is_sharded()) {
-    const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
-    replace_file(folder.inside() / kIndexFile, [&](std::ostream& file) { file << index.dump(2) << '\n'; });
+    write_json(folder.inside() / kIndexFile, {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}});
   }
   folder.finish();
   log << "Merged " << plan.changes.size() << " weights of " << base.tensors().size() << " tensors; the model is in "

@@ -1,11 +1,14 @@
 #pragma once
 
 #include <CLI/App.hpp>
+#include <cstdint>
 #include <string>
 
 #include "error.hpp"
 
 namespace finetune {
+
+constexpr int64_t kMaxThreads = 1024;  ///< of --threads: far more crash in LibTorch
 
 /// Adds an option whose default the help shows.
 template <class T>

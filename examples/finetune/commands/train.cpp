@@ -19,7 +19,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int64_t kMaxThreads = 1024;  // far more crash in LibTorch
 constexpr int64_t kMaxTimeout = 24 * 60 * 60;
 
 constexpr const char* kDescription = "Train adapters for a language model or a sentence classifier";

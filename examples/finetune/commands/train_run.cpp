@@ -69,10 +69,7 @@ int train(const TrainCommand& command) {
 
   const std::unique_ptr<Workload> workload = make_workload(options, processes);
   // Written once nothing can be wrong with the input any more: --resume believes in it.
-  if (processes.is_first()) {
-    replace_file(options.out + "/run.json",
-                 [&](std::ostream& file) { file << nlohmann::json(options).dump(2) << '\n'; });
-  }
+  if (processes.is_first()) write_json(options.out + "/run.json", options);
 
   out << options.optimizer << " on " << workload->title() << ": " << options.steps << " steps of " << options.batch
       << ", rank " << options.rank << ", lr " << options.lr << ", " << at::get_num_threads() << " threads"

@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <lora_rite/io/safetensors.hpp>
-#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "error.hpp"
-#include "files.hpp"
 #include "models/layers.hpp"
 #include "models/linear.hpp"
 
@@ -125,14 +123,6 @@ std::vector<std::string> checkpoint_names(const std::string& name) {
   return {name, "bert." + name, old, "bert." + old};
 }
 
-template <class T>
-void read_field(const nlohmann::json& json, const std::string& path, const char* name, T& field) {
-  if (!json.contains(name) || !json[name].is_number()) {
-    fail(path, ": lacks the number '", name, "'; a BERT model's config.json is expected");
-  }
-  field = json[name].get<T>();
-}
-
 }  // namespace
 
 struct BertModel::Embeddings : torch::nn::Module {
@@ -172,37 +162,6 @@ struct BertModel::Layer : torch::nn::Module {
   std::shared_ptr<Intermediate> intermediate;
   std::shared_ptr<ResidualOutput> output;
 };
-
-BertConfig BertConfig::from_file(const std::filesystem::path& path) {
-  const nlohmann::json json = read_json(path);
-  const std::string name = path.string();
-  const auto require_text = [&](const char* field, const std::string& expected) {
-    const std::string found = json.value(field, expected);
-    if (found != expected) {
-      fail(name, ": '", field, "' is '", found, "', but only '", expected,
-           "' is supported; choose a BERT model such as MiniLM");
-    }
-  };
-  require_text("model_type", "bert");
-  require_text("hidden_act", "gelu");
-  require_text("position_embedding_type", "absolute");
-
-  BertConfig config;
-  read_field(json, name, "vocab_size", config.vocab_size);
-  read_field(json, name, "hidden_size", config.hidden_size);
-  read_field(json, name, "num_hidden_layers", config.num_hidden_layers);
-  read_field(json, name, "num_attention_heads", config.num_attention_heads);
-  read_field(json, name, "intermediate_size", config.intermediate_size);
-  read_field(json, name, "max_position_embeddings", config.max_position_embeddings);
-  read_field(json, name, "type_vocab_size", config.type_vocab_size);
-  read_field(json, name, "layer_norm_eps", config.layer_norm_eps);
-  config.pad_token_id = json.value("pad_token_id", int64_t{0});
-  if (config.num_attention_heads < 1 || config.hidden_size % config.num_attention_heads != 0) {
-    fail(name, ": hidden_size ", config.hidden_size, " is no multiple of num_attention_heads ",
-         config.num_attention_heads, "; the file is inconsistent");
-  }
-  return config;
-}
 
 BertModel::BertModel(const BertConfig& config)
     : config_(config), embeddings_(register_module("embeddings", std::make_shared<Embeddings>(config))) {

@@ -2,28 +2,13 @@
 
 #include <torch/nn/module.h>
 
-#include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <vector>
 
+#include "models/config.hpp"
+
 namespace finetune {
-
-/// The parts of a Hugging Face `config.json` that a BERT encoder's forward pass depends on.
-struct BertConfig {
-  int64_t vocab_size = 0;
-  int64_t hidden_size = 0;
-  int64_t num_hidden_layers = 0;
-  int64_t num_attention_heads = 0;
-  int64_t intermediate_size = 0;
-  int64_t max_position_embeddings = 0;
-  int64_t type_vocab_size = 0;
-  int64_t pad_token_id = 0;
-  double layer_norm_eps = 1e-12;
-
-  /// Reads config.json; throws Error if the model is no BERT encoder this program can run.
-  static BertConfig from_file(const std::filesystem::path& path);
-};
 
 /// A BERT encoder (Devlin et al., 2018) without pooler and without the base's dropout.
 ///

@@ -303,6 +303,35 @@ T5Config T5Config::from_file(const std::filesystem::path& path) {
   return config;
 }
 
+BertConfig BertConfig::from_file(const std::filesystem::path& path) {
+  const Fields fields = read_fields(path);
+  const auto require_text = [&](const char* name, const std::string& expected) {
+    const std::string found = fields.text_or(name, expected);
+    if (found != expected) {
+      fail(fields.where(name), " is '", found, "', but only '", expected,
+           "' is supported; choose a BERT model such as MiniLM");
+    }
+  };
+  require_text("model_type", "bert");
+  require_text("hidden_act", "gelu");
+  require_text("position_embedding_type", "absolute");
+
+  BertConfig config;
+  config.vocab_size = fields.whole("vocab_size");
+  config.hidden_size = fields.whole("hidden_size");
+  config.num_hidden_layers = fields.whole("num_hidden_layers");
+  config.num_attention_heads = fields.whole("num_attention_heads");
+  config.intermediate_size = fields.whole("intermediate_size");
+  config.max_position_embeddings = fields.whole("max_position_embeddings");
+  config.type_vocab_size = fields.whole("type_vocab_size");
+  config.layer_norm_eps = fields.number("layer_norm_eps", /*positive=*/false);
+  config.pad_token_id = fields.whole_or("pad_token_id", 0, /*least=*/0);
+  if (config.hidden_size % config.num_attention_heads != 0) {
+    fields.reject("hidden_size", concat("a multiple of num_attention_heads ", config.num_attention_heads));
+  }
+  return config;
+}
+
 std::string read_model_type(const std::filesystem::path& path) { return read_fields(path).text_or("model_type", ""); }
 
 }  // namespace finetune

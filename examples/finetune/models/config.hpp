@@ -72,6 +72,22 @@ struct T5Config {
   static T5Config from_file(const std::filesystem::path& path);
 };
 
+/// The parts of a Hugging Face `config.json` that a BERT encoder's forward pass depends on.
+struct BertConfig {
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t num_hidden_layers = 0;
+  int64_t num_attention_heads = 0;
+  int64_t intermediate_size = 0;
+  int64_t max_position_embeddings = 0;
+  int64_t type_vocab_size = 0;
+  int64_t pad_token_id = 0;
+  double layer_norm_eps = 1e-12;
+
+  /// Reads config.json of model_type "bert" (which may be left out); errors as DecoderConfig::from_file.
+  static BertConfig from_file(const std::filesystem::path& path);
+};
+
 /// The field `model_type` of a config.json.
 std::string read_model_type(const std::filesystem::path& path);
 

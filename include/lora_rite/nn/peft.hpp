@@ -194,6 +194,24 @@ inline void check_alike(const std::string& name, const LoraConfig& config, const
 
 }  // namespace detail
 
+/// Whether factors that started as init_lora_weights says ("pissa", "olora", …) had their start taken out of the base
+/// weight.
+inline bool changes_base(const AdapterConfig& description) {
+  static const std::set<std::string> harmless = {"gaussian", "orthogonal", "eva", "mica"};
+  const auto* init = std::get_if<std::string>(&description.init_lora_weights);
+  return init != nullptr && harmless.count(*init) == 0;
+}
+
+/// Throws c10::Error, beginning with `label`, if an adapter fits no ordinary base because its start changed the base it
+/// was trained on (changes_base).
+inline void check_fits_ordinary_base(const std::string& label, const AdapterConfig& description) {
+  TORCH_CHECK(!changes_base(description), label, "init_lora_weights is ",
+              lora_rite::detail::in_quotes(std::get<std::string>(description.init_lora_weights)),
+              ", expected true, false, 'gaussian', 'orthogonal', 'eva' or 'mica': the others change the base weight, ",
+              "and such factors fit no other one; let PEFT write the adapter with ",
+              "path_initial_model_for_weight_conversion");
+}
+
 /// What inject_lora needs of a description from a file. PEFT's patterns stand in the order of their texts; factor_dtype
 /// and output_heads are the defaults. Throws c10::Error naming the field, what it is and what was expected if the
 /// layers cannot do what it asks (fan_in_fan_out, modules_to_save, DoRA and others of PEFT's kinds), init_lora_weights
@@ -310,15 +328,8 @@ inline Adapter peft_adapter(const torch::nn::Module& model, const std::string& a
 inline std::vector<InjectedLayer> inject_adapter(torch::nn::Module& model, const Adapter& adapter,
                                                  const std::string& name = "default") {
   AdapterConfig description = adapter.config;
-  if (const auto* init = std::get_if<std::string>(&description.init_lora_weights)) {
-    const bool is_harmless = *init == "gaussian" || *init == "orthogonal" || *init == "eva" || *init == "mica";
-    TORCH_CHECK(
-        is_harmless, "AdapterConfig: init_lora_weights is ", lora_rite::detail::in_quotes(*init),
-        ", expected true, false, 'gaussian', 'orthogonal', 'eva' or 'mica': the others change the base weight, ",
-        "and such factors fit no other one; let PEFT write the adapter with ",
-        "path_initial_model_for_weight_conversion");
-    if (!detail::known_init(*init)) description.init_lora_weights = true;
-  }
+  check_fits_ordinary_base("AdapterConfig: ", description);
+  if (!detail::known_init(description.init_lora_weights)) description.init_lora_weights = true;
   const LoraConfig config = lora_config(description);
   detail::Injection injection = detail::plan_injection("inject_adapter", model, config, name);
 

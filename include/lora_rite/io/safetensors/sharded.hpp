@@ -106,34 +106,61 @@ inline void check_shard_name(const std::string& label, const std::string& name) 
 
 }  // namespace detail
 
-/// The tensors of a checkpoint in a folder, as Hugging Face's libraries write it: model.safetensors.index.json and the
-/// shards that it names, or model.safetensors alone. Of each shard the tensors that the index puts there; metadata is
-/// that of model.safetensors, or empty for shards. Throws c10::Error naming the file, what was found and what was
-/// expected if one is missing or damaged, the index (at most 100 MB) is no such index, a shard's name leads out of the
-/// folder (absolute, or with ".."), or a shard lacks a tensor. Symbolic links are followed, as in the libraries'
-/// caches.
-inline Safetensors load_sharded(const std::filesystem::path& folder) {
+/// A safetensors file of a checkpoint, of which the header is read, and those of its tensors that belong to the
+/// checkpoint.
+struct CheckpointFile {
+  std::string name;  ///< in the checkpoint's folder
+  SafetensorsFile file;
+  std::vector<std::string> tensors;
+};
+
+/// The files of a checkpoint.
+struct Checkpoint {
+  bool is_sharded = false;  ///< an index lists them
+  std::vector<CheckpointFile> files;
+};
+
+/// The files of a checkpoint in a folder, as Hugging Face's libraries write it: the shards that
+/// model.safetensors.index.json names, in the order of their names and with the tensors that the index puts there, or
+/// model.safetensors alone. Throws c10::Error naming the file, what was found and what was expected if one is missing
+/// or damaged, the index (at most 100 MB) is no such index, a shard's name leads out of the folder (absolute, or with
+/// ".."), or a shard lacks a tensor. Symbolic links are followed, as in the libraries' caches.
+inline Checkpoint open_checkpoint(const std::filesystem::path& folder) {
   const std::filesystem::path index = folder / "model.safetensors.index.json";
+  const std::string whole = "model.safetensors";
   std::error_code error;
-  if (!std::filesystem::exists(index, error) && std::filesystem::exists(folder / "model.safetensors", error)) {
-    return load_safetensors(folder / "model.safetensors");
+  if (!std::filesystem::exists(index, error) && std::filesystem::exists(folder / whole, error)) {
+    const SafetensorsFile file(folder / whole);
+    return {/*is_sharded=*/false, {{whole, file, file.names()}}};
   }
   const std::string label = "shard index " + index.string() + ": ";
   const std::string text = detail::read_file(index, label, detail::kMaxSafetensorsHeader);
   detail::ShardIndexReader reader(label);
   reader.read(text.data(), text.data() + text.size());
-  const std::map<std::string, std::string> shards = reader.take();
 
   std::map<std::string, std::vector<std::string>> tensors_of;
-  for (const auto& [tensor, shard] : shards) {
+  for (const auto& [tensor, shard] : reader.take()) {
     detail::check_shard_name(label, shard);
     tensors_of[shard].push_back(tensor);
   }
-  Safetensors content;
-  for (const auto& [shard, tensors] : tensors_of) {
+  Checkpoint checkpoint{/*is_sharded=*/true, {}};
+  for (auto& [shard, tensors] : tensors_of) {
     const SafetensorsFile file(folder / shard);
-    for (const std::string& tensor : tensors) content.tensors.emplace(tensor, file.tensor(tensor));
+    for (const std::string& tensor : tensors) file.info(tensor);  // throws if it is not there
+    checkpoint.files.push_back({shard, file, std::move(tensors)});
   }
+  return checkpoint;
+}
+
+/// All tensors of open_checkpoint's files, as SafetensorsFile::tensor gives them; metadata is that of
+/// model.safetensors, or empty for shards. Throws as both do.
+inline Safetensors load_sharded(const std::filesystem::path& folder) {
+  const Checkpoint checkpoint = open_checkpoint(folder);
+  Safetensors content;
+  for (const CheckpointFile& part : checkpoint.files) {
+    for (const std::string& tensor : part.tensors) content.tensors.emplace(tensor, part.file.tensor(tensor));
+  }
+  if (!checkpoint.is_sharded) content.metadata = checkpoint.files.front().file.metadata();
   return content;
 }
 
