@@ -4,10 +4,10 @@ tokens. The C++ side calls it on what a model generated."""
 
 import argparse
 import json
-import os
 import sys
 
 import tokenizer_file
+from whole_file import whole_file
 
 
 def main() -> int:
@@ -20,9 +20,8 @@ def main() -> int:
     tokenizer = tokenizer_file.load(options.tokenizer)
     with open(options.input, encoding="utf-8") as file:
         texts = tokenizer.decode_batch([[int(token) for token in line.split()] for line in file])
-    with open(options.output + ".tmp", "w", encoding="utf-8", newline="\n") as file:
+    with whole_file(options.output) as file:
         file.writelines(json.dumps(text) + "\n" for text in texts)
-    os.replace(options.output + ".tmp", options.output)
     return 0
 
 

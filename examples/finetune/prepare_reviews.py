@@ -16,6 +16,8 @@ import random
 import sys
 import tarfile
 
+from whole_file import whole_file
+
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 FILES = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
@@ -70,9 +72,8 @@ def label(sentences: list[tuple[float, str]]) -> tuple[list[tuple[str, str]], in
 
 
 def write_tsv(path: str, examples: list[tuple[str, str]]) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8", newline="\n") as file:
+    with whole_file(path) as file:
         file.writelines(f"{label}\t{text}\n" for label, text in examples)
-    os.replace(path + ".tmp", path)
     positive = sum(label == "positive" for label, _ in examples)
     print(f"{path}: {len(examples)} sentences ({positive} positive, {len(examples) - positive} negative)")
 

@@ -20,6 +20,8 @@ import string
 import sys
 from typing import Callable, Iterator
 
+from whole_file import whole_file
+
 FORMAT = "finetune-tasks 1"
 
 
@@ -414,10 +416,9 @@ def main() -> None:
         sys.exit(f"{', '.join(options.input)}: no record of the form {options.form}")
 
     header = {"format": FORMAT, "task": options.form, "kind": kind, "encoder_decoder": encoder.encoder_decoder}
-    with open(options.out + ".tmp", "w", encoding="utf-8", newline="\n") as file:
+    with whole_file(options.out) as file:
         for line in [header, *lines]:
             file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-    os.replace(options.out + ".tmp", options.out)
     print(f"{options.out}: {len(lines)} records, {encoder.shortened} prompts shortened, {skipped} records left out")
 
 

@@ -26,6 +26,8 @@ import re
 import sys
 from collections import Counter
 
+from whole_file import whole_file
+
 PARTS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}  # and their numbers in cntlist.rev
 
 # The numbers of lexnames(5WN), less those with hardly an example and noun.Tops, which holds the most general nouns.
@@ -208,8 +210,8 @@ def make_instructions(senses: dict, most: int) -> dict[str, dict[str, list[dict]
 
 def write(path: pathlib.Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".tmp").write_text(text, encoding="utf-8", newline="\n")
-    path.with_name(path.name + ".tmp").replace(path)
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def main() -> None:

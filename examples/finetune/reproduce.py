@@ -23,6 +23,8 @@ import statistics
 import subprocess
 import sys
 
+from whole_file import whole_file
+
 HERE = pathlib.Path(__file__).resolve().parent
 
 # --- Settings. Where each comes from is said in docs/finetune.md.
@@ -97,10 +99,9 @@ def read_json(path: pathlib.Path):
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".tmp").write_text(text, encoding="utf-8", newline="\n")
-    path.with_name(path.name + ".tmp").replace(path)
+    with whole_file(path) as file:
+        file.write(text)
 
 
 class Commands:

@@ -6,10 +6,10 @@ Reads one sentence a line, writes one line of space-separated ids a sentence, sp
 """
 
 import argparse
-import os
 import sys
 
 import tokenizer_file
+from whole_file import whole_file
 
 
 def main() -> int:
@@ -30,12 +30,10 @@ def main() -> int:
         sentences = file.read().split("\n")[:-1]
     encodings = tokenizer.encode_batch(sentences)
 
-    temporary = options.output + ".tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with whole_file(options.output) as file:
         file.write(options.header + "\n")
         for encoding in encodings:
             file.write(" ".join(map(str, encoding.ids)) + "\n")
-    os.replace(temporary, options.output)
     return 0
 
 

@@ -5,7 +5,6 @@ Gemma chooses among rates on questions with choices, mT5 follows instructions an
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -16,20 +15,17 @@ import sys
 import tempfile
 import unittest
 
-if importlib.util.find_spec("tokenizers") is None:
-    python = os.environ.get("FINETUNE_PYTHON")
-    if python and not os.environ.get("REPRODUCE_TEST_AGAIN"):
-        os.environ["REPRODUCE_TEST_AGAIN"] = "1"
-        os.execvp(python, [python, *sys.argv])
-    print("the package 'tokenizers' is missing; name a Python that has it with FINETUNE_PYTHON")
-    sys.exit(77)  # ctest: skipped
+sys.dont_write_bytecode = True  # the scripts lie among the sources
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
+
+import python_packages  # noqa: E402
+
+python_packages.need(["tokenizers"], os.environ.get("FINETUNE_PYTHON"), "name a Python that has it with FINETUNE_PYTHON")
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples/finetune"))
-
-sys.dont_write_bytecode = True  # the scripts lie among the sources
 
 import reproduce  # noqa: E402
 

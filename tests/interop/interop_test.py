@@ -11,7 +11,6 @@ Tiny random models of every kind, and SmolLM2-135M where it is at hand (LORA_RIT
 scripts/setup --tests makes an environment with these libraries, .deps/interop; without it the test is skipped.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -22,14 +21,14 @@ import warnings
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
-missing = [name for name in ("torch", "transformers", "peft", "safetensors") if importlib.util.find_spec(name) is None]
-if missing:
-    python = REPOSITORY / ".deps/interop/bin/python"
-    if python.exists() and not os.environ.get("INTEROP_TEST_AGAIN"):
-        os.environ["INTEROP_TEST_AGAIN"] = "1"
-        os.execv(python, [str(python), *sys.argv])
-    print(f"no {', '.join(missing)} for this Python; scripts/setup --tests makes an environment that has them")
-    sys.exit(77)  # ctest: skipped
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(REPOSITORY / "tests/support"))
+
+import python_packages  # noqa: E402
+
+python = REPOSITORY / ".deps/interop/bin/python"
+python_packages.need(["torch", "transformers", "peft", "safetensors"], str(python) if python.exists() else None,
+                     "scripts/setup --tests makes an environment that has them")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in folders
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -6,7 +6,6 @@ they came from.
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -15,19 +14,16 @@ import sys
 import tempfile
 import unittest
 
-if importlib.util.find_spec("tokenizers") is None:
-    python = os.environ.get("FINETUNE_PYTHON")
-    if python and not os.environ.get("PREPARE_TASKS_TEST_AGAIN"):
-        os.environ["PREPARE_TASKS_TEST_AGAIN"] = "1"
-        os.execvp(python, [python, *sys.argv])
-    print("the package 'tokenizers' is missing; name a Python that has it with FINETUNE_PYTHON")
-    sys.exit(77)  # ctest: skipped
+sys.dont_write_bytecode = True  # the scripts lie among the sources
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "support"))
+
+import python_packages  # noqa: E402
+
+python_packages.need(["tokenizers"], os.environ.get("FINETUNE_PYTHON"), "name a Python that has it with FINETUNE_PYTHON")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "examples/finetune"))
-
-sys.dont_write_bytecode = True  # the scripts lie among the sources
 
 import decode_tokens  # noqa: E402
 import prepare_tasks  # noqa: E402
