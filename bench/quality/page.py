@@ -43,9 +43,12 @@ PICTURES = {
     "study-regression-rates.png": ("Regressions: validation error against the learning rate",
                                    "Low is good, and a wide valley is a rate that is hard to miss."),
     "study-regression-curves.png": ("Regressions: error against the step", "Each optimizer at its own best rate."),
-    "study-finetune-rates.png": ("MiniLM: validation loss against the learning rate",
-                                 "Low is good, and a wide valley is a rate that is hard to miss."),
-    "study-finetune-curves.png": ("MiniLM: training loss against the step", "Each optimizer at its own best rate."),
+    "study-minilm-rates.png": ("MiniLM: validation loss against the learning rate",
+                               "Low is good, and a wide valley is a rate that is hard to miss."),
+    "study-minilm-curves.png": ("MiniLM: training loss against the step", "Each optimizer at its own best rate."),
+    "study-smollm2-rates.png": ("SmolLM2-135M: validation loss against the learning rate",
+                                "Low is good, and a wide valley is a rate that is hard to miss."),
+    "study-smollm2-curves.png": ("SmolLM2-135M: training loss against the step", "Each optimizer at its own best rate."),
 }
 
 

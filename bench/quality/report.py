@@ -28,7 +28,7 @@ class Entry:
     """One contender in one cell (task, rank, start)."""
 
     def __init__(self, task: str, runs: list[dict]):
-        self.is_text = TASKS[task].program == "finetune"
+        self.is_text = TASKS[task].is_text
         self.search: dict[float, list[dict]] = collections.defaultdict(list)
         for run in runs:
             if run["split"] == "validation":
@@ -51,6 +51,10 @@ class Entry:
         losses = [run["test_loss"] for run in self.search[rate]]
         return math.inf if any(loss is None or not math.isfinite(loss) for loss in losses) else self.mean(losses)
 
+    @property
+    def has_accuracy(self) -> bool:
+        return all("test_accuracy" in run for run in self.test)
+
     def losses(self) -> list[float]:
         return [math.inf if run["test_loss"] is None else run["test_loss"] for run in self.test]
 
@@ -72,11 +76,14 @@ class Entry:
         pairs = [(ours[run["seed"]], run) for run in other.test if run["seed"] in ours]
         if len(pairs) < 2 or other is self:
             return ""
-        if self.is_text:
+        if self.is_text and self.has_accuracy:
             gaps = [100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in pairs]
             return f"{statistics.mean(gaps):+.1f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.1f} points"
         if any(run["test_loss"] is None for pair in pairs for run in pair):
             return "diverged"
+        if self.is_text:
+            gaps = [a["test_loss"] - b["test_loss"] for a, b in pairs]
+            return f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f}"
         gaps = [math.log(a["test_loss"] / b["test_loss"]) for a, b in pairs]
         spread = math.exp(statistics.stdev(gaps) / math.sqrt(len(gaps)))
         return f"× {math.exp(statistics.mean(gaps)):.2g} (×/÷ {spread:.2f})"
@@ -116,11 +123,14 @@ def markdown(rows: list[list[str]]) -> str:
 def table(entries: dict[str, Entry]) -> str:
     """Best first."""
     finished = {name: entry for name, entry in entries.items() if entry.finished}
-    is_text = next(iter(finished.values())).is_text
+    any_entry = next(iter(finished.values()))
+    accuracies = {}
+    if any_entry.is_text and any_entry.has_accuracy:
+        accuracies = {"test_accuracy": "test accuracy", "best_accuracy": "best on the way"}
+        accuracies = {field: name for field, name in accuracies.items() if field in any_entry.test[0]}
     baseline = finished.get(BASELINE)
-    header = ["optimizer", "best rate", "good rates"]
-    header += ["test accuracy", "best on the way", "test loss"] if is_text else ["error"]
-    rows = [header + ["against Adam", "steps to Adam's end"]]
+    rows = [["optimizer", "best rate", "good rates", *accuracies.values(), "test loss" if any_entry.is_text else "error",
+             "against Adam", "steps to Adam's end"]]
     for name, entry in sorted(finished.items(), key=lambda item: entry_mean(item[1])):
         losses = entry.losses()
         diverged = sum(not math.isfinite(loss) for loss in losses)
@@ -129,10 +139,10 @@ def table(entries: dict[str, Entry]) -> str:
             rows[-1] += [""] * (len(rows[0]) - len(rows[-1]))
             continue
         row = [name, f"{entry.rate:.1e}", entry.good_rates()]
-        if is_text:
-            for field in ("test_accuracy", "best_accuracy"):
-                values = [100 * run[field] for run in entry.test]
-                row.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %")
+        for field in accuracies:
+            values = [100 * run[field] for run in entry.test]
+            row.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %")
+        if entry.is_text:
             row.append(f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}")
         else:
             spread = math.exp(statistics.stdev(math.log(max(loss, 1e-30)) for loss in losses))
@@ -200,14 +210,14 @@ def main() -> None:
     text = [f"### {title(cell)}\n\n{table(entries)}\n" for cell, entries in cells.items()]
     (folder / "study.md").write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))
-    for kind in ("regression", "finetune"):
+    for model in ("regression", "minilm", "smollm2"):
         shown = {cell: entries for cell, entries in cells.items()
-                 if TASKS[cell[0]].program == kind and cell[1] == 16 and cell[2] == "usual"}
+                 if TASKS[cell[0]].model == model and cell[1] == 16 and cell[2] == "usual"}
         if shown:
             draw(shown, rates_line, ("learning rate", "validation loss"),
-                 lambda cell: (True, TASKS[cell[0]].program == "regression"), folder / f"study-{kind}-rates.png")
+                 lambda cell: (True, not TASKS[cell[0]].is_text), folder / f"study-{model}-rates.png")
             draw(shown, curve_line, ("step", "error, or training loss"), lambda cell: (False, True),
-                 folder / f"study-{kind}-curves.png")
+                 folder / f"study-{model}-curves.png")
 
 
 if __name__ == "__main__":

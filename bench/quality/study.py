@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import statistics
 import subprocess
 import sys
@@ -32,19 +33,29 @@ class Task:
     """What is learnt. A regression's data come from its seed; a text task has files of its own."""
 
     title: str
-    program: str  # regression or finetune
+    model: str  # regression, or a model of .deps that finetune trains
     steps: int
     arguments: tuple[str, ...] = ()
-    source: str = ""  # finetune: of prepare_reviews.py
+    lower: int = 0  # by how many half decades searches begin lower than a contender's `first`
+    source: str = ""  # MiniLM: of prepare_reviews.py
     test_size: int = 0
     validation_size: int = 0
     search_seeds: tuple[int, ...] = (0,)
     test_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
 
+    @property
+    def is_text(self) -> bool:
+        return self.model != "regression"
+
 
 def regression(title: str, **settings: float) -> Task:
     arguments = [word for key, value in settings.items() for word in (f"--{key}", f"{value:g}")]
     return Task(title, "regression", 600, tuple(arguments), search_seeds=(0, 1, 2))
+
+
+def language(title: str) -> Task:
+    return Task(title, "smollm2", 120, ("--batch", "8", "--warmup", "10"), lower=1, test_size=500, validation_size=300,
+                test_seeds=(101, 102, 103))
 
 
 TASKS = {
@@ -53,9 +64,11 @@ TASKS = {
     "noisy": regression("regression, correlated inputs, noisy labels", correlation=1, noise=1),
     "narrow": regression("regression, 64 wide, isotropic inputs", correlation=0, noise=0.05, **{"in": 64, "out": 64}),
     "wide": regression("regression, 1024 wide, isotropic inputs", correlation=0, noise=0.05, **{"in": 1024, "out": 1024}),
-    "movies": Task("MiniLM, movie reviews", "finetune", 150, source="movies", test_size=1500, validation_size=1000),
-    "amazon": Task("MiniLM, amazon reviews", "finetune", 150, source="amazon", test_size=800, validation_size=500),
-    "tweets": Task("MiniLM, tweets", "finetune", 150, source="tweets", test_size=800, validation_size=500),
+    "movies": Task("MiniLM, movie reviews", "minilm", 150, source="movies", test_size=1500, validation_size=1000),
+    "amazon": Task("MiniLM, amazon reviews", "minilm", 150, source="amazon", test_size=800, validation_size=500),
+    "tweets": Task("MiniLM, tweets", "minilm", 150, source="tweets", test_size=800, validation_size=500),
+    "kinds": language("SmolLM2-135M, what kind of thing is this word"),
+    "instructions": language("SmolLM2-135M, four instructions about words"),
 }
 TEXTS = ("movies", "amazon", "tweets")
 REGRESSIONS = ("isotropic", "correlated", "noisy")
@@ -63,10 +76,10 @@ REGRESSIONS = ("isotropic", "correlated", "noisy")
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """An optimizer with its options, and where its search begins: rates are 10^(k/2), k from first[program] on."""
+    """An optimizer with its options, and where its search begins: rates are 10^(k/2), k from `first` on."""
 
     optimizer: str
-    first: tuple[int, int]  # regression, finetune
+    first: tuple[int, int]  # regression, text
     arguments: tuple[str, ...] = ()
 
 
@@ -121,6 +134,7 @@ GRIDS = {
         ([Cell("movies")], OPTIONS),
         ([Cell(task) for task in ("amazon", "tweets")], OTHERS),
         ([Cell("movies", start="lopsided")], ("rite, bounded", "lora+", "adamw")),
+        ([Cell(task) for task in ("kinds", "instructions")], ("rite", "adam", "rite, bounded", "lora+")),
     ],
 }
 
@@ -161,7 +175,7 @@ class Study:
     def jobs(self, cell: Cell, contender: str, quarters: list[int], split: str) -> list[Job]:
         task = TASKS[cell.task]
         seeds = task.search_seeds if split == "validation" else task.test_seeds
-        parts = [seeds] if task.program == "regression" else [(seed,) for seed in seeds]
+        parts = [(seed,) for seed in seeds] if task.is_text else [seeds]
         return [Job(cell, contender, rate(quarter), part, split) for part in parts for quarter in quarters]
 
     def missing(self, jobs: list[Job]) -> list[Job]:
@@ -173,13 +187,12 @@ class Study:
         losses = [self.runs[key]["test_loss"] for key in keys]
         if any(loss is None or not math.isfinite(loss) for loss in losses):
             return math.inf
-        if TASKS[cell.task].program == "regression":
-            return geometric_mean(losses)
-        return statistics.mean(losses)
+        return statistics.mean(losses) if TASKS[cell.task].is_text else geometric_mean(losses)
 
     def search(self, cell: Cell, contender: str) -> tuple[list[Job], int]:
         """The jobs that the search still needs, and once there are none the best rate's quarter."""
-        first = 2 * CONTENDERS[contender].first[TASKS[cell.task].program == "finetune"]
+        task = TASKS[cell.task]
+        first = 2 * (CONTENDERS[contender].first[task.is_text] - task.lower)
         low, high = first, first + 2 * (RATES_AT_FIRST - 1)
         while True:
             coarse = list(range(low, high + 1, 2))
@@ -231,7 +244,7 @@ class Programs:
         common = ["--optimizer", contender.optimizer, "--rank", str(job.cell.rank), "--steps", str(task.steps),
                   "--init-scale", f"{LOPSIDED if job.cell.start == 'lopsided' else 1:g}", "--lr", repr(job.lr),
                   *contender.arguments, *task.arguments]
-        runs = (self.regression if task.program == "regression" else self.finetune)(job, task, common)
+        runs = self.finetune(job, task, common) if task.is_text else self.regression(job, task, common)
         place = {"task": job.cell.task, "rank": job.cell.rank, "start": job.cell.start, "contender": job.contender,
                  "lr": job.lr, "split": job.split}
         return [{**place, **run} for run in runs]
@@ -245,29 +258,65 @@ class Programs:
         return runs
 
     def finetune(self, job: Job, task: Task, common: list[str]) -> list[dict]:
-        data = self.results / "data" / job.cell.task
-        with self.prepare:
-            if not (data / "train.tsv").exists():
-                self.call([sys.executable, str(EXAMPLE / "prepare_reviews.py"),
-                           str(self.deps / "movie-reviews/vaderSentiment-3.3.2.tar.gz"), str(data), "--source",
-                           task.source, "--test-size", str(task.test_size), "--validation-size",
-                           str(task.validation_size)])
         out = self.results / "work" / f"{threading.get_ident()}-{job.cell.task}-{job.split}"
-        self.call([str(self.build / "examples/finetune/finetune"), "train", *common,
-                   "--model", str(self.deps / "minilm"), "--train", str(data / "train.tsv"),
-                   "--test", str(data / f"{job.split}.tsv"), "--out", str(out), "--overwrite",
-                   "--threads", "1", "--checkpoint-every", "0", "--seed", str(job.seeds[0]),
-                   *(["--evaluate-every", str(task.steps // 2)] if job.split == "test" else [])])
+        files = self.sentences(job, task) if task.model == "minilm" else self.language(job, task)
+        self.call([str(self.build / "examples/finetune/finetune"), "train", *common, *files,
+                   "--model", str(self.deps / task.model), "--out", str(out), "--overwrite",
+                   "--threads", "1", "--checkpoint-every", "0", "--seed", str(job.seeds[0])])
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps, final = lines[:-1], lines[-1]
         losses = [math.nan if line["loss"] is None else line["loss"] for line in steps]
         part = max(1, len(losses) // 15)
         curve = [statistics.mean(losses[begin:begin + part]) for begin in range(0, len(losses), part)]
-        return [{"seed": job.seeds[0], "test_loss": final["test_loss"], "test_accuracy": final["test_accuracy"],
-                 "best_accuracy": max([final["test_accuracy"]] +
-                                      [line["test_accuracy"] for line in steps if "test_accuracy" in line]),
+        return [{"seed": job.seeds[0], **(self.sentence_scores if task.model == "minilm" else self.text_scores)(lines),
                  "curve": [None if math.isnan(value) else round(value, 5) for value in curve],
                  "ms_per_step": round(final["ms_per_step"], 2), "optimizer_share": round(final["optimizer_share"], 5)}]
+
+    def sentences(self, job: Job, task: Task) -> list[str]:
+        """Reviews and tweets, measured in the middle and at the end where that is wanted."""
+        data = self.results / "data" / job.cell.task
+        with self.prepare:
+            if not (data / "train.tsv").exists():
+                self.python("prepare_reviews.py", self.deps / "movie-reviews/vaderSentiment-3.3.2.tar.gz", data, "--source",
+                            task.source, "--test-size", task.test_size, "--validation-size", task.validation_size)
+        return ["--train", str(data / "train.tsv"), "--test", str(data / f"{job.split}.tsv"),
+                *(["--evaluate-every", str(task.steps // 2)] if job.split == "test" else [])]
+
+    @staticmethod
+    def sentence_scores(lines: list[dict]) -> dict:
+        accuracies = [line["test_accuracy"] for line in lines if "test_accuracy" in line]
+        return {"test_loss": lines[-1]["test_loss"], "test_accuracy": accuracies[-1], "best_accuracy": max(accuracies)}
+
+    def language(self, job: Job, task: Task) -> list[str]:
+        """The two tasks of WordNet. All are judged by the loss of the right continuation, which is the "validation" of
+        these runs; the questions of `kinds` have choices too, which are ranked on test data."""
+        words, data = self.results / "data/words", self.results / "data" / job.cell.task
+        has_choices = job.cell.task == "kinds"
+        with self.prepare:
+            if not words.exists():
+                self.python("prepare_words.py", "/usr/share/wordnet", words.with_suffix(".part"))
+                words.with_suffix(".part").rename(words)
+            data.mkdir(parents=True, exist_ok=True)
+            for split, size in (("train", 0), ("validation", task.validation_size), ("test", task.test_size)):
+                inputs = sorted((words / f"{job.cell.task}.{split}").glob("*.json")) or [
+                    words / f"{job.cell.task}.{split}.jsonl"]
+                for purpose in ("train", "evaluate") if has_choices and split == "test" else ("train",):
+                    path = data / f"{split}.{purpose}.jsonl"
+                    if not path.exists():
+                        self.python("prepare_tasks.py", "arc" if has_choices else "super_ni", *inputs, "--model",
+                                    self.deps / task.model, "--out", path.with_suffix(".all"), "--for", purpose)
+                        sample_records(path.with_suffix(".all"), path, size)
+        choices = data / "test.evaluate.jsonl"
+        return ["--train", str(data / "train.train.jsonl"), "--validation", str(data / f"{job.split}.train.jsonl"),
+                *(["--test", str(choices)] if job.split == "test" and choices.exists() else [])]
+
+    @staticmethod
+    def text_scores(lines: list[dict]) -> dict:
+        loss = [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
+        return {"test_loss": loss, **({"test_accuracy": lines[-1]["test_acc"]} if "test_acc" in lines[-1] else {})}
+
+    def python(self, script: str, *arguments: object) -> None:
+        self.call([sys.executable, str(EXAMPLE / script), *map(str, arguments)])
 
     def call(self, command: list[str]) -> str:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "FINETUNE_PYTHON": sys.executable}
@@ -288,6 +337,16 @@ class Programs:
             self.stopped = True
         for child in list(self.children):
             child.kill()
+
+
+def sample_records(source: pathlib.Path, target: pathlib.Path, size: int) -> None:
+    """The head of a file of prepare_tasks.py and `size` of its records drawn at random, the same ones at any time; 0: all."""
+    head, *records = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    if 0 < size < len(records):
+        records = random.Random(0).sample(records, size)
+    part = target.with_suffix(".part")
+    part.write_text(head + "".join(records), encoding="utf-8")
+    part.rename(target)
 
 
 def read_runs(path: pathlib.Path) -> list[dict]:

@@ -67,7 +67,13 @@ class Search(unittest.TestCase):
     def test_test_data_and_seeds_are_not_those_of_the_search(self):
         for task in study.TASKS.values():
             self.assertFalse(set(task.search_seeds) & set(task.test_seeds))
-            self.assertGreaterEqual(len(task.test_seeds), 5)
+            self.assertGreaterEqual(len(task.test_seeds), 3 if task.model == "smollm2" else 5)
+
+    def test_a_task_with_lower_rates_begins_its_search_there(self):
+        plan = study.Study([], "quick")
+        plan.grid = [(study.Cell("kinds"), "adam")]
+        jobs = run_all(plan, valley(1e-3))
+        self.assertEqual(self.rates(jobs, "validation"), [1e-4, 3.2e-4, 5.6e-4, 1e-3, 1.8e-3, 3.2e-3, 1e-2])
 
     def test_a_study_goes_on_where_it_stopped(self):
         whole = run_all(small_study(), valley(1e-2))
@@ -88,6 +94,34 @@ class Search(unittest.TestCase):
         self.addCleanup(path.unlink)
         path.write_text('{"lr": 1}\n{"lr": 2}\n{"lr": 3, "se', encoding="utf-8")
         self.assertEqual([run["lr"] for run in study.read_runs(path)], [1, 2])
+
+
+class Texts(unittest.TestCase):
+    def test_records_are_drawn_once_and_for_all_and_keep_their_head(self):
+        source, target = pathlib.Path(self.id() + ".all"), pathlib.Path(self.id() + ".jsonl")
+        self.addCleanup(source.unlink)
+        self.addCleanup(target.unlink)
+        source.write_text("head\n" + "".join(f"{number}\n" for number in range(100)), encoding="utf-8")
+
+        study.sample_records(source, target, 10)
+        drawn = target.read_text(encoding="utf-8").splitlines()
+        study.sample_records(source, target, 10)
+        self.assertEqual(target.read_text(encoding="utf-8").splitlines(), drawn)
+        self.assertEqual((drawn[0], len(set(drawn[1:]))), ("head", 10))
+        self.assertNotEqual(drawn[1:], [str(number) for number in range(10)])
+
+        study.sample_records(source, target, 0)
+        self.assertEqual(target.read_bytes(), source.read_bytes())
+
+    def test_scores_are_those_of_the_last_measurement(self):
+        lines = [{"loss": 3, "validation_loss": 2.5}, {"loss": 2, "validation_loss": 1.5}, {"final": True}]
+        self.assertEqual(study.Programs.text_scores(lines), {"test_loss": 1.5})
+        lines[-1]["test_acc"] = 0.75
+        self.assertEqual(study.Programs.text_scores(lines), {"test_loss": 1.5, "test_accuracy": 0.75})
+
+        lines = [{"test_accuracy": 0.9}, {"test_loss": 0.5, "test_accuracy": 0.8}]
+        self.assertEqual(study.Programs.sentence_scores(lines),
+                         {"test_loss": 0.5, "test_accuracy": 0.8, "best_accuracy": 0.9})
 
 
 if __name__ == "__main__":
