@@ -16,7 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from study import CONTENDERS, TASKS, geometric_mean, read_runs  # noqa: E402
+from grid import CONTENDERS, TASKS  # noqa: E402
+from study import geometric_mean, read_runs  # noqa: E402
 
 INK = "#333333"
 COLORS = dict(zip(CONTENDERS, ["#0b5fa5", "#f28e2b", "#c9a227", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#e15759",

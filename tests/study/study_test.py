@@ -8,10 +8,12 @@ import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench/quality"))
 
+import grid  # noqa: E402
+import programs  # noqa: E402
 import study  # noqa: E402
 
 
-def run_all(plan: study.Study, loss, most: int = 10000) -> list[study.Job]:
+def run_all(plan: study.Study, loss, most: int = 10000) -> list[grid.Job]:
     """Does what the plan asks for until it asks for nothing; `loss(job, seed)` makes up a result."""
     done = []
     while jobs := plan.plan():
@@ -25,7 +27,7 @@ def run_all(plan: study.Study, loss, most: int = 10000) -> list[study.Job]:
 
 def small_study() -> study.Study:
     plan = study.Study([], "quick")
-    plan.grid = [(study.Cell("correlated"), "adam")]
+    plan.grid = [(grid.Cell("correlated"), "adam")]
     return plan
 
 
@@ -35,7 +37,7 @@ def valley(best: float):
 
 
 class Search(unittest.TestCase):
-    def rates(self, jobs: list[study.Job], split: str) -> list[float]:
+    def rates(self, jobs: list[grid.Job], split: str) -> list[float]:
         return sorted({job.lr for job in jobs if job.split == split})
 
     def test_a_best_rate_inside_the_grid_is_refined_and_tested(self):
@@ -65,13 +67,13 @@ class Search(unittest.TestCase):
         self.assertLess(self.rates(run_all(small_study(), loss), "test")[0], 5e-3)
 
     def test_test_data_and_seeds_are_not_those_of_the_search(self):
-        for task in study.TASKS.values():
+        for task in grid.TASKS.values():
             self.assertFalse(set(task.search_seeds) & set(task.test_seeds))
             self.assertGreaterEqual(len(task.test_seeds), 3 if task.model == "smollm2" else 5)
 
     def test_a_task_with_lower_rates_begins_its_search_there(self):
         plan = study.Study([], "quick")
-        plan.grid = [(study.Cell("kinds"), "adam")]
+        plan.grid = [(grid.Cell("kinds"), "adam")]
         jobs = run_all(plan, valley(1e-3))
         self.assertEqual(self.rates(jobs, "validation"), [1e-4, 3.2e-4, 5.6e-4, 1e-3, 1.8e-3, 3.2e-3, 1e-2])
 
@@ -84,10 +86,10 @@ class Search(unittest.TestCase):
         self.assertEqual(len(run_all(half, valley(1e-2))), len(whole) - len(whole) // 2)
 
     def test_every_grid_names_known_tasks_and_contenders(self):
-        for name in study.GRIDS:
+        for name in grid.GRIDS:
             for cell, contender in study.Study([], name).grid:
-                self.assertIn(cell.task, study.TASKS)
-                self.assertIn(contender, study.CONTENDERS)
+                self.assertIn(cell.task, grid.TASKS)
+                self.assertIn(contender, grid.CONTENDERS)
 
     def test_a_line_that_a_crash_cut_short_is_left_out(self):
         path = pathlib.Path(self.id() + ".jsonl")
@@ -103,24 +105,24 @@ class Texts(unittest.TestCase):
         self.addCleanup(target.unlink)
         source.write_text("head\n" + "".join(f"{number}\n" for number in range(100)), encoding="utf-8")
 
-        study.sample_records(source, target, 10)
+        programs.sample_records(source, target, 10)
         drawn = target.read_text(encoding="utf-8").splitlines()
-        study.sample_records(source, target, 10)
+        programs.sample_records(source, target, 10)
         self.assertEqual(target.read_text(encoding="utf-8").splitlines(), drawn)
         self.assertEqual((drawn[0], len(set(drawn[1:]))), ("head", 10))
         self.assertNotEqual(drawn[1:], [str(number) for number in range(10)])
 
-        study.sample_records(source, target, 0)
+        programs.sample_records(source, target, 0)
         self.assertEqual(target.read_bytes(), source.read_bytes())
 
     def test_scores_are_those_of_the_last_measurement(self):
         lines = [{"loss": 3, "validation_loss": 2.5}, {"loss": 2, "validation_loss": 1.5}, {"final": True}]
-        self.assertEqual(study.Programs.text_scores(lines), {"test_loss": 1.5})
+        self.assertEqual(programs.Programs.text_scores(lines), {"test_loss": 1.5})
         lines[-1]["test_acc"] = 0.75
-        self.assertEqual(study.Programs.text_scores(lines), {"test_loss": 1.5, "test_accuracy": 0.75})
+        self.assertEqual(programs.Programs.text_scores(lines), {"test_loss": 1.5, "test_accuracy": 0.75})
 
         lines = [{"test_accuracy": 0.9}, {"test_loss": 0.5, "test_accuracy": 0.8}]
-        self.assertEqual(study.Programs.sentence_scores(lines),
+        self.assertEqual(programs.Programs.sentence_scores(lines),
                          {"test_loss": 0.5, "test_accuracy": 0.8, "best_accuracy": 0.9})
 
 
