@@ -109,6 +109,8 @@ std::vector<Result> measure_language(const EvaluateOptions& options) {
 }
 
 std::vector<Result> measure_classifier(const EvaluateOptions& options) {
+  std::vector<std::vector<LabelledText>> texts;  // all of them are looked at before the model is loaded
+  for (const fs::path& data : options.data) texts.push_back(read_tsv(data));
   const TrainedClassifier classifier =
       load_adapted_classifier(options.model, options.adapter, torch::Device(options.device));
   const BertConfig& config = classifier.model->bert().config();
@@ -116,9 +118,10 @@ std::vector<Result> measure_classifier(const EvaluateOptions& options) {
   const TokenizerOptions tokenizer{options.model, options.max_length, options.python};
   const Scratch scratch;
   std::vector<Result> results;
-  for (const fs::path& data : options.data) {
+  for (size_t index = 0; index < texts.size(); ++index) {
+    const fs::path& data = options.data[index];
     const Dataset dataset =
-        tokenize_rows(read_tsv(data), classifier.classes, data, tokenizer, config, scratch / "tokens");
+        tokenize_rows(texts[index], classifier.classes, data, tokenizer, config, scratch / "tokens");
     results.push_back({data, "classes", dataset.size(), evaluate(*classifier.model, dataset), {}});
   }
   return results;
