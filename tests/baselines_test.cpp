@@ -288,6 +288,21 @@ TEST(Baselines, LoraPlusIsAdamWithTwoRates) {
     EXPECT_TRUE(torch::equal(plus[i].b, b_only[i].b));
   }
   EXPECT_TRUE(mentions(error_of([&] { LoraPlus(plus, torch::optim::AdamOptions(1e-3), 0); }), "ratio is 0"));
+
+  // LibTorch takes a rate of 1e-3, the default of its options, for one that was not given.
+  const LoraPlus meeting_the_default(plus, torch::optim::AdamOptions(1e-3 / 16));
+  EXPECT_EQ(meeting_the_default.param_groups()[0].options().get_lr(), 1e-3 / 16);
+  EXPECT_EQ(meeting_the_default.param_groups()[1].options().get_lr(), 1e-3);
+}
+
+TEST(Baselines, ScaledAdamRefusesAGroupThatIsNoListOfPairs) {
+  const auto pairs = some_pairs();
+  ScaledAdam optimizer({pairs[0]});
+  optimizer.add_param_group(torch::optim::OptimizerParamGroup({pairs[1].a}));
+  pairs[1].a.mutable_grad() = torch::ones_like(pairs[1].a);
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "a param group has 1 tensors"));
+  optimizer.param_groups()[1].params().push_back(pairs[1].a.t());
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "tensors 0 and 1 of a param group"));
 }
 
 TEST(Baselines, OptionsOutOfRangeAreNamed) {

@@ -36,9 +36,24 @@ TEST(Diagnostics, BeforeTheFirstStepShowTheFactorsAlone) {
   ASSERT_EQ(found.size(), 1u);
   EXPECT_EQ(found[0].name, "q");
   EXPECT_NEAR(found[0].a.condition_number, 2, 1e-12);
-  EXPECT_FALSE(std::isfinite(found[0].b.condition_number));
+  EXPECT_TRUE(std::isinf(found[0].b.condition_number));
   EXPECT_EQ(found[0].a.effective_rank, 0);
   EXPECT_EQ(found[0].a.escaped_mass, 0);
+}
+
+TEST(Diagnostics, ADeficientFactorHasAnInfiniteConditionNumber) {
+  torch::manual_seed(24);
+  for (const auto dtype : {torch::kFloat, torch::kDouble}) {
+    const auto pair = random_pair("q", 3, 40, 30, dtype);
+    LoraRite<> optimizer(std::vector<FactorPair>{pair});
+    EXPECT_LT(optimizer.diagnostics()[0].a.condition_number, 10);
+    torch::NoGradGuard no_grad;
+    pair.a[2].copy_(pair.a[0] + pair.a[1] * 2);
+    pair.b.select(1, 1).copy_(pair.b.select(1, 0));
+    EXPECT_TRUE(std::isinf(optimizer.diagnostics()[0].b.condition_number));
+    // Its sums were rounded to the factor's dtype.
+    EXPECT_GT(optimizer.diagnostics()[0].a.condition_number, 1e6);
+  }
 }
 
 TEST(Diagnostics, ReportTheUnmagnifiedGradientAndTheClip) {

@@ -1,12 +1,14 @@
 // bfloat16 and half factors, with and without a float master copy.
 
-#include "support/tensors.hpp"
-
 #include <gtest/gtest.h>
 #include <lora_rite/lora_rite.hpp>
 
 #include <tuple>
+#include <utility>
 #include <vector>
+
+#include "support/pairs.hpp"
+#include "support/tensors.hpp"
 
 namespace lora_rite_test {
 namespace {
@@ -108,6 +110,43 @@ TYPED_TEST(HalfPrecision, MasterCopyAddsUpStepsBelowTheResolution) {
       EXPECT_LE(error, resolution(dtype));
     }
   }
+}
+
+/// States of two processes come together in one batch: the pair whose A had no gradient so far has no copy of it.
+TYPED_TEST(HalfPrecision, AMissingMasterCopyIsMadeAnewBesideOthers) {
+  torch::manual_seed(31);
+  const auto options = LoraRiteOptions(1e-2).master_weights(true).clip_unmagnified_norm(0);
+  const auto act = [&](lora_rite::engine::Batch& batch) {
+    const torch::NoGradGuard no_grad;
+    batch.observe(options);
+    const torch::Tensor proceed = batch.finite();
+    batch.unmagnify(proceed);
+    batch.prepare(options, torch::ones({}, torch::kDouble), proceed);
+    batch.commit(options);
+  };
+  const auto batch_of = [](const std::vector<FactorPair>& pairs) {
+    return std::move(lora_rite::engine::make_batches<TypeParam>(pairs, {"p", "q"}, lora_rite::Engine::Device).all[0]);
+  };
+  std::vector<FactorPair> apart;
+  for (const char* name : {"p", "q"}) {
+    apart.push_back(lora_rite::testing::random_pair(name, 2, 6, 5, torch::kBFloat16));
+  }
+  const auto first = batch_of({apart[0]}), second = batch_of({apart[1]});
+  lora_rite::testing::set_gradients(apart, 7);
+  apart[1].a.mutable_grad() = torch::Tensor();
+  for (const auto& batch : {first.get(), second.get()}) act(*batch);
+  ASSERT_TRUE(first->state().master[0].defined() && !second->state().master[0].defined());
+
+  const auto together = lora_rite::testing::clone_pairs(apart);
+  const auto joined = batch_of(together);
+  {
+    const torch::NoGradGuard no_grad;
+    joined->restore({first->pick(0), second->pick(0)});
+  }
+  lora_rite::testing::set_gradients(apart, 8);
+  lora_rite::testing::set_gradients(together, 8);
+  for (const auto& batch : {first.get(), second.get(), joined.get()}) act(*batch);
+  EXPECT_TRUE(lora_rite::testing::equal_factors(together, apart));
 }
 
 TYPED_TEST(HalfPrecision, ZeroAndDeficientFactorsStayFinite) {

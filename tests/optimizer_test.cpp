@@ -225,6 +225,14 @@ TEST(LoraRite, NamesAGroupThatWasTamperedWith) {
   EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, saved); }), "expected LoraRiteOptions"));
 }
 
+TEST(LoraRite, NamesAGroupThatWasAddedPastIt) {
+  LoraRite<> optimizer({random_pair("q", 2, 4, 4)});
+  torch::optim::Optimizer& base = optimizer;
+  base.add_param_group(torch::optim::OptimizerParamGroup({torch::zeros({2}).requires_grad_()}));
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "has 2 param groups, expected 1"));
+  EXPECT_TRUE(mentions(error_of([&] { saved_bytes(optimizer); }), "add_param_group is not virtual"));
+}
+
 TEST(LoraRite, NamesAFactorThatChangedItsDtypeAfterTheFirstStep) {
   const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4)};
   LoraRite<> optimizer(pairs);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -78,12 +79,14 @@ inline std::string with_token(std::string name, size_t position, const std::stri
 /// Finds the LoRA factors among named parameters by the names of PEFT (`lora_A`/`lora_B`, `lora_embedding_A`/`_B`, with
 /// or without an adapter's name behind), kohya (`lora_down`/`lora_up`) and diffusers (`lora.down`/`lora.up`).
 /// Biases of LoRA layers (`….bias`) are no factors. The order is that of the A factors in the dictionary, a pair's name
-/// the A factor's without its token (`layer.lora_A.weight` → `layer.weight`).
+/// the A factor's without its token (`layer.lora_A.weight` → `layer.weight`). A pair with several names, as that of a
+/// layer that is registered twice, is found once, under the first of them.
 /// Throws c10::Error naming the factor whose partner is missing. Whether a found pair fits together is checked by
 /// LoraRite.
 inline std::vector<FactorPair> find_factor_pairs(
     const torch::OrderedDict<std::string, torch::Tensor>& named_parameters) {
   std::vector<FactorPair> pairs;
+  std::set<std::pair<const void*, const void*>> known;
   for (const auto& item : named_parameters) {
     const std::string& name = item.key();
     const auto [token, partner_token, at, is_a] = detail::first_factor_token(name);
@@ -97,6 +100,7 @@ inline std::vector<FactorPair> find_factor_pairs(
     // The token goes, and the dot (or underscore) that joined it.
     const size_t begin = at == 0 ? 0 : at - 1;
     pair_name.erase(begin, token.size() + 1);
+    if (!known.emplace(item.value().unsafeGetTensorImpl(), found->unsafeGetTensorImpl()).second) continue;
     pairs.push_back({pair_name.empty() ? name : pair_name, item.value(), *found});
   }
   return pairs;

@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/engine/device_numbers.hpp"
+
 namespace lora_rite {
 
 /// Dynamic loss scaling for training in half precision, which LibTorch lacks: torch.amp.GradScaler for any
@@ -52,7 +54,7 @@ class GradScaler {
       scale_ = at::full({}, settings_.scale, options.dtype(at::kFloat));
       growth_tracker_ = at::full({}, settings_.growth_tracker, options.dtype(at::kInt));
     }
-    return output * scale_.to(output.device(), /*non_blocking=*/true);
+    return output * engine::on_device(scale_, output.device());
   }
 
   /// Each of `outputs` times the scale.
@@ -92,7 +94,7 @@ class GradScaler {
       const at::Device device = tensors[0].device();
       found_infinite.push_back(at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device)));
       at::_amp_foreach_non_finite_check_and_unscale_(tensors, found_infinite.back(),
-                                                     inverse_scale.to(device, /*non_blocking=*/true));
+                                                     engine::on_device(inverse_scale, device));
     }
     progress = {Stage::Unscaled, std::move(found_infinite)};
   }
@@ -240,7 +242,7 @@ class GradScaler {
   /// On the device of the scale.
   at::Tensor sum(const std::vector<at::Tensor>& scalars) const {
     at::Tensor result = at::zeros_like(scale_);
-    for (const auto& scalar : scalars) result += scalar.to(result.device(), /*non_blocking=*/true);
+    for (const auto& scalar : scalars) result += engine::on_device(scalar, result.device());
     return result;
   }
 

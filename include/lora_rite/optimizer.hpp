@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,8 +35,9 @@ namespace lora_rite {
 /// - A step with a gradient or factor that is NaN or infinite changes nothing, and is counted: `skipped_steps()`.
 /// - A factor without a gradient stays as it is; its partner still moves.
 /// - A factor that someone else changed since the last step (a merge, a loaded checkpoint, averaged weights) is noticed
-///   by sums over its columns. Its statistics are always fresh; the second moment in its old basis keeps its place in
-///   the new one, and the momenta stay as they are, as Adam's would.
+///   by sums over its columns. The second moment in its old basis keeps its place in the new one, and the momenta stay
+///   as they are, as Adam's would. (`Engine::Host` forms the sums where the pointer, the version counter or the bits of
+///   64 elements changed, and so misses what a raw pointer wrote past all of these.)
 /// - An exception of `step` leaves factors and state as they were, whether a check of the input threw it, the closure,
 ///   or an allocation of a tensor.
 ///
@@ -50,7 +52,7 @@ class LoraRite : public torch::optim::Optimizer {
   }
 
   /// All factor pairs of a module (`find_factor_pairs`) in one group, and all its other trainable parameters, if any,
-  /// in a second one by AdamW with `others`.
+  /// in a second one by AdamW with `others`. What the module holds under several names is stepped once.
   explicit LoraRite(const torch::nn::Module& module, LoraRiteOptions options, torch::optim::AdamWOptions others)
       : LoraRite(options) {
     std::vector<FactorPair> pairs = find_factor_pairs(module);
@@ -58,8 +60,10 @@ class LoraRite : public torch::optim::Optimizer {
                 "lora_embedding_A/_B, lora_down/lora_up, lora.down/lora.up), expected at least one pair");
     add_pairs(std::move(pairs), options);
     std::vector<torch::Tensor> rest;
+    std::set<const void*> seen;
     for (const auto& parameter : module.parameters()) {
-      if (parameter.requires_grad() && !is_known(parameter)) rest.push_back(parameter);
+      if (!parameter.requires_grad() || is_known(parameter)) continue;
+      if (seen.insert(parameter.unsafeGetTensorImpl()).second) rest.push_back(parameter);
     }
     if (!rest.empty()) add_parameters(std::move(rest), others);
   }
@@ -96,6 +100,7 @@ class LoraRite : public torch::optim::Optimizer {
   /// Another group of parameters that are no LoRA factors, stepped by AdamW.
   void add_parameters(std::vector<torch::Tensor> parameters, torch::optim::AdamWOptions options) {
     const size_t index = param_groups_.size();
+    detail::check_options_of_adam(options, "LoraRite, group " + std::to_string(index));
     TORCH_CHECK(!parameters.empty(), "LoraRite, group ", index, ": the list of parameters is empty");
     std::map<const void*, std::string> owners = owners_;
     for (size_t i = 0; i < parameters.size(); ++i) {
@@ -127,7 +132,8 @@ class LoraRite : public torch::optim::Optimizer {
 
   /// One step with the gradients at hand; a closure, if given, is called before, with gradients enabled, and its loss
   /// is returned. Reads nothing back from the device. Throws c10::Error naming the pair or option if an option left its
-  /// range, a factor changed shape, dtype or device, or a gradient is sparse; nothing is changed then.
+  /// range, a factor changed shape, dtype or device, or a gradient is sparse or of another shape; nothing is changed
+  /// then.
   torch::Tensor step(LossClosure closure = nullptr) override {
     torch::Tensor loss;
     if (closure) {
@@ -187,6 +193,7 @@ class LoraRite : public torch::optim::Optimizer {
   /// Writes options and state of all groups, by group and place and never by address: a freshly built optimizer over
   /// the same pairs resumes bit for bit. The factors themselves are the module's to save.
   void save(torch::serialize::OutputArchive& archive) const override {
+    check_groups();
     archive.write("format", c10::IValue(std::string(kFormat)));
     archive.write("basis", c10::IValue(std::string(Basis::name())));
     archive.write("skipped_steps", c10::IValue(skipped_steps()));
@@ -248,6 +255,8 @@ class LoraRite : public torch::optim::Optimizer {
       options.push_back(param_groups_[i].options().clone());
       options.back()->serialize(options_archive);
       if (group.others) {
+        detail::check_options_of_adam(static_cast<const torch::optim::AdamWOptions&>(*options.back()),
+                                      "load: " + label);
         other_states[i] = group.others->read(group_archive, label);
         continue;
       }
@@ -414,6 +423,10 @@ class LoraRite : public torch::optim::Optimizer {
 
   /// Are the groups what they were when they were added, their options of this optimizer's class?
   void check_groups() const {
+    TORCH_CHECK(param_groups_.size() == groups_.size(), "LoraRite has ", param_groups_.size(),
+                " param groups, expected ", groups_.size(),
+                ": one was added through torch::optim::Optimizer, whose add_param_group is not virtual; ",
+                "call that of LoraRite, add_pairs or add_parameters");
     for (size_t i = 0; i < groups_.size(); ++i) {
       const Group& group = groups_[i];
       const std::string label = "LoraRite, group " + std::to_string(i);
@@ -434,7 +447,7 @@ class LoraRite : public torch::optim::Optimizer {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const std::string label = "LoraRite, group " + std::to_string(i);
       if (groups_[i].others)
-        groups_[i].others->check_inputs(label);
+        groups_[i].others->check_inputs(adamw_options(i), label);
       else
         detail::check_options(rite_options(i), label);
       for (const auto& batch : groups_[i].batches) batch->check_inputs();
@@ -472,15 +485,15 @@ class LoraRite : public torch::optim::Optimizer {
     std::vector<at::Tensor> norms_squared;  // of the pairs of a batch
     std::vector<int64_t> order;             // their places among the pairs of all groups
     for (const auto& [options, batch, numbers] : work) {
-      norms_squared.push_back(batch->unmagnify(proceed.to(batch->device(), /*non_blocking=*/true)));
+      norms_squared.push_back(batch->unmagnify(engine::on_device(proceed, batch->device())));
       order.insert(order.end(), numbers->begin(), numbers->end());
     }
     const at::Tensor norm = total(in_order(norms_squared, order, home)).sum().sqrt();
     for (const auto& [options, batch, numbers] : work) {
       const double bound = options->clip_unmagnified_norm();
       const at::Tensor clip_factor = bound > 0 ? (bound / norm).clamp_max(1.0) : at::ones_like(norm);
-      batch->prepare(*options, clip_factor.to(batch->device(), /*non_blocking=*/true),
-                     proceed.to(batch->device(), /*non_blocking=*/true));
+      batch->prepare(*options, engine::on_device(clip_factor, batch->device()),
+                     engine::on_device(proceed, batch->device()));
     }
     for (size_t i = 0; i < groups_.size(); ++i) {
       if (groups_[i].others) groups_[i].others->prepare(adamw_options(i), proceed);
@@ -502,7 +515,7 @@ class LoraRite : public torch::optim::Optimizer {
 
   static std::vector<at::Tensor> to_device(const std::vector<at::Tensor>& tensors, at::Device device) {
     std::vector<at::Tensor> result;
-    for (const auto& tensor : tensors) result.push_back(tensor.to(device, /*non_blocking=*/true));
+    for (const auto& tensor : tensors) result.push_back(engine::on_device(tensor, device));
     return result;
   }
 

@@ -109,22 +109,30 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
 
 namespace detail {
 
-/// Throws c10::Error that names the first option out of its range, the value found and the range; `where` says whose
-/// options they are.
-inline void check_options(const LoraRiteOptions& options, const std::string& where) {
+inline void check_at_least_zero(const std::string& where, const char* name, double value) {
+  TORCH_CHECK(value >= 0 && std::isfinite(value), where, ": ", name, " is ", value, ", expected a finite number ≥ 0");
+}
+
+/// lr, betas, eps and weight_decay, which all Adams have. Throws c10::Error that names the first one out of its range,
+/// the value found and the range; `where` says whose options they are.
+template <class Options>
+void check_options_of_adam(const Options& options, const std::string& where) {
   // Written so that NaN fails every comparison.
-  const auto at_least_zero = [&](const char* name, double value) {
-    TORCH_CHECK(value >= 0 && std::isfinite(value), where, ": ", name, " is ", value, ", expected a finite number ≥ 0");
-  };
   const auto decay_rate = [&](const char* name, double value) {
     TORCH_CHECK(value >= 0 && value < 1, where, ": ", name, " is ", value, ", expected a number in [0, 1)");
   };
-  at_least_zero("lr", options.lr());
+  check_at_least_zero(where, "lr", options.lr());
   decay_rate("betas[0]", std::get<0>(options.betas()));
   decay_rate("betas[1]", std::get<1>(options.betas()));
-  at_least_zero("eps", options.eps());
+  check_at_least_zero(where, "eps", options.eps());
+  check_at_least_zero(where, "weight_decay", options.weight_decay());
+}
+
+/// The same for all options of LoRA-RITE.
+inline void check_options(const LoraRiteOptions& options, const std::string& where) {
+  const auto at_least_zero = [&](const char* name, double value) { check_at_least_zero(where, name, value); };
+  check_options_of_adam(options, where);
   at_least_zero("eps_root", options.eps_root());
-  at_least_zero("weight_decay", options.weight_decay());
   at_least_zero("clip_unmagnified_norm", options.clip_unmagnified_norm());
   at_least_zero("max_update_rms", options.max_update_rms());
   at_least_zero("max_relative_change", options.max_relative_change());

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -57,8 +58,9 @@ struct PairState {
     return state;
   }
 
-  /// One state of all the given ones, in their order. Where only some have a momentum (or a master copy), the others'
-  /// is `absent[side]`, one pair's worth.
+  /// One state of all the given ones, in their order. Where only some have a momentum, the others' is
+  /// `absent_momentum[side]`, one pair's worth; a missing master copy is NaN, which no factor agrees with, so that the
+  /// next step makes it anew.
   static PairState join(const std::vector<PairState>& states, const std::array<at::Tensor, 2>& absent_momentum) {
     const auto cat = [&](auto member, int64_t dimension) {
       std::vector<at::Tensor> tensors;
@@ -86,8 +88,9 @@ struct PairState {
       joined.rows[side] =
           cat_where_any([side](const PairState& s) { return s.rows[side]; },
                         at::ones({1, absent_momentum[side].numel() / rank}, absent_momentum[side].options()));
-      // A master copy is made for all pairs of a batch or for none.
-      joined.master[side] = cat_where_any([side](const PairState& s) { return s.master[side]; }, at::Tensor());
+      joined.master[side] =
+          cat_where_any([side](const PairState& s) { return s.master[side]; },
+                        at::full_like(absent_momentum[side], std::numeric_limits<double>::quiet_NaN()));
     }
     return joined;
   }

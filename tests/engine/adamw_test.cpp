@@ -1,11 +1,18 @@
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <limits>
+#include <string>
 
 #include "support/pairs.hpp"
 
 namespace lora_rite {
 namespace {
+
+using testing::error_of;
+using testing::load_bytes;
+using testing::mentions;
+using testing::saved_bytes;
 
 /// A pair of factors and a head of two tensors.
 std::shared_ptr<torch::nn::Module> module_with_head() {
@@ -82,6 +89,75 @@ TEST(OtherParametersOfAModule, ANaNInTheHeadSkipsTheWholeStepBitForBit) {
   for (size_t i = 0; i < module->parameters().size(); ++i) {
     EXPECT_TRUE(torch::equal(module->parameters()[i], other->parameters()[i])) << i;
   }
+}
+
+/// The fused kernel would read past what does not fit; all is as before when the step has thrown.
+TEST(OtherParametersOfAModule, WhatDoesNotFitTogetherIsRefusedAndNothingMoves) {
+  const auto module = module_with_head();
+  LoraRite<> optimizer(*module);
+  give_gradients(*module, 1);
+  optimizer.step();
+  torch::Tensor head = module->named_parameters()["head_weight"];
+  const torch::Tensor kept = head.data();
+  const auto expect_refusal = [&](const std::string& message, const std::function<void()>& change) {
+    give_gradients(*module, 2);
+    change();
+    const torch::Tensor factor = module->named_parameters()["lora_A"], before = factor.detach().clone();
+    EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), message));
+    EXPECT_TRUE(torch::equal(factor, before)) << message;
+    head.mutable_grad() = torch::Tensor();
+    head.set_data(kept);
+  };
+  expect_refusal("the gradient of parameter 0 has shape [2, 2]", [&] { head.mutable_grad() = torch::ones({2, 2}); });
+  const auto replace = [&](const torch::Tensor& data) {
+    head.mutable_grad() = torch::Tensor();
+    head.set_data(data);
+    head.mutable_grad() = torch::ones_like(data);
+  };
+  expect_refusal("parameter 0 is now Float[30, 40]", [&] { replace(torch::ones({30, 40})); });
+  expect_refusal("parameter 0 is now Double[3, 4]", [&] { replace(kept.to(torch::kDouble)); });
+  expect_refusal("with strides [1, 3] on cpu, expected", [&] { replace(kept.t().contiguous().t()); });
+  expect_refusal("expected elements without gaps", [&] { replace(torch::ones({3, 8}).slice(1, 0, 8, 2)); });
+
+  auto& options = static_cast<torch::optim::AdamWOptions&>(optimizer.param_groups()[1].options());
+  options.lr(std::numeric_limits<double>::quiet_NaN());
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "group 1: lr is nan"));
+  options.lr(1e-3);
+  optimizer.step();
+  EXPECT_TRUE(
+      mentions(error_of([&] { optimizer.add_parameters({torch::zeros({2})}, torch::optim::AdamWOptions().eps(-1)); }),
+               "eps is -1"));
+}
+
+TEST(OtherParametersOfAModule, StridesOfAGradientAndOfASavedMomentDoNotMatter) {
+  const auto module = module_with_head(), other = module_with_head();
+  torch::Tensor transposed = other->named_parameters()["head_weight"];
+  transposed.set_data(transposed.detach().t().contiguous().t());
+  LoraRite<> optimizer(*module), strided(*other);
+  for (int i = 0; i < 3; ++i) {
+    give_gradients(*module, static_cast<uint64_t>(i));
+    for (const auto& parameter : other->named_parameters()) {
+      torch::Tensor target = parameter.value();
+      const torch::Tensor& gradient = module->named_parameters()[parameter.key()].grad();
+      if (target.requires_grad()) target.mutable_grad() = i == 1 ? gradient.clone() : gradient.t().clone().t();
+    }
+    optimizer.step();
+    strided.step();
+    load_bytes(strided, saved_bytes(optimizer));
+  }
+  EXPECT_TRUE(torch::equal(module->named_parameters()["head_weight"], transposed));
+  EXPECT_FALSE(transposed.is_contiguous());
+}
+
+TEST(OtherParametersOfAModule, WhatHasTwoNamesIsSteppedOnce) {
+  const auto module = module_with_head(), tied = std::make_shared<torch::nn::Module>("tied");
+  tied->register_module("one", module);
+  tied->register_module("two", module);
+  EXPECT_EQ(find_factor_pairs(*tied).size(), 1U);
+  EXPECT_EQ(find_factor_pairs(*tied)[0].name, "one");
+  LoraRite<> optimizer(*tied);
+  EXPECT_EQ(optimizer.param_groups()[0].params().size(), 2U);
+  EXPECT_EQ(optimizer.param_groups()[1].params().size(), 2U);
 }
 
 TEST(OtherParametersOfAModule, LargeFiniteGradientsAreNotMistakenForInfiniteOnes) {

@@ -174,6 +174,41 @@ TEST(Capturable, CallsNothingThatWaits) {
   EXPECT_EQ(more, few);
 }
 
+/// A recorded step reads and writes what is remembered where it lay when it was recorded.
+TEST(Capturable, WhatIsRememberedStaysWhereItIs) {
+  torch::manual_seed(78);
+  const FactorPair pair = random_pair("pair", 3, 12, 10, torch::kBFloat16);
+  const auto options = LoraRiteOptions(1e-2).capturable(true).master_weights(true).row_equilibration(true);
+  const auto batches = engine::make_batches<PolarBasis>({pair}, {"pair"}, Engine::Device);
+  engine::Batch& batch = *batches.all[0];
+  const auto step = [&](int64_t number) {
+    const torch::NoGradGuard no_grad;
+    set_gradients({pair}, static_cast<uint64_t>(number));
+    EXPECT_TRUE(batch.observe(options));
+    const torch::Tensor proceed = batch.finite();
+    batch.unmagnify(proceed);
+    batch.prepare(options, torch::ones({}, torch::kDouble), proceed);
+    batch.commit(options);
+  };
+  const auto places = [&] {
+    const PairState& state = batch.state();
+    std::vector<const void*> result;
+    for (const torch::Tensor& tensor :
+         {state.moments.second_moment, state.moments.escaped_mass, state.moments.inverse_root, state.moments.step,
+          state.column_sums, state.previous_scale, state.previous_rate, state.momentum[0], state.momentum[1],
+          state.rows[0], state.rows[1], state.master[0], state.master[1]}) {
+      result.push_back(tensor.const_data_ptr());
+    }
+    return result;
+  };
+  step(0);
+  const auto before = places();
+  const torch::Tensor master = batch.state().master[0].clone();
+  for (int64_t number = 1; number < 4; ++number) step(number);
+  EXPECT_EQ(places(), before);
+  EXPECT_FALSE(torch::equal(batch.state().master[0], master));
+}
+
 /// A replay of a recorded step reads the rates from the device: here the tensor is looked at through what a step does.
 TEST(Capturable, RatesAreTakenOverEachStep) {
   torch::manual_seed(77);

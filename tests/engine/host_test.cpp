@@ -234,6 +234,39 @@ TEST(HostEngineTest, NoticesEdits) {
   EXPECT_LT(distance_after([](torch::Tensor& b) { b.set_data(2 * b.detach().clone()); }, Engine::Host), 1e-5);
 }
 
+/// Whatever columns they are: the elements that are looked at in every step lie in all of them.
+TEST(HostEngineTest, NoticesColumnsThatWereWrittenPastTheVersionCounter) {
+  for (const int64_t rank : {1, 3, 8, 16}) {
+    for (int64_t column = 0; column < rank; ++column) {
+      torch::manual_seed(61);
+      const std::vector<FactorPair> edited = {random_pair("q", rank, 256, 1024, torch::kFloat)};
+      const auto announced = clone_pairs(edited);
+      LoraRite<> first(edited, LoraRiteOptions(1e-2)), second(announced, LoraRiteOptions(1e-2));
+      run_steps(first, edited, 0, 3);
+      run_steps(second, announced, 0, 3);
+      {
+        torch::NoGradGuard no_grad;
+        edited[0].b.data().narrow(1, column, 1).mul_(100);
+        announced[0].b.narrow(1, column, 1).mul_(100);
+      }
+      run_steps(first, edited, 3, 6);
+      run_steps(second, announced, 3, 6);
+      EXPECT_TRUE(equal_factors(edited, announced)) << "column " << column << " of " << rank;
+    }
+  }
+}
+
+TEST(HostEngineTest, NamesAFactorThatIsNoLongerContiguous) {
+  torch::manual_seed(62);
+  const std::vector<FactorPair> pairs = {random_pair("q", 4, 30, 20, torch::kFloat)};
+  LoraRite<> optimizer(pairs);
+  run_steps(optimizer, pairs, 0, 2);
+  const torch::Tensor kept = pairs[0].a.detach().clone();
+  torch::Tensor(pairs[0].b).set_data(torch::randn({4, 20}).t());
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "pair 'q': factor b now has strides [1, 20]"));
+  EXPECT_TRUE(torch::equal(pairs[0].a, kept));
+}
+
 TEST(HostEngineTest, SkipsAStepThatIsNotFinite) {
   for (const float value : {NAN, INFINITY}) {
     torch::manual_seed(59);

@@ -17,7 +17,10 @@ class LoraPlus : public torch::optim::Adam {
  public:
   /// `ratio` > 0; 16 is the authors' choice. Throws c10::Error if it is not.
   explicit LoraPlus(const std::vector<FactorPair>& pairs, torch::optim::AdamOptions options = {}, double ratio = 16)
-      : Adam(groups(pairs, options, ratio), options) {}
+      : Adam(groups(pairs, options, ratio), options) {
+    // LibTorch takes a group's rate that is the default of AdamOptions for one that was not set (from 2.10 on).
+    param_groups_[1].options().set_lr(options.lr() * ratio);
+  }
 
  private:
   static std::vector<torch::optim::OptimizerParamGroup> groups(const std::vector<FactorPair>& pairs,

@@ -14,6 +14,7 @@
 
 #include "lora_rite/choose.hpp"
 #include "lora_rite/engine/device_numbers.hpp"
+#include "lora_rite/options.hpp"
 
 namespace lora_rite::engine {
 
@@ -27,12 +28,28 @@ class AdamWParameters {
 
   size_t size() const { return parameters_.size(); }
 
-  /// Throws c10::Error naming the parameter (by its place in `label`) if its gradient cannot be used.
-  void check_inputs(const std::string& label) const {
+  /// Throws c10::Error naming the option, or the parameter (by its place in `label`), if an option is out of its range,
+  /// a parameter is not what it was in its first step, or its gradient cannot be used. The fused kernel looks at none
+  /// of it: it takes as many elements of every tensor as the parameter has, in the order in which they lie in memory.
+  void check_inputs(const torch::optim::AdamWOptions& options, const std::string& label) const {
+    detail::check_options_of_adam(options, label);
     for (size_t i = 0; i < parameters_.size(); ++i) {
-      const at::Tensor& gradient = parameters_[i].grad();
-      TORCH_CHECK(!gradient.defined() || gradient.layout() == at::kStrided, label, ": the gradient of parameter ", i,
-                  " has layout ", gradient.layout(), ", expected a dense one");
+      const at::Tensor &parameter = parameters_[i], &gradient = parameter.grad(), &mean = state_[i].mean;
+      TORCH_CHECK(parameter.is_non_overlapping_and_dense(), label, ": parameter ", i, " has shape ", parameter.sizes(),
+                  " and strides ", parameter.strides(), ", expected elements without gaps or overlaps");
+      TORCH_CHECK(
+          !mean.defined() || (mean.sizes() == parameter.sizes() && mean.strides() == parameter.strides() &&
+                              mean.scalar_type() == parameter.scalar_type() && mean.device() == parameter.device()),
+          label, ": parameter ", i, " is now ", parameter.scalar_type(), parameter.sizes(), " with strides ",
+          parameter.strides(), " on ", parameter.device(), ", expected ", mean.scalar_type(), mean.sizes(),
+          " with strides ", mean.strides(), " on ", mean.device(),
+          " as in its first step; build the optimizer after moving or converting the module");
+      if (!gradient.defined()) continue;
+      TORCH_CHECK(gradient.layout() == at::kStrided, label, ": the gradient of parameter ", i, " has layout ",
+                  gradient.layout(), ", expected a dense one");
+      TORCH_CHECK(gradient.sizes() == parameter.sizes() && gradient.device() == parameter.device(), label,
+                  ": the gradient of parameter ", i, " has shape ", gradient.sizes(), " on ", gradient.device(),
+                  ", expected ", parameter.sizes(), " on ", parameter.device());
     }
   }
 
@@ -65,8 +82,8 @@ class AdamWParameters {
         }
         if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();
         call.parameters.push_back(parameters_[i]);
-        // The fused kernel wants the parameter's dtype; `GradScaler` leaves float gradients of half parameters.
-        call.gradients.push_back(parameters_[i].grad().to(parameters_[i].scalar_type()));
+        // `GradScaler` leaves float gradients of half parameters.
+        call.gradients.push_back(laid_out_as(parameters_[i], parameters_[i].grad()));
         call.means.push_back(state.mean);
         call.squares.push_back(state.square);
         if (options.amsgrad()) call.largest_squares.push_back(state.largest_square);
@@ -79,8 +96,9 @@ class AdamWParameters {
       rate.upload({options.lr()}, device);
       // A CPU takes the rate in double, accelerators read a float.
       call.lr = device.is_cpu() ? rate.tensor()[0] : rate.tensor()[0].to(at::kFloat);
-      call.skip = negated(proceed).to(device, at::kFloat, /*non_blocking=*/true);
-      call.counted.assign(call.steps.size(), proceed.to(device, at::kFloat, /*non_blocking=*/true));
+      const at::Tensor counted = on_device(proceed, device).to(at::kFloat);
+      call.skip = negated(counted).to(at::kFloat);
+      call.counted.assign(call.steps.size(), counted);
       calls_.push_back(std::move(call));
     }
   }
@@ -134,8 +152,7 @@ class AdamWParameters {
         const auto expected = key == "step" ? at::IntArrayRef() : parameters_[i].sizes();
         TORCH_CHECK(found.sizes() == expected, "load: ", place, ": entry '", key, "' has shape ", found.sizes(),
                     ", expected ", expected);
-        const auto dtype = key == "step" ? at::kFloat : parameters_[i].scalar_type();
-        tensor = found.to(parameters_[i].device(), dtype);
+        tensor = key == "step" ? found.to(parameters_[i].device(), at::kFloat) : laid_out_as(parameters_[i], found);
       });
       TORCH_CHECK(state.step.defined() == state.mean.defined() && state.mean.defined() == state.square.defined(),
                   "load: ", place, " is incomplete, expected 'step', 'mean' and 'square', or none of them");
@@ -147,6 +164,13 @@ class AdamWParameters {
   void restore(std::vector<State> states) { state_ = std::move(states); }
 
  private:
+  /// The tensor with the parameter's dtype, device and strides, as the fused kernel wants it.
+  static at::Tensor laid_out_as(const at::Tensor& parameter, const at::Tensor& tensor) {
+    const at::Tensor converted = tensor.to(parameter.device(), parameter.scalar_type());
+    if (converted.strides() == parameter.strides()) return converted;
+    return at::empty_like(parameter, parameter.options().requires_grad(false)).copy_(converted);
+  }
+
   /// The entries of a State and their keys in an archive.
   template <class AnyState, class Function>
   static void for_each_entry(AnyState& state, Function function) {

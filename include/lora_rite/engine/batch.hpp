@@ -99,6 +99,9 @@ class Batch {
     }
   }
 
+  /// What is remembered of all pairs. From the second step on its tensors stay where they are.
+  const PairState& state() const { return state_; }
+
   /// The remembered state of pair `index` (k = 1), for a checkpoint.
   PairState pick(int64_t index) const { return state_.pick(index); }
 
@@ -132,7 +135,8 @@ class Batch {
       const double largest = singular[0].item<double>();
       // A factor with fewer rows than r has a null space by its shape.
       const double smallest = x.size(0) < rank_ ? 0.0 : singular[-1].item<double>();
-      factor.condition_number = largest / smallest;
+      const double round_off = std::numeric_limits<double>::epsilon() * static_cast<double>(x.size(0)) * largest;
+      factor.condition_number = smallest > round_off ? largest / smallest : std::numeric_limits<double>::infinity();
       factor.unmagnified_gradient_norm = unmagnified_norm_[s][index].item<double>();
       factor.escaped_mass = state_.moments.escaped_mass[s][index].item<double>();
       const at::Tensor v = state_.moments.second_moment[s][index];

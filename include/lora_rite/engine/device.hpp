@@ -200,6 +200,7 @@ class DeviceBatch final : public Batch {
 
     next_ = state_;  // the same tensors, and those that are new
     writes_.clear();
+    moved_ = {};
     const auto remember = [&](const at::Tensor& old, const at::Tensor& fresh) {
       writes_.emplace_back(old, choose(proceed, fresh, old));
     };
@@ -394,7 +395,11 @@ class DeviceBatch final : public Batch {
   at::Tensor prepare_factors(const at::Tensor& moved, size_t side, const at::Tensor& proceed) {
     const at::Tensor fresh = stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
     const at::Tensor kept = choose(proceed, fresh, factors_[side]);
-    if (factors_[side].scalar_type() != dtype_) next_.master[side] = kept;
+    if (factors_[side].scalar_type() != dtype_) {
+      at::Tensor& master = next_.master[side];
+      if (!master.defined()) master = at::empty_like(kept);
+      writes_.emplace_back(master, kept);  // in place, as all that is remembered: a recorded step reads it there
+    }
     at::Tensor stored = kept.to(dtype_).contiguous();
     const std::vector<bool>& has_gradient = known_has_gradient_[side];
     std::vector<at::Tensor> destinations;

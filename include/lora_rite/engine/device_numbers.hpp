@@ -6,6 +6,11 @@
 
 namespace lora_rite::engine {
 
+/// The tensor on a device. The host waits for what comes to it, since it reads it at once; others do not.
+inline at::Tensor on_device(const at::Tensor& tensor, at::Device device) {
+  return tensor.to(device, /*non_blocking=*/!device.is_cpu());
+}
+
 /// Numbers that the host sets and the device reads, uploaded when they change: a recorded step takes new ones over.
 class DeviceNumbers {
  public:

@@ -76,6 +76,9 @@ class HostBatch final : public Batch {
                 "`load`");
     bool any = false;
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
+      TORCH_CHECK(tensor_of(factor).is_contiguous(), labels_[index_of(factor)], ": factor ",
+                  factor < count() ? "a" : "b", " now has strides ", tensor_of(factor).strides(),
+                  ", expected a contiguous one as in the first step; give it set_data(x.contiguous())");
       const at::Tensor& gradient = tensor_of(factor).grad();
       const bool plain = !gradient.defined() || (gradient.scalar_type() == at::kFloat && gradient.is_contiguous());
       side_of(factor).gradients[index_of(factor)] = plain ? gradient : gradient.to(at::kFloat).contiguous();
@@ -215,7 +218,10 @@ class HostBatch final : public Batch {
 
     static Glimpse of(const at::Tensor& factor) {
       const char* data = static_cast<const char*>(factor.const_data_ptr());
-      const int64_t size = factor.numel(), stride = std::max<int64_t>(1, size / 64);
+      const int64_t size = factor.numel();
+      // No common divisor with the size, hence with neither dimension: else all elements could be of one column.
+      int64_t stride = std::max<int64_t>(1, size / 64);
+      while (std::gcd(stride, size) != 1) ++stride;
       uint64_t bits = 0;
       for (int64_t e = 0; e < size; e += stride) {
         uint32_t element;

@@ -253,6 +253,10 @@ TEST_F(EvaluateClassifier, NonsenseIsRefusedAndNothingWritten) {
     write_bytes(folder_ / "other.tsv", "maybe\t8 9\n");
     options.data = {folder_ / "other.tsv"};
   });
+  expect("/nowhere.tsv", [&](auto& options) {  // before the model and its adapter are looked for
+    options.data.emplace_back("/nowhere.tsv");
+    options.adapter = folder_ / "no-adapter";
+  });
   const Safetensors head = load_safetensors(folder_ / "run/head.safetensors");
   save_safetensors(folder_ / "run/head.safetensors", head.tensors);
   expect("has no JSON list 'labels'", [](auto&) {});
