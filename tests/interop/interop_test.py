@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Adapters and checkpoints between this library and Python's peft and transformers, in both directions.
 
-    interop_test.py PROGRAM       # PROGRAM is interop.cpp, compiled
+    interop_test.py PROGRAM                  # PROGRAM is interop.cpp, compiled
+    interop_test.py PROGRAM MODEL ADAPTER    # a checkpoint and an adapter of `finetune train`, in place of the cases below
 
 Tiny random models of every kind, and SmolLM2-135M where it is at hand (LORA_RITE_SMOLLM2_DIR, .deps/smollm2):
 - PEFT writes an adapter, C++ loads model and adapter: its logits are Python's;
@@ -14,6 +15,7 @@ scripts/setup --tests makes an environment with these libraries, .deps/interop; 
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -183,6 +185,21 @@ def check(folder: pathlib.Path, kind: str, inputs: dict, plain: torch.Tensor, lo
     return good
 
 
+def check_trained(program: str, model: pathlib.Path, adapter: pathlib.Path) -> int:
+    """An adapter that was trained here: PEFT's logits are those of C++."""
+    kind = json.loads((model / "config.json").read_text())["architectures"][0]
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        (folder / "model").symlink_to(model.resolve())
+        facts = prepare(folder, kind, read(kind, model), *SMOLLM2)  # its random adapter gives way to the trained one
+        shutil.rmtree(folder / "peft")
+        (folder / "peft").symlink_to(adapter.resolve())
+        trained = PeftModel.from_pretrained(read(kind, model), adapter).eval()
+        facts["logits"] = logits_of(trained, facts["inputs"])
+        subprocess.run([program, str(folder)], check=True)
+        return 0 if check(folder, **facts) else 1
+
+
 def main(program: str) -> int:
     torch.manual_seed(0)
     smollm2 = pathlib.Path(os.environ.get("LORA_RITE_SMOLLM2_DIR", REPOSITORY / ".deps/smollm2")).resolve()
@@ -207,6 +224,8 @@ def main(program: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        sys.exit(check_trained(sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])))
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1]))
