@@ -127,9 +127,9 @@ class Programs:
 
 def sample_records(source: pathlib.Path, target: pathlib.Path, size: int) -> None:
     """The head of a file of prepare_tasks.py and `size` of its records drawn at random, the same ones at any time; 0: all."""
-    head, *records = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    head, *records = source.read_text(encoding="utf-8").rstrip("\n").split("\n")
     if 0 < size < len(records):
         records = random.Random(0).sample(records, size)
     part = target.with_suffix(".part")
-    part.write_text(head + "".join(records), encoding="utf-8")
+    part.write_text("\n".join([head, *records]) + "\n", encoding="utf-8")
     part.rename(target)

@@ -2,6 +2,8 @@
 
 #include <ATen/core/ivalue.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -24,10 +26,13 @@ class BestSoFar {
                {"measurements_since_best", int64_t{0}}};
   }
 
-  /// Takes the scores after a step into account and returns whether they are the best.
+  /// Takes the scores after a step into account and returns whether they are the best. Where one is no number, as the
+  /// loss of a model that has diverged, none is worth anything: accuracy counts such a model's first class as its
+  /// answer.
   bool take(const Scores& scores, int64_t step) {
     const double found = score_of(scores, headline_.score);
-    if (!headline_.improves(found, score())) {
+    const bool diverged = std::any_of(scores.begin(), scores.end(), [](const auto& s) { return std::isnan(s.second); });
+    if (diverged || !headline_.improves(found, score())) {
       values_["measurements_since_best"] = measurements_since() + 1;
       return false;
     }

@@ -7,6 +7,7 @@ in two equivalent ways (finetune train --init-scale), the gap between its two cu
 
 import argparse
 import json
+import math
 import os
 import sys
 
@@ -32,13 +33,35 @@ def start_of(run: dict) -> str:
     return "usual" if run["init_scale"] == 1 else f"A × {run['init_scale']:g}"
 
 
+def name_of(optimizer: str) -> str:
+    return NAMES.get(optimizer, optimizer)
+
+
+def accuracy_of(run: dict) -> str:
+    """A classifier's, or that of choices; "-" where there is none."""
+    for name in ("test_accuracy", "test_acc"):
+        if run.get(name) is not None:
+            return f"{100 * run[name]:.1f} ± {100 * run[name + '_error']:.1f} %"
+    return "-"
+
+
+def loss_of(run: dict) -> str:
+    if "test_loss" not in run:
+        return "-"
+    return "diverged" if run["test_loss"] is None else f"{run['test_loss']:.4f}"
+
+
+def are_equivalent(runs: list[dict]) -> bool:
+    """Two runs that differ in their start alone?"""
+    return len(runs) == 2 and runs[0]["init_scale"] != runs[1]["init_scale"] and all(
+        runs[0][name] == runs[1][name] for name in ("lr", "seed", "rank", "steps"))
+
+
 def table(runs: list[dict]) -> str:
     header = ["optimizer", "start", "lr", "test accuracy", "test loss", "ms/step", "optimizer share", "optimizer state"]
     rows = [header]
     for run in runs:
-        loss = "diverged" if run["test_loss"] is None else f"{run['test_loss']:.4f}"
-        rows.append([NAMES[run["optimizer"]], start_of(run), f"{run['lr']:g}",
-                     f"{100 * run['test_accuracy']:.1f} ± {100 * run['test_accuracy_error']:.1f} %", loss,
+        rows.append([name_of(run["optimizer"]), start_of(run), f"{run['lr']:g}", accuracy_of(run), loss_of(run),
                      f"{run['ms_per_step']:.0f}", f"{100 * run['optimizer_share']:.1f} %",
                      f"{run['optimizer_state_mb']:.2f} MB"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -55,8 +78,9 @@ def smooth(losses: list[float]) -> list[float]:
     """Exponential average over about ten steps; a batch of 16 alone is too noisy to look at."""
     result, average, weight = [], 0.0, 0.0
     for loss in losses:
-        average, weight = 0.9 * average + 0.1 * loss, 0.9 * weight + 0.1
-        result.append(average / weight)
+        if not math.isnan(loss):  # a step that was skipped
+            average, weight = 0.9 * average + 0.1 * loss, 0.9 * weight + 0.1
+        result.append(average / weight if weight else loss)
     return result
 
 
@@ -79,11 +103,11 @@ def draw(panels: list[tuple[str, list[dict]]], picture: str) -> None:
             label = "usual start" if is_usual else f"equivalent start, {start_of(run)} (same ΔW = 0)"
             curve.plot(range(1, len(run["losses"]) + 1), smooth(run["losses"]), label=label, zorder=2 + is_usual,
                        solid_capstyle="round", **style)
-        curve.set_title(f"{NAMES[optimizer]}, learning rate {runs[0]['lr']:g}", fontweight="bold")
+        curve.set_title(f"{name_of(optimizer)}, learning rate {runs[0]['lr']:g}", fontweight="bold")
         curve.grid(alpha=0.25)
         difference.grid(alpha=0.25)
         difference.set_xlabel("step")
-        if len(runs) == 2:
+        if are_equivalent(runs):
             gaps = gap(*runs)
             difference.semilogy(range(1, len(gaps) + 1), [max(value, 1e-9) for value in gaps], color=INK, linewidth=1)
             difference.set_title(f"gap between the two losses: at most {max(gaps):.1g}", fontsize=10, loc="left")
@@ -105,8 +129,8 @@ def main() -> None:
     panels = [(optimizer, [run for run in runs if run["optimizer"] == optimizer])
               for optimizer in dict.fromkeys(run["optimizer"] for run in runs)]
     for optimizer, members in panels:
-        if len(members) == 2:
-            print(f"{NAMES[optimizer]}: the losses from the two starts differ by at most {max(gap(*members)):.2g}")
+        if are_equivalent(members):
+            print(f"{name_of(optimizer)}: the losses from the two starts differ by at most {max(gap(*members)):.2g}")
     if options.picture:
         draw(panels, options.picture)
 

@@ -10,6 +10,7 @@
 #include "fingerprint.hpp"
 #include "models/config.hpp"
 #include "models/load_model.hpp"
+#include "tasks/evaluate.hpp"
 
 namespace finetune {
 namespace {
@@ -143,6 +144,10 @@ std::unique_ptr<Workload> load_language_workload(const RunOptions& options, cons
     question.completion = std::max(question.completion, completion);
   }
   check_it_fits(options, question, processes);
+  if (options.generate > 0) {  // rather now than after the training
+    const std::filesystem::path scratch = std::filesystem::path(options.out) / concat("tried.", processes.rank);
+    decode_tokens({{0}}, {options.model, options.max_length, options.python}, scratch);
+  }
   return std::make_unique<LanguageWorkload>(options, load_model(options.model, question.dtype), std::move(data));
 }
 

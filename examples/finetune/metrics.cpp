@@ -1,5 +1,8 @@
 #include "metrics.hpp"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <limits>
 #include <sstream>
 #include <string>
@@ -52,15 +55,7 @@ std::vector<StepRecord> read_records(const std::filesystem::path& path, int64_t 
   return records;
 }
 
-}  // namespace
-
-MetricsLog::MetricsLog(const std::filesystem::path& path, int64_t keep_steps) : path_(path) {
-  const std::vector<StepRecord> kept = keep_steps > 0 ? read_records(path, keep_steps) : std::vector<StepRecord>();
-  file_.open(path, std::ios::trunc);
-  for (const StepRecord& record : kept) write(record);
-}
-
-void MetricsLog::write(const StepRecord& record) {
+nlohmann::ordered_json line_of(const StepRecord& record) {
   nlohmann::ordered_json line = {{"step", record.step},
                                  {"loss", record.loss},
                                  {"lr", record.lr},
@@ -69,8 +64,29 @@ void MetricsLog::write(const StepRecord& record) {
                                  {"tokens", record.tokens}};
   add_scores(line, "validation", record.validation);
   add_scores(line, "test", record.test);
-  write_line(line);
+  return line;
+}
+
+}  // namespace
+
+MetricsLog::MetricsLog(const std::filesystem::path& path, int64_t keep_steps) : path_(path) {
+  if (keep_steps > 0) records_ = read_records(path, keep_steps);
+  replace_file(path, [&](std::ostream& file) {  // whole or not at all: the checkpoint needs these lines
+    for (const StepRecord& record : records_) file << line_of(record).dump() << '\n';
+  });
+  file_.open(path, std::ios::app);
+}
+
+void MetricsLog::write(const StepRecord& record) {
+  write_line(line_of(record));
   records_.push_back(record);
+}
+
+void MetricsLog::sync() const {
+  const int descriptor = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) return;  // nothing that can be helped here; the next line will say so
+  ::fsync(descriptor);
+  ::close(descriptor);
 }
 
 void MetricsLog::write_final(const nlohmann::ordered_json& summary) { write_line(summary); }

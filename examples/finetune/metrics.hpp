@@ -10,7 +10,7 @@
 
 namespace finetune {
 
-/// The run's log: one JSON object a step, then a final one. Lines reach the disk as they are written.
+/// The run's log: one JSON object a step, then a final one. Lines reach the file as they are written.
 class MetricsLog {
  public:
   /// Starts a log anew, or goes on after `keep_steps` steps of the one that is there.
@@ -18,6 +18,9 @@ class MetricsLog {
 
   void write(const StepRecord& record);
   void write_final(const nlohmann::ordered_json& summary);
+
+  /// Brings what was written to the disk.
+  void sync() const;
 
   /// All steps so far, those of an interrupted run included.
   const std::vector<StepRecord>& records() const { return records_; }

@@ -2,6 +2,7 @@
 """Draws the loss curve of one run: plot.py METRICS.jsonl LOSS.png."""
 
 import json
+import math
 import sys
 
 
@@ -27,8 +28,9 @@ def main() -> int:
     losses = [float("nan") if line["loss"] is None else line["loss"] for line in steps]
     smooth, average, weight = [], 0.0, 0.0
     for loss in losses:
-        average, weight = 0.9 * average + 0.1 * loss, 0.9 * weight + 0.1
-        smooth.append(average / weight)
+        if not math.isnan(loss):  # a step that was skipped
+            average, weight = 0.9 * average + 0.1 * loss, 0.9 * weight + 0.1
+        smooth.append(average / weight if weight else loss)
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(x, losses, color="#9ecae1", linewidth=0.8, label="loss of each batch")

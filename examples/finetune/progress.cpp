@@ -31,18 +31,24 @@ std::string show_time(int64_t seconds) {
 
 }  // namespace
 
-void ProgressBar::update(const StepRecord& record) {
-  loss_ = kSmoothing * loss_ + (1 - kSmoothing) * record.loss;
+void ProgressBar::update(const StepRecord& record, double elapsed) {
+  elapsed_ += elapsed;
+  ++updates_;
+  if (std::isfinite(record.loss)) {
+    loss_ = kSmoothing * loss_ + (1 - kSmoothing) * record.loss;
+    loss_weight_ = kSmoothing * loss_weight_ + (1 - kSmoothing);
+  }
   ms_step_ = kSmoothing * ms_step_ + (1 - kSmoothing) * record.ms_step;
   tokens_ = kSmoothing * tokens_ + (1 - kSmoothing) * static_cast<double>(record.tokens);
   weight_ = kSmoothing * weight_ + (1 - kSmoothing);
   if (!is_terminal_ && record.step % log_every_ != 0 && record.step != total_steps_) return;
 
   const double ms_step = ms_step_ / weight_;
-  const auto seconds = std::llround(ms_step * static_cast<double>(total_steps_ - record.step) / 1000);
+  const double left = elapsed_ / static_cast<double>(updates_) * static_cast<double>(total_steps_ - record.step);
+  const auto seconds = std::llround(left / 1000);
   std::ostringstream numbers;
-  numbers << std::setw(4) << record.step << '/' << total_steps_ << "  loss " << fixed(loss_ / weight_, 4) << "  lr "
-          << std::setprecision(3) << record.lr << "  " << fixed(ms_step, 0) << " ms/step  "
+  numbers << std::setw(4) << record.step << '/' << total_steps_ << "  loss " << fixed(loss_ / loss_weight_, 4)
+          << "  lr " << std::setprecision(3) << record.lr << "  " << fixed(ms_step, 0) << " ms/step  "
           << fixed(1000 * tokens_ / ms_step_, 0) << " tokens/s  ETA " << show_time(seconds);
   if (is_terminal_) {
     // \x1b[?7l … h: a narrow terminal cuts the line instead of wrapping it, after which \r would no longer reach its

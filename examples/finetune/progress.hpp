@@ -14,7 +14,8 @@ class ProgressBar {
   ProgressBar(std::ostream& out, bool is_terminal, int64_t total_steps, int64_t log_every)
       : out_(out), is_terminal_(is_terminal), total_steps_(total_steps), log_every_(log_every) {}
 
-  void update(const StepRecord& record);
+  /// `elapsed` milliseconds since the last call, in which there were measurements and checkpoints beside the step.
+  void update(const StepRecord& record, double elapsed);
 
   /// Ends the bar's line, so that other output can follow.
   void finish();
@@ -25,8 +26,12 @@ class ProgressBar {
   int64_t total_steps_;
   int64_t log_every_;
   bool line_open_ = false;
-  // Exponential averages; dividing by `weight_` makes up for their start at zero.
+  double elapsed_ = 0;
+  int64_t updates_ = 0;
+  // Exponential averages; dividing by their weight makes up for their start at zero. A loss that is no number (a step
+  // that was skipped, say) is left out.
   double loss_ = 0;
+  double loss_weight_ = 0;
   double ms_step_ = 0;
   double tokens_ = 0;
   double weight_ = 0;

@@ -116,7 +116,13 @@ class Commands:
             print(shlex.join(command))
             return
         say(shlex.join(command))
-        code = subprocess.run(command).returncode
+        with subprocess.Popen(command) as process:
+            while True:  # Ctrl-C reaches the program, too, which saves before it ends
+                try:
+                    code = process.wait()
+                    break
+                except KeyboardInterrupt:
+                    pass
         if code != 0:
             if code in (130, -2):
                 say("stopped; the same command goes on")
@@ -213,7 +219,8 @@ class Plan:
                 self.hold_out(whole, name)
 
     def hold_out(self, whole: pathlib.Path, name: str) -> None:
-        header, *records = whole.read_text(encoding="utf-8").splitlines()
+        # Not by splitlines: a text may hold a separator that only Python takes for the end of a line.
+        header, *records = whole.read_text(encoding="utf-8").rstrip("\n").split("\n")
         step = max(HELD_OUT, math.ceil(len(records) / MOST_HELD_OUT)) if len(records) >= HELD_OUT else 2
         held_out, train = records[::step], [record for at, record in enumerate(records) if at % step]
         if not held_out or not train:
@@ -303,9 +310,14 @@ class Plan:
         optimizer = next(iter(self.options.rates))
         folder = self.options.out / "memory"
         words = self.train_options(name, optimizer, "1e-4", 0)
-        words[words.index("--out") + 1] = folder
-        asked = subprocess.run([str(word) for word in [self.options.finetune, "train", *words, "--overwrite",
-                                                       "--memory-limit", "1e-9"]], capture_output=True, text=True)
+        words = [str(word) for word in words]
+        words[words.index("--out") + 1] = str(folder)
+        if "--memory-limit" in words:
+            at = words.index("--memory-limit")
+            words[at:at + 2] = []
+        words = [word for word in words if not word.startswith("--memory-limit=")]
+        asked = subprocess.run([str(self.options.finetune), "train", *words, "--overwrite", "--memory-limit", "1e-9"],
+                               capture_output=True, text=True)
         sum_of = re.search("the run needs about (.*?), but may take .*?: (.*?);", asked.stderr)
         if sum_of is None:
             sys.exit(f"reproduce: {asked.stderr.strip()}")

@@ -15,6 +15,7 @@
 
 #include "best_so_far.hpp"
 #include "error.hpp"
+#include "files.hpp"
 #include "interrupt.hpp"
 #include "metrics.hpp"
 #include "optimizers.hpp"
@@ -113,13 +114,16 @@ void save(const std::filesystem::path& path, const lora_rite::TrainingState& sta
   }
 }
 
-// That of another run, which --overwrite replaces.
-void remove_best(const std::filesystem::path& folder) {
-  for (const char* name : {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"}) {
-    std::filesystem::remove(folder / name);
+// Those of another run, which --overwrite replaces: its checkpoint must not be taken for one of this run.
+void remove_files_of_a_run(const std::filesystem::path& folder) {
+  std::filesystem::remove(folder / "checkpoint.pt");
+  for (const auto& part : {folder, folder / "best"}) {
+    for (const char* name : {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"}) {
+      std::filesystem::remove(part / name);
+    }
   }
   std::error_code not_empty;
-  std::filesystem::remove(folder, not_empty);
+  std::filesystem::remove(folder / "best", not_empty);
 }
 
 // What the library throws says what is wrong with the file; the way out is this program's to tell.
@@ -162,8 +166,10 @@ Outcome run_training(const RunOptions& options, Workload& workload, bool resume,
   if (processes.size > 1) processes.check_same(describe_start(workload, state.step));
   std::optional<MetricsLog> log;
   if (processes.is_first()) {
+    if (!resume) remove_files_of_a_run(folder);
+    // Written once nothing can be wrong with the input any more: --resume believes in it.
+    write_json(folder / "run.json", options);
     log.emplace(folder / "metrics.jsonl", state.step);
-    if (!resume) remove_best(folder / "best");
   }
 
   const bool validates = workload.has(Split::Validation);
@@ -176,6 +182,7 @@ Outcome run_training(const RunOptions& options, Workload& workload, bool resume,
   };
   ProgressBar progress(display.out, display.is_terminal, options.steps, options.log_every);
   const InterruptGuard interrupt;
+  Stopwatch since_update(/*on_gpu=*/false);  // a step has been waited for by then
   workload.model().train();
   while (!has_ended() && !processes.any(interrupt.requested())) {
     at::manual_seed(dropout_seed(options.seed, state.step, processes.rank));
@@ -193,22 +200,27 @@ Outcome run_training(const RunOptions& options, Workload& workload, bool resume,
       record.test = workload.evaluate(Split::Test, processes);
     }
     if (log) log->write(record);
-    progress.update(record);
+    progress.update(record, since_update.milliseconds());
+    since_update = Stopwatch(/*on_gpu=*/false);
     if (!news.empty()) {
       progress.finish();
       display.out << news << std::endl;
     }
-    if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0) save(checkpoint, state, processes);
+    if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0) {
+      if (log) log->sync();  // a checkpoint with fewer lines of the log than steps would be refused
+      save(checkpoint, state, processes);
+    }
     if (display.after_step) display.after_step(record);
   }
   progress.finish();
+  if (log) log->sync();
   save(checkpoint, state, processes);
   if (!has_ended()) return Outcome::Interrupted;
 
+  if (log) workload.save(folder);  // before the test, which may still fail
   const Scores test = final_test(workload, log, processes);
   const double megabytes = state_megabytes(training);
   if (!log) return Outcome::Finished;
-  workload.save(folder);
   nlohmann::ordered_json summary = summarize(options, workload, log->records(), processes);
   add_scores(summary, "test", test);
   if (validates) {

@@ -312,6 +312,22 @@ const Scenario differences("differences", [](const Process& process) {
       return RowSharding{!last, true};
     });
   });
+  {
+    // Heads are stepped by every process: their options must agree as well.
+    ShardedLoraRite<> with_head(process.group, pairs, some_options());
+    const torch::Tensor head = torch::zeros({3}).requires_grad_();
+    with_head.add_parameters({head}, torch::optim::AdamWOptions(1e-3).weight_decay(last ? 0.1 : 0));
+    set_gradients(pairs, 1);
+    expect_error(process, "group 1: weight_decay 0.1", [&] { with_head.step(); });
+  }
+  {
+    // Pairs of one shape that are divided differently are refused, however often it is tried.
+    RowShardedLoraRite<> rows(process.group, {pairs[0]}, some_options());
+    const int64_t in = last ? 20 : 28;
+    rows.add_pairs({random_pair("x", 4, 24, 16), random_pair("y", 4, in, 16)}, some_options());
+    for (int i = 0; i < 2; ++i)
+      expect_error(process, "have the same shape and are divided differently", [&] { rows.step(); });
+  }
   ShardedLoraRite<> optimizer(process.group, pairs, some_options());
   const auto before = clone_pairs(pairs);
   set_gradients(pairs, 1);
@@ -494,6 +510,26 @@ const Scenario overlapped_errors("overlapped errors", [](const Process& process)
     const auto own = gradients_of(parameters);
     expect_error(process, c10::str("1 of ", process.size, " processes gave this step up"), [&] { averager.finish(); });
     expect_gradients(parameters, own);
+  }
+
+  // A gradient that cannot be averaged, in one process: nobody waits for it.
+  for (const bool overlapped : {true, false}) {
+    clear_gradients(parameters);
+    {
+      const GradientAverager::Pause pause(averager);
+      some_loss(parameters, process.rank, kAll).backward();
+    }
+    if (process.rank == 1) {
+      at::Tensor parameter = parameters[0];
+      parameter.mutable_grad() = parameter.grad().to_sparse();
+    }
+    const std::string expected = process.rank == 1 ? "the gradient of parameter 0 has layout Sparse"
+                                 : overlapped      ? "processes gave this step up"
+                                                   : "processes have a gradient that is not dense";
+    expect_error(process, expected, [&] {
+      if (overlapped) return averager.finish();
+      average_gradients(parameters, process.group);
+    });
   }
 
   // And on.

@@ -21,6 +21,13 @@ RunOptions llama_options() {
   return options;
 }
 
+// In place of Python and its tokenizer: every text is "Yes."
+std::string write_yes_sayer(const std::filesystem::path& path) {
+  std::ofstream(path) << "#!/bin/sh\nwhile read -r line; do echo '\"Yes.\"'; done <\"$5\" >\"$7\"\n";
+  std::filesystem::permissions(path, std::filesystem::perms::owner_all);
+  return path.string();
+}
+
 // The module names that have an adapter, in the order of the model.
 std::vector<std::string> adapted(Workload& workload) {
   std::vector<std::string> names;
@@ -154,7 +161,12 @@ TEST(LanguageWorkload, IsMadeOfTheRunsFilesAndMeasuredByWhatTheyHold) {
   options.memory_limit = 0;
   options.test = options.validation;
   options.generate = 3;
+  options.out = folder.string();
+  options.python = write_yes_sayer(folder / "python3");
   EXPECT_NO_THROW(make_workload(options, {}));
+  options.python = "/nowhere/python3";
+  EXPECT_NE(error_of([&] { make_workload(options, {}); }).find("decoding failed"), std::string::npos)
+      << "found out before the training";
   options.test = write_choices(folder / "test.jsonl");
   EXPECT_NE(error_of([&] { make_workload(options, {}); }).find("has choices, after which there is nothing to write"),
             std::string::npos);
@@ -167,13 +179,9 @@ TEST(LanguageWorkload, IsMadeOfTheRunsFilesAndMeasuredByWhatTheyHold) {
 
 TEST(LanguageWorkload, WhatItWritesIsScoredToo) {
   const TemporaryFolder folder;
-  // In place of Python and its tokenizer: every text is "Yes."
-  const auto interpreter = folder / "python3";
-  std::ofstream(interpreter) << "#!/bin/sh\nwhile read -r line; do echo '\"Yes.\"'; done <\"$5\" >\"$7\"\n";
-  std::filesystem::permissions(interpreter, std::filesystem::perms::owner_all);
   RunOptions options = llama_options();
   options.out = folder.string();
-  options.python = interpreter.string();
+  options.python = write_yes_sayer(folder / "python3");
   options.generate = 3;
   LanguageWorkload workload(options, load_model(model_golden("llama")), tiny_language_data());
   const Scores scores = workload.evaluate(Split::Test, {});

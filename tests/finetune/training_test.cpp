@@ -3,7 +3,9 @@
 #include <csignal>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 
+#include "best_so_far.hpp"
 #include "files.hpp"
 #include "finetune/models/support.hpp"
 #include "interrupt.hpp"
@@ -474,10 +476,45 @@ TEST(InterruptGuard, OneSignalAsksAndItsEffectEndsWithTheGuard) {
   EXPECT_EQ(now.sa_handler, SIG_DFL) << "a second Ctrl-C ends the program";
 }
 
+TEST(Overwrite, LeavesNothingOfTheRunBefore) {
+  const TemporaryFolder folder;
+  RunOptions options = tiny_options(folder.string(), "rite");
+  EXPECT_EQ(run_tiny(options).outcome, Outcome::Finished);
+  EXPECT_TRUE(std::filesystem::exists(folder / "checkpoint.pt"));
+  EXPECT_TRUE(std::filesystem::exists(folder / "adapter_model.safetensors"));
+
+  // Another run in its place, killed before its first checkpoint.
+  options.lr *= 2;
+  options.checkpoint_every = 0;
+  EXPECT_THROW(run_tiny(options, false, [](const StepRecord&) { throw std::runtime_error("killed"); }),
+               std::runtime_error);
+  EXPECT_FALSE(std::filesystem::exists(folder / "checkpoint.pt"));
+  EXPECT_FALSE(std::filesystem::exists(folder / "adapter_model.safetensors"));
+  EXPECT_EQ(read_json(folder / "run.json")["lr"], options.lr);
+  EXPECT_NE(error_of([&] { run_tiny(options, true); }).find("checkpoint.pt"), std::string::npos);
+
+  // Options that cannot be: the run that is there stays.
+  options.optimizer = "adam";
+  options.clip = 2;
+  const std::string before = read_file(folder / "run.json");
+  EXPECT_NE(error_of([&] { run_tiny(options); }).find("--clip"), std::string::npos);
+  EXPECT_EQ(read_file(folder / "run.json"), before);
+}
+
+TEST(BestSoFar, ADivergedModelIsNoneHoweverManyItsFirstClassGetsRight) {
+  std::map<std::string, c10::IValue> values;
+  BestSoFar best({"accuracy", /*higher_is_better=*/true}, values);
+  EXPECT_FALSE(best.take({{"accuracy", 0.9}, {"loss", std::nan("")}}, 1));
+  EXPECT_TRUE(best.take({{"accuracy", 0.2}, {"loss", 1.0}}, 2));
+  EXPECT_FALSE(best.take({{"accuracy", 0.9}, {"loss", std::nan("")}}, 3));
+  EXPECT_EQ(best.step(), 2);
+  EXPECT_EQ(best.measurements_since(), 1);
+}
+
 TEST(ProgressBar, ShowsPositionLossAndTimeLeft) {
   std::ostringstream out;
   ProgressBar bar(out, /*is_terminal=*/true, 120, 10);
-  bar.update({60, 0.5, 1e-3, 250, 10, 100});
+  bar.update({60, 0.5, 1e-3, 250, 10, 100}, 250);
   EXPECT_EQ(
       out.str(),
       "\r\x1b[?7l[===============>              ]   60/120  loss 0.5000  lr 0.001  250 ms/step  400 tokens/s  ETA "
@@ -489,12 +526,22 @@ TEST(ProgressBar, ShowsPositionLossAndTimeLeft) {
 TEST(ProgressBar, PrintsPlainLinesWhereThereIsNoTerminal) {
   std::ostringstream out;
   ProgressBar bar(out, /*is_terminal=*/false, 7, 3);
-  for (int64_t step = 1; step <= 7; ++step) bar.update({step, 1, 1e-3, 1000, 10, 5});
+  for (int64_t step = 1; step <= 7; ++step) bar.update({step, 1, 1e-3, 1000, 10, 5}, 1000);
   bar.finish();
   EXPECT_EQ(out.str(),
             "     3/7  loss 1.0000  lr 0.001  1000 ms/step  5 tokens/s  ETA 0:04\n"
             "     6/7  loss 1.0000  lr 0.001  1000 ms/step  5 tokens/s  ETA 0:01\n"
             "     7/7  loss 1.0000  lr 0.001  1000 ms/step  5 tokens/s  ETA 0:00\n");
+}
+
+TEST(ProgressBar, CountsMeasurementsToTheTimeLeftAndLeavesOutALossThatIsNoNumber) {
+  std::ostringstream out;
+  ProgressBar bar(out, /*is_terminal=*/false, 100, 1);
+  bar.update({1, 2, 1e-3, 1000, 10, 5}, 1000);
+  bar.update({2, std::nan(""), 1e-3, 1000, 10, 5}, 1000);
+  bar.update({3, 2, 1e-3, 1000, 10, 5}, 28000);
+  EXPECT_NE(out.str().find("3/100  loss 2.0000  lr 0.001  1000 ms/step  5 tokens/s  ETA 16:10"), std::string::npos)
+      << out.str();
 }
 
 }  // namespace

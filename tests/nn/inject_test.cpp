@@ -508,6 +508,57 @@ TEST(InjectedModel, DeletesAnAdapterEverywhereAndNamesTheOnesThereAre) {
   EXPECT_TRUE(model->head->active().empty());
 }
 
+TEST(InjectedModel, DeletesAnAdapterByANameThatIsItsOwn) {
+  Small model;
+  const std::string one = "an adapter whose name is not short", two = "two";
+  inject_lora(*model, lora_config(2, 4, {"0", "head"}), one);
+  inject_lora(*model, lora_config(2, 4, {"0", "head"}), two);
+  nn::set_active_adapters(*model, {one, two});
+  nn::delete_adapter(*model, model->head->active()[0]);
+  EXPECT_EQ(nn::adapter_names(*model), std::vector<std::string>{two});
+  model->head->delete_adapter(model->head->active()[0]);
+  EXPECT_TRUE(model->head->adapter_names().empty());
+}
+
+TEST(InjectedModel, AnAdapterThatIsActiveElsewhereIsActiveOnFurtherLayersToo) {
+  Small model;
+  inject_lora(*model, lora_config(2, 4, {"head"}), "x");
+  inject_lora(*model, lora_config(2, 4, {"0"}), "y");
+  inject_lora(*model, lora_config(2, 4, {"0"}), "x");
+  const auto& layer = dynamic_cast<nn::LoraLayer&>(*model->body->ptr(0));
+  EXPECT_EQ(layer.active(), std::vector<std::string>{"x"});
+  EXPECT_TRUE(layer.adapter("x").a.requires_grad());
+  EXPECT_FALSE(layer.adapter("y").a.requires_grad());
+}
+
+TEST(InjectedModel, TrainedWhileMergedIsAnErrorWhicheverFactorIsTrained) {
+  for (const bool only_b : {true, false}) {
+    Small model;
+    inject_lora(*model, lora_config(2, 4, {"head"}));
+    torch::Tensor frozen = only_b ? model->head->adapter("default").a : model->head->adapter("default").b;
+    frozen.set_requires_grad(false);
+    model->head->merge();
+    model->train();
+    EXPECT_TRUE(mentions(error_of([&] { model->forward(torch::tensor({1, 2})); }), "in training mode while merged"));
+  }
+}
+
+/// The patterns of a file from anywhere: neither the stack nor the time runs out.
+TEST(InjectNames, PatternsOfAHostileFileAreRefusedOrMatchedSoon) {
+  Small model;
+  LoraConfig config = lora_config(2, 4);
+  config.target_modules = std::string(100000, '(');
+  EXPECT_TRUE(mentions(error_of([&] { inject_lora(*model, config); }), "target_modules is a pattern of 100000"));
+  config.target_modules = std::string(4000, '(') + std::string(4000, ')');
+  EXPECT_TRUE(mentions(error_of([&] { inject_lora(*model, config); }), "4000 opening brackets"));
+#ifdef __GLIBCXX__
+  torch::nn::Module nested("nested");
+  nested.register_module(std::string(60, 'a'), nn::LoraLinear(3, 2));
+  config.target_modules = "(([a-z]*)*)*!";  // backtracking would take 2^60 steps
+  EXPECT_TRUE(mentions(error_of([&] { inject_lora(nested, config); }), "names no module"));
+#endif
+}
+
 TEST(TrainableParameters, PrintsAsPeftDoes) {
   EXPECT_EQ((nn::TrainableParameters{294912, 109777152}.text()),
             "trainable params: 294,912 || all params: 109,777,152 || trainable%: 0.2686");

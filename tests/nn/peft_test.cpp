@@ -339,6 +339,45 @@ TEST(PeftAdapter, NamesModulesWhereTheConfigWouldMeanOthers) {
   EXPECT_EQ(peft_adapter(nested).config.target_modules, ModuleNames(std::vector<std::string>{"b.0"}));
 }
 
+TEST(PeftAdapter, NamesALayerWhoseNameIsTheEndOfAnothersByAPattern) {
+  torch::manual_seed(7);
+  const auto make = [] {
+    auto model = std::make_shared<torch::nn::Module>("model");
+    const auto block = std::make_shared<torch::nn::Module>("block");
+    model->register_module("head", nn::LoraLinear(3, 2));
+    model->register_module("aux", block);
+    block->register_module("head", nn::LoraLinear(3, 2));
+    return model;
+  };
+  const auto model = make();
+  dynamic_cast<nn::LoraLayer&>(*model->named_children()["head"]).add_adapter("default", testing::lora_config(2, 3));
+  const Adapter adapter = through_files(peft_adapter(*model));
+  EXPECT_EQ(adapter.config.target_modules, ModuleNames(std::string("head")));
+  EXPECT_EQ(inject_adapter(*make(), adapter).size(), 1U);
+}
+
+TEST(InjectAdapter, TakesBaseWeightsThatPeftWroteBesideTheFactors) {
+  torch::manual_seed(8);
+  Small model;
+  const auto base = copies_of(nn::base_state(*model));
+  inject_lora(*model, testing::lora_config(2, 4, {"embed", "head"}));
+  randomize_factors(*model);
+  Adapter adapter = through_files(peft_adapter(*model));
+  adapter.tensors["embed.base_layer.weight"] = torch::randn({9, 4});
+  Small other = plain_copy(base);
+  inject_adapter(*other, adapter);
+  EXPECT_TRUE(torch::equal(other->embed->base_layer()->weight, adapter.tensors["embed.base_layer.weight"]));
+  EXPECT_TRUE(torch::equal(other->head->base_layer()->weight, model->head->base_layer()->weight));
+
+  Small third = plain_copy(base);
+  adapter.tensors["embed.base_layer.weight"] = torch::randn({8, 4});
+  EXPECT_TRUE(mentions(error_of([&] { inject_adapter(*third, adapter); }), "embed.base_layer.weight"));
+  adapter.tensors.erase("embed.base_layer.weight");
+  adapter.tensors["norm.base_layer.weight"] = torch::randn({4});
+  EXPECT_TRUE(mentions(error_of([&] { inject_adapter(*third, adapter); }), "unexpected: 'norm.base_layer.weight'"));
+  EXPECT_TRUE(third->embed->adapter_names().empty());
+}
+
 TEST(PeftAdapter, NamesTheLayersOfAllLinear) {
   torch::nn::Module model("model");
   for (const char* name : {"q", "v", "lm_head"}) model.register_module(name, nn::LoraLinear(3, 3));

@@ -22,6 +22,7 @@
 #include "models/config.hpp"
 #include "sentence_workload.hpp"
 #include "table.hpp"
+#include "tasks/evaluate.hpp"
 #include "tasks/measure.hpp"
 #include "tokenize.hpp"
 
@@ -74,8 +75,15 @@ void check_values(const EvaluateOptions& options, bool is_classifier) {
   if (!options.texts.empty() && options.generate == 0) {
     fail("--texts ", options.texts.string(), ": nothing is written without --generate; give the number of tokens");
   }
-  if (!is_classifier) return;
+  const EvaluateOptions defaults;
+  if (!is_classifier) {
+    if (options.max_length != defaults.max_length) {
+      fail("--max-length ", options.max_length, ": prepare_tasks.py has cut a language model's texts; leave it out");
+    }
+    return;
+  }
   const char* reason = ": a sentence classifier (model_type bert) has no such option; leave it out";
+  if (options.batch != defaults.batch) fail("--batch ", options.batch, reason);
   if (options.generate > 0) fail("--generate", reason);
   if (options.dtype != "float32") fail("--dtype ", options.dtype, reason);
 }
@@ -90,10 +98,11 @@ std::vector<Result> measure_language(const EvaluateOptions& options) {
            " has choices, after which there is nothing to write; ", "leave it out, or measure that file by itself");
     }
   }
-  const auto model = load_adapted_language_model(options.model, options.adapter, parse_dtype("--dtype", options.dtype),
-                                                 torch::Device(options.device));
   const TokenizerOptions tokenizer{options.model, options.max_length, options.python};
   const Scratch scratch;
+  if (options.generate > 0) decode_tokens({{0}}, tokenizer, scratch / "tried");  // rather now than after the work
+  const auto model = load_adapted_language_model(options.model, options.adapter, parse_dtype("--dtype", options.dtype),
+                                                 torch::Device(options.device));
   std::vector<Result> results;
   for (size_t index = 0; index < tests.size(); ++index) {
     Result result{

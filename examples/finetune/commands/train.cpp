@@ -302,8 +302,8 @@ void check_combinations(const RunOptions& options) {
 RunOptions saved_options(const CLI::App& app, const RunOptions& given) {
   for (const CLI::Option* option : app.get_options()) {
     const std::string name = option->get_name();
-    const bool allowed =
-        name == "--resume" || name == "--out" || name == "--python" || name == "--log-every" || name == "--timeout";
+    const bool allowed = name == "--resume" || name == "--out" || name == "--python" || name == "--log-every" ||
+                         name == "--timeout" || name == "--memory-limit";
     if (option->count() > 0 && !allowed) {
       fail(name, " cannot be combined with --resume, which takes it from ", given.out,
            "/run.json; leave it out, or start a new run in another --out");
@@ -325,6 +325,7 @@ RunOptions saved_options(const CLI::App& app, const RunOptions& given) {
   if (app.count("--python") > 0) saved.python = given.python;
   if (app.count("--log-every") > 0) saved.log_every = given.log_every;
   if (app.count("--timeout") > 0) saved.timeout = given.timeout;
+  if (app.count("--memory-limit") > 0) saved.memory_limit = given.memory_limit;
   return saved;
 }
 

@@ -9,7 +9,6 @@
 
 #include "commands/train.hpp"
 #include "error.hpp"
-#include "files.hpp"
 #include "process_group.hpp"
 #include "subprocess.hpp"
 #include "trainer.hpp"
@@ -68,9 +67,6 @@ int train(const TrainCommand& command) {
   if (options.threads > 0) at::set_num_threads(static_cast<int>(options.threads));
 
   const std::unique_ptr<Workload> workload = make_workload(options, processes);
-  // Written once nothing can be wrong with the input any more: --resume believes in it.
-  if (processes.is_first()) write_json(options.out + "/run.json", options);
-
   out << options.optimizer << " on " << workload->title() << ": " << options.steps << " steps of " << options.batch
       << ", rank " << options.rank << ", lr " << options.lr << ", " << at::get_num_threads() << " threads"
       << (processes.size > 1 ? concat(", ", processes.size, " processes") : "") << std::endl;

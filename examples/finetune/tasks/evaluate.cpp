@@ -141,6 +141,9 @@ ChoiceScores score_choices(const std::vector<ChoiceRecord>& records,
   for (size_t record = 0; record < records.size(); ++record) {
     const auto is_right = [&](const auto& length) {
       const std::vector<double>& sums = log_likelihoods[record];
+      for (const double sum : sums) {
+        if (std::isnan(sum)) return sum;  // a model that has diverged prefers nothing
+      }
       size_t best = 0;
       for (size_t choice = 1; choice < sums.size(); ++choice) {
         if (sums[choice] / length(choice) > sums[best] / length(best)) best = choice;

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/optim/optimizer.h>
 
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -23,6 +24,16 @@ inline constexpr const char* kAveraging = "averaging gradients";
 inline void check_dense(const char* who, size_t parameter, const at::Tensor& gradient) {
   TORCH_CHECK(!gradient.defined() || gradient.layout() == at::kStrided, who, ": the gradient of parameter ", parameter,
               " has layout ", gradient.layout(), ", expected a dense one");
+}
+
+/// What check_dense throws for one of these, kept until the other processes, which wait for this one, have its message.
+inline std::exception_ptr complaint_of(const char* who, const std::vector<torch::Tensor>& parameters) {
+  try {
+    for (size_t i = 0; i < parameters.size(); ++i) check_dense(who, i, parameters[i].grad());
+  } catch (const c10::Error&) {
+    return std::current_exception();
+  }
+  return nullptr;
 }
 
 inline std::vector<torch::Tensor> parameters_of(const torch::optim::Optimizer& optimizer) {
@@ -59,13 +70,15 @@ inline void average_gradients(const std::vector<torch::Tensor>& parameters, cons
   at::NoGradGuard no_grad;
   if (parameters.empty()) return;
   detail::Collectives collectives(group);
+  const std::exception_ptr complaint = detail::complaint_of("average_gradients", parameters);
+  // Who has a gradient, and behind that who has one that cannot be used.
   std::vector<int> own;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    const at::Tensor& gradient = parameters[i].grad();
-    detail::check_dense("average_gradients", i, gradient);
-    own.push_back(gradient.defined() ? 1 : 0);
-  }
+  for (const at::Tensor& parameter : parameters) own.push_back(parameter.grad().defined() ? 1 : 0);
+  own.push_back(complaint ? 1 : 0);
   const auto counts = detail::total_counts(own, parameters[0].device(), collectives);
+  if (complaint) std::rethrow_exception(complaint);
+  TORCH_CHECK(counts.back() == 0, "average_gradients: ", counts.back(), " of ", collectives.size(),
+              " processes have a gradient that is not dense, expected none; the gradients are as they were");
   std::vector<at::Tensor> gradients;
   for (size_t i = 0; i < parameters.size(); ++i)
     if (counts[i] > 0) gradients.push_back(detail::gradient_or_zeros(parameters[i]));
@@ -202,14 +215,15 @@ class GradientAverager {
   /// In the same order in all processes, whatever the order in which gradients arrive.
   size_t next_bucket() const { return members_.size() - 1 - messages_.size(); }
 
-  void send() {
+  /// Of a step that is given up only the length counts.
+  void send(bool gives_up = false) {
     const at::NoGradGuard no_grad;
     const size_t bucket = next_bucket();
     std::vector<at::Tensor> gradients;
     for (const size_t i : members_[bucket]) {
       const at::Tensor& gradient = parameters_[i].grad();
-      detail::check_dense("GradientAverager", i, gradient);
-      gradients.push_back(gradient.defined() ? gradient : at::zeros_like(parameters_[i]));
+      if (!gives_up) detail::check_dense("GradientAverager", i, gradient);
+      gradients.push_back(gradient.defined() && !gives_up ? gradient : at::zeros_like(parameters_[i]));
     }
     const at::Tensor sum = detail::flat(gradients);
     messages_.push_back({bucket, sum, collectives_.start_reduce(sum, detail::kAveraging)});
@@ -223,16 +237,19 @@ class GradientAverager {
       GradientAverager& averager;
       ~Restart() { averager.restart(); }
     } const restart_at_the_end{*this};
-    while (messages_.size() < members_.size()) send();
+    const std::exception_ptr complaint = gives_up ? nullptr : detail::complaint_of("GradientAverager", parameters_);
+    gives_up = gives_up || complaint != nullptr;
+    while (messages_.size() < members_.size()) send(gives_up);
     // Who has a gradient, and behind that who gave up.
     std::vector<int> own;
     for (const at::Tensor& parameter : parameters_) own.push_back(parameter.grad().defined() ? 1 : 0);
     own.push_back(gives_up ? 1 : 0);
     const auto counts = detail::total_counts(own, parameters_[0].device(), collectives_);
     for (const Message& message : messages_) collectives_.finish(message.pending, detail::kAveraging);
+    if (complaint) std::rethrow_exception(complaint);
     if (gives_up) return;
     TORCH_CHECK(counts.back() == 0, "GradientAverager: ", counts.back(), " of ", collectives_.size(),
-                " processes gave this step up by reset(), expected finish() in all; ",
+                " processes gave this step up, by reset() or with an error, expected finish() in all; ",
                 "the gradients are as they were");
     for (const Message& message : messages_) {
       std::vector<at::Tensor> targets;

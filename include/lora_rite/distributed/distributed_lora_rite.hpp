@@ -75,6 +75,11 @@ class DistributedLoraRite : public LoraRite<Basis> {
         for (size_t p = 0; p < this->pairs_of(g).size(); ++p)
           text << this->label_of(g, p) << ": " << describe(this->pairs_of(g)[p]) << "\n";
       } else {
+        const auto& adamw = static_cast<const torch::optim::AdamWOptions&>(group.options());
+        text << place << "betas " << std::get<0>(adamw.betas()) << " " << std::get<1>(adamw.betas()) << "\n"
+             << place << "eps " << adamw.eps() << "\n"
+             << place << "weight_decay " << adamw.weight_decay() << "\n"
+             << place << "amsgrad " << adamw.amsgrad() << "\n";
         for (const auto& parameter : group.params())
           text << place << "a parameter " << parameter.scalar_type() << parameter.sizes() << "\n";
       }

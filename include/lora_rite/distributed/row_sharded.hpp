@@ -63,8 +63,18 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
                     shape(pair.b, 0, sharding.b));
   }
 
-  /// Every process tells its rows.
+  /// Every process tells its rows. Where they do not fit nothing is remembered, in any process.
   void divide() override {
+    const size_t known = rows_.size();
+    try {
+      gather_rows();
+    } catch (...) {
+      rows_.resize(known);
+      throw;
+    }
+  }
+
+  void gather_rows() {
     for (size_t g = rows_.size(); g < this->group_count(); ++g) {
       const auto& pairs = this->pairs_of(g);
       std::vector<int64_t> own;

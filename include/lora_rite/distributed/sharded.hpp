@@ -117,7 +117,7 @@ class ShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
     bytes = this->collectives().broadcast_bytes(bytes, owner(group, pair), this->device(), "gathering a checkpoint");
     std::istringstream stream(bytes);
     torch::serialize::InputArchive received;
-    received.load_from(stream);
+    received.load_from(stream, at::Device(at::kCPU));  // the owner's device may not be here
     const FactorPair& factors = this->pairs_of(group)[pair];
     const auto wide_dtype = factors.a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     PairState::load(received, this->label_of(group, pair), {factors.a.sizes().vec(), factors.b.sizes().vec()},

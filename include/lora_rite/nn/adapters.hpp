@@ -104,7 +104,7 @@ inline void enable_adapters(torch::nn::Module& model, bool enabled) {
 }
 
 /// LoraLayer::delete_adapter for every layer that has it. Throws c10::Error if none does.
-inline void delete_adapter(torch::nn::Module& model, const std::string& adapter) {
+inline void delete_adapter(torch::nn::Module& model, std::string adapter) {  // a copy: it may be a name that goes
   for (const auto& [name, layer] : detail::layers_with("delete_adapter", model, {adapter})) {
     if (layer->has_adapter(adapter)) layer->delete_adapter(adapter);
   }

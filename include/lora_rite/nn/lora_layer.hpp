@@ -289,7 +289,8 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     clear_adapters();
   }
 
-  void delete_adapter(const std::string& name) override {
+  void delete_adapter(const std::string& which) override {
+    const std::string name = which;  // which may be one of `active_`
     const LoraAdapter& found = adapter(name);
     if (found.initial_a.defined()) {
       torch::NoGradGuard no_grad;
@@ -425,7 +426,10 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
   }
 
   bool any_trainable() const {
-    return std::any_of(active_.begin(), active_.end(), [&](const auto& name) { return find(name)->a.requires_grad(); });
+    return std::any_of(active_.begin(), active_.end(), [&](const auto& name) {
+      const LoraAdapter& adapter = *find(name);
+      return adapter.a.requires_grad() || adapter.b.requires_grad();
+    });
   }
 
   /// The base layer with `effective_weight()`, made again if a tensor it was made of has changed.

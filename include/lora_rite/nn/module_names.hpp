@@ -17,11 +17,26 @@
 /// PEFT's rules for which module a name or a pattern means. Pure functions of names.
 namespace lora_rite::nn::detail {
 
-/// A regular expression; throws c10::Error naming the field if it is none.
-inline std::regex to_regex(const std::string& field, const std::string& pattern) {
+// libstdc++ can match in polynomial time, at the price of back-references, which PEFT's users have no use for.
+#ifdef __GLIBCXX__
+inline constexpr auto kPolynomial = std::regex_constants::__polynomial;
+#else
+inline constexpr std::regex::flag_type kPolynomial = {};
+#endif
+
+/// A regular expression; throws c10::Error naming the field if it is none, or one that only a hostile file would have:
+/// the standard library compiles them by recursion, whose depth grows with their length and their brackets.
+inline std::regex to_regex(const std::string& field, const std::string& pattern,
+                           std::regex::flag_type more = kPolynomial) {
+  constexpr size_t kMostCharacters = 8192, kMostBrackets = 100;
+  TORCH_CHECK(pattern.size() <= kMostCharacters, "LoraConfig: ", field, " is a pattern of ", pattern.size(),
+              " characters, expected at most ", kMostCharacters);
+  const auto brackets = static_cast<size_t>(std::count(pattern.begin(), pattern.end(), '('));
+  TORCH_CHECK(brackets <= kMostBrackets, "LoraConfig: ", field, " is a pattern with ", brackets,
+              " opening brackets, expected at most ", kMostBrackets);
   std::regex result;
   try {
-    result.assign(pattern, std::regex::ECMAScript);
+    result.assign(pattern, std::regex::ECMAScript | more);
   } catch (const std::regex_error& error) {
     TORCH_CHECK(false, "LoraConfig: ", field, " is '", pattern, "', expected a regular expression (ECMAScript's: no ",
                 "look-behind, no named groups, no inline flags): ", error.what());
@@ -62,7 +77,7 @@ class ModuleMatcher {
     // The first number in the name that has something before it, or the one behind the list's name.
     if (config.layers_pattern.empty()) layer_numbers_ = {std::regex(R"(.*?\.[^.]*\.(\d+)\.)")};
     for (const auto& pattern : config.layers_pattern) {
-      layer_numbers_.push_back(to_regex("layers_pattern", R"((?:^|.*?\.)(?:)" + pattern + R"()\.(\d+)\.)"));
+      layer_numbers_.push_back(to_regex("layers_pattern", R"((?:^|.*?\.)(?:)" + pattern + R"()\.(\d+)\.)", {}));
     }
   }
 

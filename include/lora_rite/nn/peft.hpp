@@ -153,7 +153,7 @@ inline void describe_ranks(AdapterConfig& config, const std::vector<DescribedLay
 }
 
 /// Sets the names of modules so that they mean these layers of the model and no others: as `own` says it, else by the
-/// names' last components, else by the full names.
+/// names' last components, else by the full names, else by a regular expression of them.
 inline void describe_targets(AdapterConfig& config, torch::nn::Module& model, const LoraConfig& own,
                              const std::vector<DescribedLayer>& layers) {
   std::vector<Found> found;
@@ -173,8 +173,17 @@ inline void describe_targets(AdapterConfig& config, torch::nn::Module& model, co
   }
   LoraConfig by_ending;
   by_ending.target_modules = std::vector<std::string>(endings.begin(), endings.end());
-  const auto& shown = means_these(by_ending) ? endings : names;
-  config.target_modules = std::vector<std::string>(shown.begin(), shown.end());
+  LoraConfig by_name;
+  by_name.target_modules = std::vector<std::string>(names.begin(), names.end());
+  if (means_these(by_ending)) {
+    config.target_modules = by_ending.target_modules;
+  } else if (means_these(by_name)) {
+    config.target_modules = by_name.target_modules;
+  } else {  // a full name is another's ending
+    std::string pattern;
+    for (const std::string& name : names) pattern += (pattern.empty() ? "" : "|") + pattern_of(name).substr(1);
+    config.target_modules = pattern;
+  }
   config.exclude_modules = {};
   config.layers_to_transform.clear();
   config.layers_pattern = {};
@@ -321,8 +330,9 @@ inline Adapter peft_adapter(const torch::nn::Module& model, const std::string& a
   return result;
 }
 
-/// inject_lora by an adapter's description, with its tensors for values, cast to the layers' dtypes and copied. Draws
-/// no random numbers. Throws c10::Error, and nothing has changed, for what inject_lora and lora_config do, for an
+/// inject_lora by an adapter's description, with its tensors for values, cast to the layers' dtypes and copied. Base
+/// weights that PEFT wrote beside the factors (of embeddings and output heads) go into the model. Draws no random
+/// numbers. Throws c10::Error, and nothing has changed, for what inject_lora and lora_config do, for an
 /// adapter whose init_lora_weights has changed the base weight ("pissa", "olora", …: it fits no ordinary base; let PEFT
 /// write it with path_initial_model_for_weight_conversion), and if a tensor is missing, unexpected or of another shape.
 inline std::vector<InjectedLayer> inject_adapter(torch::nn::Module& model, const Adapter& adapter,
@@ -341,11 +351,18 @@ inline std::vector<InjectedLayer> inject_adapter(torch::nn::Module& model, const
     own.emplace(name_b, torch::Tensor());
     adapted.insert(detail::joined(step.target.name, "bias"));
   }
-  NamedTensors biases = detail::bias_state(model, config.bias, adapted);
-  own.insert(biases.begin(), biases.end());
+  NamedTensors others = detail::bias_state(model, config.bias, adapted);
+  for (const auto& step : injection.steps) {
+    // PEFT adds the weights under embeddings and output heads (save_embedding_layers), and takes them over.
+    const std::string name = detail::joined(step.target.name, "base_layer.weight");
+    if (adapter.tensors.count(name) > 0) {
+      others.emplace(name, step.layer->base_module().named_parameters(/*recurse=*/false)["weight"]);
+    }
+  }
+  own.insert(others.begin(), others.end());
   detail::check_names("inject_adapter", detail::left_out(own, adapter.tensors));
-  for (const auto& [bias, tensor] : biases) {
-    detail::check_shape("inject_adapter", bias, tensor, adapter.tensors.at(bias));
+  for (const auto& [other, tensor] : others) {
+    detail::check_shape("inject_adapter", other, tensor, adapter.tensors.at(other));
   }
   for (auto& step : injection.steps) {
     const auto [name_a, name_b] = detail::factor_names(step.target.name, *step.layer);
@@ -353,7 +370,7 @@ inline std::vector<InjectedLayer> inject_adapter(torch::nn::Module& model, const
                                                FactorValues{adapter.tensors.at(name_a), adapter.tensors.at(name_b)});
   }
   auto injected = detail::carry_out(std::move(injection), model, config, name);
-  detail::copy_values(biases, adapter.tensors);
+  detail::copy_values(others, adapter.tensors);
   return injected;
 }
 

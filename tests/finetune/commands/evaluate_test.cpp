@@ -246,6 +246,7 @@ TEST_F(EvaluateClassifier, NonsenseIsRefusedAndNothingWritten) {
   };
   expect("--generate: a sentence classifier", [](auto& options) { options.generate = 3; });
   expect("--dtype bfloat16: a sentence classifier", [](auto& options) { options.dtype = "bfloat16"; });
+  expect("--batch 5: a sentence classifier", [](auto& options) { options.batch = 5; });
   expect("head.safetensors: does not exist", [](auto& options) { options.adapter.clear(); });
   expect("--max-length 400: the model has", [](auto& options) { options.max_length = 400; });
   expect("--data", [](auto& options) { options.data.clear(); });
@@ -271,12 +272,14 @@ TEST_F(EvaluateClassifier, NonsenseIsRefusedAndNothingWritten) {
   write_texts(folder_ / "texts.jsonl", tiny_texts(3, 1), false);
   write_choices(folder_ / "choices.jsonl", tiny_choices(), false);
   language.data = {folder_ / "texts.jsonl"};
+  language.max_length = EvaluateOptions().max_length;
   options_ = language;
   expect("--batch 0", [](auto& options) { options.batch = 0; });
   expect("--threads -1", [](auto& options) { options.threads = -1; });
   expect("--dtype float16", [](auto& options) { options.dtype = "float16"; });
   expect("--device gpu", [](auto& options) { options.device = "gpu"; });
   expect("nothing is written without --generate", [](auto& options) { options.texts = "texts"; });
+  expect("--max-length 16: prepare_tasks.py", [](auto& options) { options.max_length = 16; });
   expect("has choices, after which there is nothing to write", [&](auto& options) {
     options.generate = 3;
     options.data.push_back(folder_ / "choices.jsonl");
