@@ -166,7 +166,7 @@ class AdamWParameters {
  private:
   /// The tensor with the parameter's dtype, device and strides, as the fused kernel wants it.
   static at::Tensor laid_out_as(const at::Tensor& parameter, const at::Tensor& tensor) {
-    const at::Tensor converted = tensor.to(parameter.device(), parameter.scalar_type());
+    at::Tensor converted = tensor.to(parameter.device(), parameter.scalar_type());
     if (converted.strides() == parameter.strides()) return converted;
     return at::empty_like(parameter, parameter.options().requires_grad(false)).copy_(converted);
   }
