@@ -189,7 +189,8 @@ def check_trained(program: str, model: pathlib.Path, adapter: pathlib.Path) -> i
     """An adapter that was trained here: PEFT's logits are those of C++."""
     kind = json.loads((model / "config.json").read_text())["architectures"][0]
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
+        folder = pathlib.Path(name) / adapter.name
+        folder.mkdir()
         (folder / "model").symlink_to(model.resolve())
         facts = prepare(folder, kind, read(kind, model), *SMOLLM2)  # its random adapter gives way to the trained one
         shutil.rmtree(folder / "peft")
