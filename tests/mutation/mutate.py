@@ -59,6 +59,16 @@ def mutated(text: str, numbered: list[tuple[int, str, str]], file: str) -> str:
     return text
 
 
+def mutated_headers() -> dict[str, str]:
+    """By file; ends the program if a mutation has lost its place."""
+    headers = {}
+    for file in dict.fromkeys(file for file, *_ in MUTATIONS):
+        numbered = [(number, snippet, replacement)
+                    for number, (name, snippet, replacement, _) in enumerate(MUTATIONS, 1) if name == file]
+        headers[file] = mutated((ROOT / "include/lora_rite" / file).read_text(encoding="utf-8"), numbered, file)
+    return headers
+
+
 def write_sources(folder: pathlib.Path) -> None:
     """A copy of what git tracks, with mutated headers."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -69,12 +79,8 @@ def write_sources(folder: pathlib.Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.read_bytes() != (ROOT / name).read_bytes():
             shutil.copyfile(ROOT / name, target)
-    for file in dict.fromkeys(file for file, *_ in MUTATIONS):
-        source = ROOT / "include/lora_rite" / file
-        numbered = [(number, snippet, replacement)
-                    for number, (name, snippet, replacement, _) in enumerate(MUTATIONS, 1) if name == file]
-        (folder / "include/lora_rite" / file).write_text(mutated(source.read_text(encoding="utf-8"), numbered, file),
-                                                         encoding="utf-8")
+    for file, text in mutated_headers().items():
+        (folder / "include/lora_rite" / file).write_text(text, encoding="utf-8")
     (folder / "mutant.hpp").write_text(HEADER, encoding="utf-8")
 
 
@@ -162,6 +168,7 @@ def main() -> None:
     results = Results(folder / "results.tsv")
     numbers = chosen(options.names, options.survivors, results)
     if options.list or not numbers:
+        mutated_headers()
         for number in numbers:
             print(f"{describe(number)}: {results.verdict(MUTATIONS[number - 1])}")
         print(f"{len(numbers)} of {len(MUTATIONS)} mutations")

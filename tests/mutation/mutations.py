@@ -105,7 +105,9 @@ MUTATIONS = [
     ("engine/kernels/tall.inc", "if (momentum != nullptr) «widen_block(momentum, shape, row, count, blocks.momentum, blocks.pairs + p, stride);»", ";", ""),
     ("engine/lanes.hpp", "x[lane] -= «lower.at(i, k, lane)» * right(k, lane);", "lower.at(k, i, lane)", ""),
     # --- Around the engines -----------------------------------------------------------------------------------------
-    ("engine/adamw.hpp", "call.skip = «negated(proceed)».to(device, at::kFloat", "proceed", ""),
+    ("engine/adamw.hpp", "call.skip = «negated(counted)».to(at::kFloat)", "counted", ""),
+    ("engine/adamw.hpp", "if («converted.strides() == parameter.strides()») return converted;", "true", ""),
+    ("engine/device.hpp", "writes_.clear();\n    «moved_ = {};»", "", ""),
     ("engine/adamw.hpp", "«if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();»",
      "if (options.amsgrad()) state.largest_square = state.square.clone();", ""),
     ("optimizer.hpp", "«(bound / norm).clamp_max(1.0)» : at::ones_like(norm)", "(bound / norm)", ""),
