@@ -92,9 +92,8 @@ class Programs:
                         self.python("prepare_tasks.py", "arc" if has_choices else "super_ni", *inputs, "--model",
                                     self.deps / task.model, "--out", path.with_suffix(".all"), "--for", purpose)
                         sample_records(path.with_suffix(".all"), path, size)
-        choices = data / "test.evaluate.jsonl"
         return ["--train", str(data / "train.train.jsonl"), "--validation", str(data / f"{job.split}.train.jsonl"),
-                *(["--test", str(choices)] if job.split == "test" and choices.exists() else [])]
+                *(["--test", str(data / "test.evaluate.jsonl")] if job.split == "test" and has_choices else [])]
 
     @staticmethod
     def text_scores(lines: list[dict]) -> dict:

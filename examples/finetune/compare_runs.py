@@ -7,9 +7,10 @@ in two equivalent ways (finetune train --init-scale), the gap between its two cu
 
 import argparse
 import json
-import math
 import os
 import sys
+
+from smoothing import smooth
 
 NAMES = {"rite": "LoRA-RITE", "adam": "Adam", "adamw": "AdamW"}
 INK, USUAL, SCALED = "#333333", "#0b5fa5", "#f28e2b"
@@ -72,16 +73,6 @@ def table(runs: list[dict]) -> str:
 
 def gap(first: dict, second: dict) -> list[float]:
     return [abs(left - right) for left, right in zip(first["losses"], second["losses"])]
-
-
-def smooth(losses: list[float]) -> list[float]:
-    """Exponential average over about ten steps; a batch of 16 alone is too noisy to look at."""
-    result, average, weight = [], 0.0, 0.0
-    for loss in losses:
-        if not math.isnan(loss):  # a step that was skipped
-            average, weight = 0.9 * average + 0.1 * loss, 0.9 * weight + 0.1
-        result.append(average / weight if weight else loss)
-    return result
 
 
 def draw(panels: list[tuple[str, list[dict]]], picture: str) -> None:

@@ -2,8 +2,9 @@
 """Draws the loss curve of one run: plot.py METRICS.jsonl LOSS.png."""
 
 import json
-import math
 import sys
+
+from smoothing import smooth
 
 
 def main() -> int:
@@ -26,15 +27,10 @@ def main() -> int:
     final = next((line for line in lines if line.get("final")), {})
     x = [line["step"] for line in steps]
     losses = [float("nan") if line["loss"] is None else line["loss"] for line in steps]
-    smooth, average, weight = [], 0.0, 0.0
-    for loss in losses:
-        if not math.isnan(loss):  # a step that was skipped
-            average, weight = 0.9 * average + 0.1 * loss, 0.9 * weight + 0.1
-        smooth.append(average / weight if weight else loss)
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(x, losses, color="#9ecae1", linewidth=0.8, label="loss of each batch")
-    axes.plot(x, smooth, color="#08519c", linewidth=2, label="smoothed")
+    axes.plot(x, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
     validation = [line for line in steps if line.get("validation_loss") is not None]
     if validation:
         axes.plot([line["step"] for line in validation], [line["validation_loss"] for line in validation],

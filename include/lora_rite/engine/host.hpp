@@ -48,6 +48,7 @@ class HostBatch final : public Batch {
       Side& s = sides_[side];
       s.shape = {(side == 0 ? pairs_[0].a : pairs_[0].b).numel() / rank_, rank_, /*rank_first=*/side == 0};
       longest = std::max(longest, s.shape.rows);
+      s.glimpse_stride = Glimpse::stride_of(s.shape.rows * rank_);
       // Equal chunks: a short last one would cost as much as it saves.
       s.chunks = std::max<int64_t>(1, s.shape.rows / std::max(kChunk / padded_, kChunkRanks * padded_));
       s.chunk_rows = (s.shape.rows + s.chunks - 1) / s.chunks;
@@ -106,7 +107,7 @@ class HostBatch final : public Batch {
     for_each_factor([&](Side& s, size_t i) {
       add_chunks(s, i, s.gradient_gram, square());
       if (s.rows != nullptr) add_chunks(s, i, s.equilibrated_gram, square());
-      s.stale[i] = !(Glimpse::of(tensor_of(factor_number(s, i))) == s.seen[i]);
+      s.stale[i] = !(Glimpse::of(tensor_of(factor_number(s, i)), s.glimpse_stride) == s.seen[i]);
       s.edited[i] = false;
     });
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
@@ -216,12 +217,16 @@ class HostBatch final : public Batch {
     int64_t version = 0;
     uint64_t bits = 0;
 
-    static Glimpse of(const at::Tensor& factor) {
-      const char* data = static_cast<const char*>(factor.const_data_ptr());
-      const int64_t size = factor.numel();
-      // No common divisor with the size, hence with neither dimension: else all elements could be of one column.
+    /// How far apart the elements lie. No common divisor with the size, hence with neither dimension: else all of them
+    /// could be of one column.
+    static int64_t stride_of(int64_t size) {
       int64_t stride = std::max<int64_t>(1, size / 64);
       while (std::gcd(stride, size) != 1) ++stride;
+      return stride;
+    }
+    static Glimpse of(const at::Tensor& factor, int64_t stride) {
+      const char* data = static_cast<const char*>(factor.const_data_ptr());
+      const int64_t size = factor.numel();
       uint64_t bits = 0;
       for (int64_t e = 0; e < size; e += stride) {
         uint32_t element;
@@ -240,6 +245,7 @@ class HostBatch final : public Batch {
   struct Side {
     kernels::Shape shape;
     int64_t chunk_rows, chunks;
+    int64_t glimpse_stride;
     std::vector<double> gradient_gram;        ///< GᵀG [k, chunks, p, p]
     std::vector<double> equilibrated_gram;    ///< GᵀDG, the same of scaled rows, where `rows` are known
     std::vector<double> products;             ///< XᵀX | XᵀN [k, chunks, p, 2p]
@@ -618,7 +624,7 @@ class HostBatch final : public Batch {
         known[j] = squared;
         known[count() * rank_ + j] = weighted;
       }
-      s.seen[i] = Glimpse::of(tensor_of(factor));
+      s.seen[i] = Glimpse::of(tensor_of(factor), s.glimpse_stride);
       s.gradients[i] = at::Tensor();
     });
     *clip_factor_.template data_ptr<double>() = clip_;
