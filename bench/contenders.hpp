@@ -11,6 +11,11 @@
 #include <utility>
 #include <vector>
 
+#ifdef LORA_RITE_HAS_CUDA_GRAPHS
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAGuard.h>
+#endif
+
 namespace bench {
 
 using lora_rite::FactorPair;
@@ -27,12 +32,13 @@ struct Shape {
   }
 };
 
-inline std::vector<FactorPair> make_pairs(const std::vector<Shape>& shapes, torch::ScalarType dtype) {
+inline std::vector<FactorPair> make_pairs(const std::vector<Shape>& shapes, torch::ScalarType dtype,
+                                          torch::Device device = torch::kCPU) {
   torch::manual_seed(0);
   std::vector<FactorPair> pairs;
   const auto factor = [&](int64_t rows, int64_t columns) {
-    torch::Tensor x = torch::randn({rows, columns}).mul_(0.02).to(dtype).requires_grad_();
-    x.mutable_grad() = torch::randn({rows, columns}).mul_(1e-3).to(dtype);
+    torch::Tensor x = torch::randn({rows, columns}).mul_(0.02).to(device, dtype).requires_grad_();
+    x.mutable_grad() = torch::randn({rows, columns}).mul_(1e-3).to(device, dtype);
     return x;
   };
   for (const Shape& shape : shapes)
@@ -51,12 +57,12 @@ struct FusedAdamW {
       gradients.push_back(parameter.grad());
       means.push_back(torch::zeros_like(parameter));
       squares.push_back(torch::zeros_like(parameter));
-      steps.push_back(torch::zeros({}, torch::kFloat));
+      steps.push_back(torch::zeros({}, parameter.options().dtype(torch::kFloat)));
     }
   }
   void step() {
     torch::NoGradGuard guard;
-    for (auto& step : steps) step += 1;
+    at::_foreach_add_(steps, 1);
     at::_fused_adamw_(parameters, gradients, means, squares, {}, steps, 1e-4, 0.9, 0.999, 1e-2, 1e-8, false, false);
   }
 };
@@ -82,6 +88,21 @@ inline Make named(const std::string& name) {
     return step_of(std::shared_ptr<torch::optim::Optimizer>(lora_rite::make_optimizer(name, std::move(pairs), 1e-4)));
   };
 }
+/// LoRA-RITE's step recorded as a CUDA graph and replayed, which one call of the driver starts.
+#ifdef LORA_RITE_HAS_CUDA_GRAPHS
+inline Step rite_graph(std::vector<FactorPair> pairs) {
+  const auto optimizer =
+      std::make_shared<lora_rite::LoraRite<>>(std::move(pairs), LoraRiteOptions(1e-4).capturable(true));
+  const auto graph = std::make_shared<at::cuda::CUDAGraph>();
+  const c10::cuda::CUDAStreamGuard on_own_stream(c10::cuda::getStreamFromPool());
+  for (int i = 0; i < 3; ++i) optimizer->step();  // allocates the state
+  torch::cuda::synchronize();
+  graph->capture_begin();
+  optimizer->step();
+  graph->capture_end();
+  return [optimizer, graph] { graph->replay(); };
+}
+#endif
 inline Step fused_adamw(const std::vector<FactorPair>& pairs) { return step_of(std::make_shared<FusedAdamW>(pairs)); }
 
 }  // namespace bench

@@ -35,19 +35,33 @@ struct Case {
   torch::ScalarType dtype = torch::kFloat;
 };
 
-const std::vector<std::pair<std::string, Make>> usual = {
-    {"rite", rite()}, {"adam", named("adam")}, {"adamw", named("adamw")}, {"fused_adamw", fused_adamw}};
+std::vector<std::pair<std::string, Make>> usual(torch::Device device) {
+  std::vector<std::pair<std::string, Make>> contenders = {
+      {"rite", rite()}, {"adam", named("adam")}, {"adamw", named("adamw")}, {"fused_adamw", fused_adamw}};
+  if (!device.is_cuda()) return contenders;
+  contenders.emplace_back("rite, capturable", rite(LoraRiteOptions(1e-4).capturable(true)));
+#ifdef LORA_RITE_HAS_CUDA_GRAPHS
+  contenders.emplace_back("rite, graph", rite_graph);
+#endif
+  return contenders;
+}
 
 /// The factors of a small language model: r = 16 on the matrices of 6 layers with d = 384.
 std::vector<Shape> minilm() { return {{24, 384, 384, 16}, {6, 384, 1536, 16}, {6, 1536, 384, 16}}; }
 
-std::vector<Case> suite(const std::string& name) {
+/// r = 16 on all linear layers of a whole model.
+std::vector<Shape> gemma_2b() {
+  return {{36, 2048, 2048, 16}, {36, 2048, 256, 16}, {36, 2048, 16384, 16}, {18, 16384, 2048, 16}};
+}
+std::vector<Shape> llama_7b() { return {{128, 4096, 4096, 16}, {64, 4096, 11008, 16}, {32, 11008, 4096, 16}}; }
+
+std::vector<Case> suite(const std::string& name, torch::Device device) {
   std::vector<Case> cases;
   const auto add = [&](const Shape& shape, int threads = 2) {
-    cases.push_back({shape.name(), {shape}, usual, threads});
+    cases.push_back({shape.name(), {shape}, usual(device), threads});
   };
   if (name == "short") {
-    cases.push_back({"minilm", minilm(), usual});
+    cases.push_back({"minilm", minilm(), usual(device)});
     add({24, 1024, 1024, 16, 0.7});
   } else if (name == "targets" || name == "one-thread") {
     const int threads = name == "targets" ? 2 : 1;
@@ -60,6 +74,10 @@ std::vector<Case> suite(const std::string& name) {
                                                  {32, 2048, 2048, 32, 1.5},
                                                  {32, 2048, 2048, 64, 4.0}})
       add(shape, threads);
+  } else if (name == "models") {
+    cases.push_back({"minilm", minilm(), usual(device)});
+    cases.push_back({"gemma-2b", gemma_2b(), usual(device)});
+    cases.push_back({"llama-7b", llama_7b(), usual(device)});
   } else if (name == "ranks") {
     for (const int64_t rank : {1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100, 128}) add({32, 1024, 1024, rank});
   } else if (name == "pairs") {
@@ -137,19 +155,27 @@ int main(int argc, char** argv) {
   CLI::App app("Times one optimizer step; flags of Google Benchmark (--benchmark_...) are taken too.");
   std::vector<std::string> suites = {"short"};
   std::string json_path;
+  std::string device_name = "cpu";
   double fail_above = 0;
   bool list = false;
-  app.add_option("--suite", suites, "short, targets, one-thread, ranks, pairs, width, variants, optimizers")
+  app.add_option("--suite", suites, "short, targets, one-thread, models, ranks, pairs, width, variants, optimizers")
       ->delimiter(',');
   app.add_option("--json", json_path, "writes the medians and what belongs to them to this file");
   app.add_option("--fail-above", fail_above, "exit status 1 if LoRA-RITE's time to AdamW's exceeds this × its target");
+  app.add_option("--device", device_name, "cpu, or cuda: a step's time ends when the GPU has done it")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_flag("--list", list, "prints the names of the cases and measures nothing");
   CLI11_PARSE(app, count, pointers.data());
 
+  const torch::Device device(device_name);
+  if (device.is_cuda() && !torch::cuda::is_available()) {
+    std::cerr << "step_time: --device cuda: LibTorch finds no GPU here\n";
+    return 1;
+  }
   nlohmann::json results = nlohmann::json::array();
   bool failed = false;
   for (const std::string& suite_name : suites) {
-    for (const Case& c : suite(suite_name)) {
+    for (const Case& c : suite(suite_name, device)) {
       if (list) {
         std::cout << c.name << '\n';
         continue;
@@ -159,14 +185,17 @@ int main(int argc, char** argv) {
       std::map<std::string, int64_t> operators;
       std::vector<Step> steps;
       for (const auto& [contender, make] : c.contenders) {
-        steps.push_back(make(make_pairs(c.shapes, c.dtype)));
+        steps.push_back(make(make_pairs(c.shapes, c.dtype, device)));
         steps.back()();  // allocates the state
         operators[contender] = operator_calls(steps.back());
       }
       for (size_t i = 0; i < steps.size(); ++i) {
         benchmark::RegisterBenchmark((c.name + "/" + c.contenders[i].first).c_str(),
-                                     [step = &steps[i]](benchmark::State& state) {
-                                       for (auto _ : state) (*step)();
+                                     [step = &steps[i], waits = device.is_cuda()](benchmark::State& state) {
+                                       for (auto _ : state) {
+                                         (*step)();
+                                         if (waits) torch::cuda::synchronize();
+                                       }
                                      })
             ->UseRealTime()
             ->Unit(benchmark::kMicrosecond);
@@ -185,6 +214,7 @@ int main(int argc, char** argv) {
                            {"case", c.name},
                            {"contender", contender},
                            {"threads", c.threads},
+                           {"device", device_name},
                            {"dtype", torch::toString(c.dtype)},
                            {"parameters", parameters},
                            {"target", c.shapes[0].target},

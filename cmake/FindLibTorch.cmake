@@ -1,4 +1,5 @@
-# Provides the target LibTorch::torch, and LibTorch_CONFIG_DIR: where its TorchConfig.cmake lies.
+# Provides the target LibTorch::torch, LibTorch_CONFIG_DIR (where its TorchConfig.cmake lies) and LibTorch_HAS_CUDA (is it
+# a CUDA build?).
 #
 # Why not simply find_package(Torch)? It fails on two common machines:
 # - LibTorch came with `pip install torch`, whose CMake files lie on no path that CMake searches: python3 is asked.
@@ -38,7 +39,11 @@ if(LibTorch_CONFIG_DIR)
   get_filename_component(_root "${LibTorch_CONFIG_DIR}/../../.." ABSOLUTE)
   add_library(LibTorch::torch INTERFACE IMPORTED GLOBAL)
 
-  if(TARGET torch OR NOT EXISTS "${_root}/lib/libtorch_cuda.so")
+  set(LibTorch_HAS_CUDA FALSE)
+  if(EXISTS "${_root}/lib/libtorch_cuda.so")
+    set(LibTorch_HAS_CUDA TRUE)
+  endif()
+  if(TARGET torch OR NOT LibTorch_HAS_CUDA)
     get_property(_before DIRECTORY PROPERTY IMPORTED_TARGETS)
     if(NOT TARGET torch)
       find_package(Torch CONFIG REQUIRED PATHS "${LibTorch_CONFIG_DIR}" NO_DEFAULT_PATH)

@@ -40,3 +40,22 @@ function(lora_rite_use_pch target)
   target_link_libraries(${target} PRIVATE lora_rite_warnings) # a precompiled header wants equal flags
   target_compile_options(${target} PRIVATE ${_pch_options})
 endfunction()
+
+# What tests and benchmarks do with CUDA graphs needs CUDA's own headers, which LibTorch's include, and its runtime: the one
+# that came with LibTorch's wheel, if there is one. The library needs neither.
+add_library(lora_rite_cuda_graphs INTERFACE)
+if(LibTorch_HAS_CUDA)
+  file(GLOB _wheels "${LibTorch_CONFIG_DIR}/../../../../nvidia/cu*" "${LibTorch_CONFIG_DIR}/../../../../nvidia/cuda_runtime")
+  find_path(LORA_RITE_CUDA_INCLUDE crt/host_config.h # cuda_runtime_api.h alone does not compile
+    HINTS ${_wheels} "$ENV{CUDA_HOME}" PATHS /usr/local/cuda PATH_SUFFIXES include)
+  find_library(LORA_RITE_CUDART NAMES cudart libcudart.so.13 libcudart.so.12 NAMES_PER_DIR
+    HINTS ${_wheels} "$ENV{CUDA_HOME}" PATHS /usr/local/cuda PATH_SUFFIXES lib lib64)
+  mark_as_advanced(LORA_RITE_CUDA_INCLUDE LORA_RITE_CUDART)
+  if(LORA_RITE_CUDA_INCLUDE AND LORA_RITE_CUDART)
+    target_include_directories(lora_rite_cuda_graphs SYSTEM INTERFACE "${LORA_RITE_CUDA_INCLUDE}")
+    target_link_libraries(lora_rite_cuda_graphs INTERFACE "${LORA_RITE_CUDART}")
+    target_compile_definitions(lora_rite_cuda_graphs INTERFACE LORA_RITE_HAS_CUDA_GRAPHS)
+  else()
+    message(STATUS "No CUDA headers and libcudart here: what concerns CUDA graphs is left out (CUDA_HOME names the toolkit)")
+  endif()
+endif()

@@ -19,8 +19,8 @@ LOPSIDED = 10.0  # A × 10; B = 0 at the start, so that B × 0.1 changes nothing
 class Programs:
     """Calls the two programs. Every worker has a folder of its own, in which the tokens stay from run to run."""
 
-    def __init__(self, build: pathlib.Path, results: pathlib.Path, deps: pathlib.Path):
-        self.build, self.results, self.deps = build, results, deps
+    def __init__(self, build: pathlib.Path, results: pathlib.Path, deps: pathlib.Path, device: str):
+        self.build, self.results, self.deps, self.device = build, results, deps, device
         self.children: set[subprocess.Popen] = set()
         self.prepare, self.starting = threading.Lock(), threading.Lock()
         self.stopped = False
@@ -48,7 +48,7 @@ class Programs:
         files = self.sentences(job, task) if task.model == "minilm" else self.language(job, task)
         self.call([str(self.build / "examples/finetune/finetune"), "train", *common, *files,
                    "--model", str(self.deps / task.model), "--out", str(out), "--overwrite",
-                   "--threads", "1", "--checkpoint-every", "0", "--seed", str(job.seeds[0])])
+                   "--threads", "1", "--device", self.device, "--checkpoint-every", "0", "--seed", str(job.seeds[0])])
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps, final = lines[:-1], lines[-1]
         losses = [math.nan if line["loss"] is None else line["loss"] for line in steps]
@@ -56,7 +56,8 @@ class Programs:
         curve = [statistics.mean(losses[begin:begin + part]) for begin in range(0, len(losses), part)]
         return [{"seed": job.seeds[0], **(self.sentence_scores if task.model == "minilm" else self.text_scores)(lines),
                  "curve": [None if math.isnan(value) else round(value, 5) for value in curve],
-                 "ms_per_step": round(final["ms_per_step"], 2), "optimizer_share": round(final["optimizer_share"], 5)}]
+                 "ms_per_step": round(final["ms_per_step"], 2), "optimizer_share": round(final["optimizer_share"], 5),
+                 **({} if self.device == "cpu" else {"device": self.device})}]
 
     def sentences(self, job: Job, task: Task) -> list[str]:
         """Reviews and tweets, measured in the middle and at the end where that is wanted."""

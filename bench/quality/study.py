@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="", help="tasks to run, separated by commas (default: all)")
     parser.add_argument("--ranks", default="", help="ranks to run, separated by commas (default: all)")
     parser.add_argument("--starts", default="", help="starts to run, separated by commas (default: all)")
+    parser.add_argument("--device", default="cpu", help="where text tasks are run: cpu, cuda (default %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default %(default)s)")
     options = parser.parse_args()
 
@@ -132,7 +133,7 @@ def main() -> None:
         study.grid = [(cell, name) for cell, name in study.grid if str(cell.rank) in options.ranks.split(",")]
     if options.starts:
         study.grid = [(cell, name) for cell, name in study.grid if cell.start in options.starts.split(",")]
-    programs = Programs(options.build, options.results, ROOT / ".deps")
+    programs = Programs(options.build, options.results, ROOT / ".deps", options.device)
     running: dict = {}
     with ThreadPoolExecutor(options.workers) as pool, open(path, "a", encoding="utf-8") as log:
         progress = tqdm(total=study.expected(), unit="job", smoothing=0.05, dynamic_ncols=True)

@@ -2,6 +2,11 @@
 
 #include <sys/resource.h>
 
+#include <torch/version.h>
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 11
+#include <c10/core/CachingDeviceAllocator.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <fstream>
@@ -434,5 +439,25 @@ double peak_memory() {
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<double>(usage.ru_maxrss) * 1024;  // Linux counts kilobytes
 }
+
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 11
+
+double available_gpu_memory() {
+  return static_cast<double>(at::getDeviceAllocator(at::kCUDA)->getMemoryInfo(/*device=*/0).first);
+}
+
+double peak_gpu_memory() {
+  const auto every = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+  return static_cast<double>(
+      at::getDeviceAllocator(at::kCUDA)->getDeviceStats(/*device=*/0).allocated_bytes.at(every).peak);
+}
+
+#else
+
+double available_gpu_memory() { return std::numeric_limits<double>::infinity(); }
+
+double peak_gpu_memory() { return 0; }
+
+#endif
 
 }  // namespace finetune

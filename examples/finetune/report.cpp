@@ -52,6 +52,7 @@ nlohmann::ordered_json summarize(const RunOptions& options, Workload& workload, 
       {"optimizer_share", ms_optimizer / ms_step},
       {"tokens_per_second", tokens_per_second},
       {"peak_memory_mb", peak_memory() / 1e6}};
+  if (options.device == "cuda") summary["peak_gpu_memory_mb"] = peak_gpu_memory() / 1e6;
   const nlohmann::json facts = workload.summary();
   for (const auto& [name, value] : facts.items()) summary[name] = value;
   add_scores(summary, "validation", records.back().validation);
@@ -72,8 +73,9 @@ void show_result(const nlohmann::ordered_json& summary, const RunOptions& option
   if (!test.empty()) out << "test " << show(test) << '\n';
   out << fixed(summary["ms_per_step"], 0) << " ms/step, of which the optimizer " << fixed(summary["ms_optimizer"], 1)
       << " ms; " << fixed(summary["tokens_per_second"], 0) << " tokens/s; optimizer state "
-      << fixed(summary["optimizer_state_mb"], 2) << " MB; peak memory " << fixed(summary["peak_memory_mb"], 0)
-      << " MB\n";
+      << fixed(summary["optimizer_state_mb"], 2) << " MB; peak memory " << fixed(summary["peak_memory_mb"], 0) << " MB";
+  if (options.device == "cuda") out << ", on the GPU " << fixed(summary["peak_gpu_memory_mb"], 0) << " MB";
+  out << '\n';
 }
 
 }  // namespace finetune

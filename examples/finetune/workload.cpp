@@ -84,15 +84,14 @@ void save_adapter_of(const torch::nn::Module& model, const RunOptions& options, 
 }
 
 void check_it_fits(const RunOptions& options, MemoryQuestion question, const Processes& processes) {
-  if (options.memory_limit == 0 && options.device != "cpu") return;  // how much a GPU has is not known here
   question.model = options.model;
   question.optimizer = options.optimizer;
   question.row_equilibration = options.row_equilibration;
   question.gradient_checkpointing = options.gradient_checkpointing;
   question.rows = rows_at_once(options, processes);
   // Processes share a machine as a rule.
-  const double limit = options.memory_limit > 0 ? 1e9 * options.memory_limit : available_memory() / processes.size;
-  check_memory(plan_memory(question), limit);
+  const double available = options.device == "cpu" ? available_memory() : available_gpu_memory();
+  check_memory(plan_memory(question), options.memory_limit > 0 ? 1e9 * options.memory_limit : available / processes.size);
 }
 
 std::unique_ptr<Workload> make_workload(const RunOptions& options, const Processes& processes) {

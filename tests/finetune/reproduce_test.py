@@ -2,6 +2,7 @@
 """scripts/reproduce from end to end, with tiny models of random weights: reproduce_test.py FINETUNE
 
 Gemma chooses among rates on questions with choices, mT5 follows instructions and writes; both go on where they were.
+LORA_RITE_TEST_DEVICE=cuda runs them on a GPU.
 """
 
 import contextlib
@@ -92,7 +93,8 @@ class Reproduce(unittest.TestCase):
 
         arguments = sys.argv
         sys.argv = ["reproduce", setting, "--model", str(self.path / "model"), "--data", str(self.path / "data"),
-                    "--out", str(self.path / "out"), "--finetune", FINETUNE, "--python", sys.executable, *more]
+                    "--out", str(self.path / "out"), "--finetune", FINETUNE, "--python", sys.executable,
+                    "--device", os.environ.get("LORA_RITE_TEST_DEVICE", "cpu"), *more]
         reproduce.Commands.run = listed
         out = io.StringIO()
         try:

@@ -165,8 +165,8 @@ void add_memory_options(CLI::App& app, RunOptions& options) {
                "Language models: keep the layers' inputs only and compute the rest a second time")
       ->group(group);
   add_option(app, "--memory-limit", options.memory_limit,
-             "10⁹ bytes that the run may take, which is reckoned before the model is loaded; 0 = what the machine has. "
-             "With cuda it is reckoned only if given")
+             "10⁹ bytes that the run may take, which is reckoned before the model is loaded; 0 = what the machine has, "
+             "or with cuda the GPU")
       ->group(group);
   add_option(app, "--threads", options.threads, "CPU threads, 0 = one a core")->group(group);
 }
