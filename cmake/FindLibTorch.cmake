@@ -48,7 +48,9 @@ if(LibTorch_CONFIG_DIR)
     if(NOT TARGET torch)
       find_package(Torch CONFIG REQUIRED PATHS "${LibTorch_CONFIG_DIR}" NO_DEFAULT_PATH)
     endif()
-    set_target_properties(LibTorch::torch PROPERTIES INTERFACE_LINK_LIBRARIES torch)
+    # stdc++ first: libtorch.so of CUDA wheels exports std::filesystem::remove_all and others of another compiler's
+    # libstdc++, and a program that finds those first dies in them.
+    set_target_properties(LibTorch::torch PROPERTIES INTERFACE_LINK_LIBRARIES "$<$<BOOL:${LibTorch_HAS_CUDA}>:stdc++>;torch")
     # An imported target is visible in its own directory only, but whoever links lora_rite links these.
     get_property(_made DIRECTORY PROPERTY IMPORTED_TARGETS)
     list(REMOVE_ITEM _made ${_before})
@@ -60,13 +62,14 @@ if(LibTorch_CONFIG_DIR)
     find_package(Threads REQUIRED)
     set_target_properties(Threads::Threads PROPERTIES IMPORTED_GLOBAL TRUE)
     # no-as-needed: torch_cuda registers its kernels when it is loaded, no symbol asks for it.
+    # stdc++ first: as above.
     # allow-shlib-undefined: its own dependencies (cuBLAS, ...) lie in other wheels, which its run path names.
     set(_lib "${_root}/lib/lib")
     set_target_properties(LibTorch::torch PROPERTIES
       INTERFACE_INCLUDE_DIRECTORIES "${_root}/include;${_root}/include/torch/csrc/api/include"
       INTERFACE_COMPILE_DEFINITIONS "USE_DISTRIBUTED;USE_C10D_GLOO;USE_RPC;USE_TENSORPIPE" # as in Caffe2Targets.cmake
       INTERFACE_LINK_OPTIONS "LINKER:--allow-shlib-undefined;LINKER:-rpath,${_root}/lib"
-      INTERFACE_LINK_LIBRARIES "-Wl,--no-as-needed \"${_lib}torch.so\" \"${_lib}torch_cuda.so\" \"${_lib}torch_cpu.so\" \
+      INTERFACE_LINK_LIBRARIES "-Wl,--no-as-needed -lstdc++ \"${_lib}torch.so\" \"${_lib}torch_cuda.so\" \"${_lib}torch_cpu.so\" \
 \"${_lib}c10_cuda.so\" \"${_lib}c10.so\" -Wl,--as-needed;Threads::Threads")
   endif()
 
