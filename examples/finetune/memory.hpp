@@ -61,8 +61,8 @@ double available_memory(const MemorySources& sources = {});
 /// The most bytes that the process has held until now, files' pages and all.
 double peak_memory();
 
-/// The same two of the GPU: what it has free, and the most that tensors have taken of it. Infinite and 0 with a LibTorch
-/// before 2.11, which does not tell.
+/// The same two of the GPU: what it has free, and the most that tensors have taken of it. Infinite and 0 with a
+/// LibTorch before 2.11, which does not tell.
 double available_gpu_memory();
 double peak_gpu_memory();
 

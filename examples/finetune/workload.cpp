@@ -91,7 +91,8 @@ void check_it_fits(const RunOptions& options, MemoryQuestion question, const Pro
   question.rows = rows_at_once(options, processes);
   // Processes share a machine as a rule.
   const double available = options.device == "cpu" ? available_memory() : available_gpu_memory();
-  check_memory(plan_memory(question), options.memory_limit > 0 ? 1e9 * options.memory_limit : available / processes.size);
+  check_memory(plan_memory(question),
+               options.memory_limit > 0 ? 1e9 * options.memory_limit : available / processes.size);
 }
 
 std::unique_ptr<Workload> make_workload(const RunOptions& options, const Processes& processes) {

@@ -92,8 +92,12 @@ Pairs three_pairs(int64_t rank, torch::Dtype dtype) {
 }
 
 LoraRiteOptions all_options() {
-  return LoraRiteOptions(1e-2).balance(true).max_update_rms(1).weight_decay(0.1).max_relative_change(0.3).row_equilibration(
-      true);
+  return LoraRiteOptions(1e-2)
+      .balance(true)
+      .max_update_rms(1)
+      .weight_decay(0.1)
+      .max_relative_change(0.3)
+      .row_equilibration(true);
 }
 
 template <class Basis>
@@ -283,8 +287,8 @@ TEST_F(Cuda, BaselinesStepAsOnACpu) {
     const auto expected = make_optimizer(name, cpu, 1e-2), found = make_optimizer(name, gpu, 1e-2);
     train(*expected, cpu, 0, 6);
     train(*found, gpu, 0, 6);
-    // Shampoo takes fourth roots of matrices that six gradients leave singular, and SOAP an eigenbasis of such, of which
-    // each eigensolver chooses its own.
+    // Shampoo takes fourth roots of matrices that six gradients leave singular, and SOAP an eigenbasis of such, of
+    // which each eigensolver chooses its own.
     const double tolerance = name == "shampoo" ? 1e-2 : name == "soap" ? 2 : 1e-8;
     EXPECT_LT(distance(gpu, cpu, start), tolerance) << name;
   }

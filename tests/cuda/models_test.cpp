@@ -36,7 +36,8 @@ TEST_P(CudaModels, LogitsAreThoseOfTransformers) {
   model_->to(torch::kCUDA);
   for (const std::string padding : {"", "left", "right"}) {
     const LanguageInput input = input_of(expected_, padding);
-    const torch::Tensor real = real_places(input), wanted = expected_.at(padding.empty() ? "logits" : padding + ".logits");
+    const torch::Tensor real = real_places(input),
+                        wanted = expected_.at(padding.empty() ? "logits" : padding + ".logits");
     EXPECT_LT(relative_distance(model_->forward(there(input)).cpu() * real, wanted * real), kRounding) << padding;
   }
 }

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from mutations import MUTATIONS
 
@@ -100,7 +101,7 @@ def build(folder: pathlib.Path) -> pathlib.Path:
 
 def run(binary: pathlib.Path, mutant: int, timeout: float, test_filter: str) -> tuple[bool, str]:
     """Is it killed, and by which test?"""
-    environment = {**os.environ, SWITCH: str(mutant)}
+    environment = {**os.environ, SWITCH: str(mutant), "OMP_NUM_THREADS": "1"}
     try:
         result = subprocess.run([binary, "--gtest_fail_fast", "--gtest_brief=1", f"--gtest_filter={test_filter}"],
                                 env=environment, timeout=timeout, capture_output=True, text=True, errors="replace")
@@ -183,18 +184,20 @@ def main() -> None:
     timeout = 60 + 4 * (time.monotonic() - begin)
     print(f"unchanged: all tests pass, {time.monotonic() - begin:.0f} s", flush=True)
 
-    wrong, kills = [], 0
-    for number in numbers:
-        reason = MUTATIONS[number - 1][3]
+    def attempt(number: int) -> tuple[bool, str]:
         killed, by = run(binary, number, timeout, SLOW)
-        if not killed:
-            killed, by = run(binary, number, timeout, "*")
-        kills += killed
-        verdict = f"killed by {by}" if killed else f"survives: {reason}" if reason else "SURVIVES"
-        if killed == bool(reason):
-            wrong.append(number)
-        print(f"{describe(number)}: {verdict}", flush=True)
-        results.note(MUTATIONS[number - 1], verdict)
+        return (killed, by) if killed else run(binary, number, timeout, "*")
+
+    wrong, kills = [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, (killed, by) in zip(numbers, pool.map(attempt, numbers)):
+            reason = MUTATIONS[number - 1][3]
+            kills += killed
+            verdict = f"killed by {by}" if killed else f"survives: {reason}" if reason else "SURVIVES"
+            if killed == bool(reason):
+                wrong.append(number)
+            print(f"{describe(number)}: {verdict}", flush=True)
+            results.note(MUTATIONS[number - 1], verdict)
     print(f"{kills} of {len(numbers)} mutants killed, {len(numbers) - kills} survive")
     if wrong:
         sys.exit(f"not as mutations.py says: {wrong}")
