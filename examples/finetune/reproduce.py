@@ -174,6 +174,9 @@ class Plan:
         self.commands = Commands(options.dry_run)
         self.model = MODELS[options.setting]
 
+    def title(self) -> str:
+        return f"{self.options.model}, with the settings of {self.model.title}" if self.options.any_model else self.model.title
+
     def tokens(self, task: str, part: str) -> pathlib.Path:
         return self.options.out / "data" / f"{task}.{part}.jsonl"
 
@@ -345,7 +348,7 @@ class Plan:
                 results.append({"model": options.setting, "task": name, "optimizer": optimizer, "rate": rate,
                                 "validation_loss": loss, "tests": tests})
                 write(options.out / "results.json", json.dumps(results, indent=2) + "\n")
-                write(options.out / "table.md", table(results, self.model.title))
+                write(options.out / "table.md", table(results, self.title()))
         if not self.commands.dry:
             print((options.out / "table.md").read_text(encoding="utf-8"), end="")
             say(f"the table: {options.out / 'table.md'}; all numbers: {options.out / 'results.json'}")

@@ -129,6 +129,7 @@ class Reproduce(unittest.TestCase):
             self.assertEqual([test["examples"] for test in result["tests"]], [6, 6])
         table = (self.path / "out/table.md").read_text()
         self.assertIn(table, text)
+        self.assertIn("model, with the settings of Gemma 2B; scores", table)
         for start in ("| arc_challenge | acc_norm | rite | 3e-2 | ", "| arc_challenge | acc | adam | 1e-2 | "):
             self.assertIn(start, table)
 
