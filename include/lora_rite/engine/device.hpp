@@ -14,6 +14,7 @@
 #include "lora_rite/engine/batch.hpp"
 #include "lora_rite/engine/capturable.hpp"
 #include "lora_rite/engine/device_numbers.hpp"
+#include "lora_rite/engine/joined.hpp"
 #include "lora_rite/engine/layout.hpp"
 #include "lora_rite/factor_pair.hpp"
 #include "lora_rite/options.hpp"
@@ -21,8 +22,8 @@
 #include "lora_rite/state.hpp"
 
 /// Acts 1 and 3 with ATen operators. Pairs that agree in shape, dtype and device are one batch, so the number of
-/// operator calls grows with the number of distinct shapes; no value is ever read back to the host, so a step also runs
-/// on `meta` tensors.
+/// operator calls of these acts grows with the number of distinct shapes; act 2 is one for all batches of a rank. No
+/// value is ever read back to the host, so a step also runs on `meta` tensors.
 ///
 /// Shapes: k pairs, factor X of n rows. "Stacked" is [k, factor shape] as the user has it, "tall" [k, n, r] with the
 /// rank last. Sides: 0 is A, 1 is B; the partner of side s is 1 − s. All arithmetic is double, whatever the factors
@@ -39,6 +40,11 @@ class DeviceBatch final : public Batch {
     rows_ = at::tensor({rows_a, rows_b}, at::kDouble).view({2, 1, 1, 1}).to(device_);
   }
 
+  /// Batches of one param group that agree in rank, dtype and device do act 2 together: its matrices are small, and
+  /// what a device takes for them is a time a call. To be told to each of them; they must live as long as this one
+  /// steps.
+  void set_companions(std::vector<DeviceBatch*> companions) { companions_ = std::move(companions); }
+
   void set_row_shards(RowShards shards) override {
     shards_ = std::move(shards);
     rows_ = at::tensor(at::IntArrayRef(shards_->rows), at::kDouble).view({2, 1, 1, 1}).to(device_);
@@ -46,6 +52,9 @@ class DeviceBatch final : public Batch {
 
   bool observe(const LoraRiteOptions& options) override {
     capturable_ = options.capturable();
+    statistics_ = {};  // of a step that failed
+    unmagnified_ = {};
+    decision_ = {};
     std::array<std::vector<bool>, 2> has_gradient;
     bool any = false;
     for (const size_t side : {0, 1}) {
@@ -134,13 +143,7 @@ class DeviceBatch final : public Batch {
   }
 
   at::Tensor unmagnify(const at::Tensor& proceed) override {
-    for (at::Tensor* matrix :
-         {&statistics_.gram, &statistics_.cross, &statistics_.gradient_gram, &statistics_.plain_gradient_gram}) {
-      if (matrix->defined()) *matrix = choose(proceed, *matrix, 0.0);
-    }
-    unmagnified_ = capturable_ ? rule::unmagnify<CholeskyRoot>(statistics_, cutoff())
-                               : rule::unmagnify<Basis>(statistics_, cutoff());
-    statistics_ = {};
+    if (statistics_.gram.defined()) unmagnify_together(proceed);
     const at::Tensor& seen =
         unmagnified_.plain_gradient_gram.defined() ? unmagnified_.plain_gradient_gram : unmagnified_.gradient_gram;
     fresh_norm_squared_ = seen.diagonal(0, -2, -1).sum(-1).clamp_min(0);
@@ -152,20 +155,10 @@ class DeviceBatch final : public Batch {
   }
 
   void prepare(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
-    // The transport of a side's moments depends on its partner.
-    const at::Tensor partner_edited = at::stack({edited_[1], edited_[0]});
     upload_rates(options);
     const at::Tensor rates = rates_.tensor().view({2, 1, 1, 1});
-    if (options.max_relative_change() > 0) {
-      const at::Tensor& roots = unmagnified_.inverse_root;  // each side has its partner's
-      unmagnified_.damping = rule::relative_change_damping(roots, at::stack({roots[1], roots[0]}), rates, rows_,
-                                                           options.max_relative_change());
-    }
-    const auto decide =
-        capturable_ ? rule::decide<ProductRoots, at::Tensor> : rule::decide<rule::Eigenvalues, at::Tensor>;
-    const rule::Decision<at::Tensor> decision =
-        decide(state_.moments, unmagnified_, rows_, clip_factor, has_gradient_, partner_edited, options);
-
+    if (!decision_.gradient_map.defined()) decide_together(options, clip_factor, rates);
+    const rule::Decision<at::Tensor> decision = std::exchange(decision_, {});
     const at::Tensor rate = wide(has_gradient_) * rates;
     const at::Tensor keep = 1 - rate * options.weight_decay();
     std::array<at::Tensor, 2> moved, momentum, rows;
@@ -232,7 +225,6 @@ class DeviceBatch final : public Batch {
     remember(state_.previous_rate, rate / keep);
     remember(unmagnified_norm_, fresh_norm_squared_.sqrt());
     remember(clip_factor_, clip_factor);
-    unmagnified_ = {};
     factors_ = gradients_ = {};
   }
 
@@ -247,6 +239,62 @@ class DeviceBatch final : public Batch {
   }
 
  private:
+  /// Act 2, first half, of all companions that have observed something.
+  void unmagnify_together(const at::Tensor& proceed) {
+    std::vector<DeviceBatch*> waiting;
+    std::vector<rule::Statistics<at::Tensor>> statistics;
+    for (DeviceBatch* batch : companions_) {
+      if (!batch->statistics_.gram.defined()) continue;
+      waiting.push_back(batch);
+      statistics.push_back(std::exchange(batch->statistics_, {}));
+    }
+    rule::Statistics<at::Tensor> all = joined(std::move(statistics));
+    for (at::Tensor* matrix : {&all.gram, &all.cross, &all.gradient_gram, &all.plain_gradient_gram}) {
+      if (matrix->defined()) *matrix = choose(proceed, *matrix, 0.0);
+    }
+    rule::Unmagnified<at::Tensor> unmagnified =
+        capturable_ ? rule::unmagnify<CholeskyRoot>(all, cutoff()) : rule::unmagnify<Basis>(all, cutoff());
+    int64_t begin = 0;
+    for (DeviceBatch* batch : waiting) {
+      batch->unmagnified_ = part_of(unmagnified, begin, batch->count());
+      begin += batch->count();
+    }
+  }
+
+  /// Act 2, second half, of all companions that went through the first one.
+  void decide_together(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& rates) {
+    std::vector<DeviceBatch*> waiting;
+    std::vector<rule::Moments<at::Tensor>> moments;
+    std::vector<rule::Unmagnified<at::Tensor>> unmagnified;
+    std::vector<at::Tensor> rows, has_gradient, partner_edited;
+    for (DeviceBatch* batch : companions_) {
+      if (!batch->unmagnified_.inverse_root.defined()) continue;
+      waiting.push_back(batch);
+      moments.push_back(batch->state_.moments);
+      unmagnified.push_back(std::exchange(batch->unmagnified_, {}));
+      rows.push_back(batch->rows_.expand({2, batch->count(), 1, 1}));
+      has_gradient.push_back(batch->has_gradient_);
+      // The transport of a side's moments depends on its partner.
+      partner_edited.push_back(at::stack({batch->edited_[1], batch->edited_[0]}));
+    }
+    rule::Unmagnified<at::Tensor> all = joined(std::move(unmagnified));
+    const at::Tensor all_rows = joined(rows);
+    if (options.max_relative_change() > 0) {
+      const at::Tensor& roots = all.inverse_root;  // each side has its partner's
+      all.damping = rule::relative_change_damping(roots, at::stack({roots[1], roots[0]}), rates, all_rows,
+                                                  options.max_relative_change());
+    }
+    const auto decide =
+        capturable_ ? rule::decide<ProductRoots, at::Tensor> : rule::decide<rule::Eigenvalues, at::Tensor>;
+    rule::Decision<at::Tensor> decision = decide(joined(std::move(moments)), all, all_rows, clip_factor,
+                                                 joined(has_gradient), joined(partner_edited), options);
+    int64_t begin = 0;
+    for (DeviceBatch* batch : waiting) {
+      batch->decision_ = part_of(decision, begin, batch->count());
+      begin += batch->count();
+    }
+  }
+
   /// Of this share of its largest eigenvalue on, a Gram matrix is no round-off.
   double cutoff() const {
     switch (factors_[0].scalar_type()) {  // with a master copy a half factor is known to float precision
@@ -418,13 +466,15 @@ class DeviceBatch final : public Batch {
   std::array<at::Tensor, 2> with_gradient_;  ///< indices of the pairs that have one
   DeviceNumbers rates_;                      ///< of A and B [2]
   bool capturable_ = false;
+  std::vector<DeviceBatch*> companions_ = {this};
 
   // From act to act within one step.
   std::array<at::Tensor, 2> factors_;          ///< stacked, in the dtype that is stepped (float for a master copy)
   std::array<at::Tensor, 2> gradients_;        ///< stacked, undefined where no pair has one
   at::Tensor edited_;                          ///< [2, k, 1, 1]
   rule::Statistics<at::Tensor> statistics_;    ///< [2, k, r, r]
-  rule::Unmagnified<at::Tensor> unmagnified_;  ///< [2, k, r, r]
+  rule::Unmagnified<at::Tensor> unmagnified_;  ///< [2, k, r, r], until it is decided upon
+  rule::Decision<at::Tensor> decision_;        ///< [2, k, r, r], until this batch prepares
   at::Tensor fresh_norm_squared_;              ///< [2, k]
 
   // From `prepare` to `commit`.

@@ -37,12 +37,19 @@ Batches make_batches(const std::vector<FactorPair>& pairs, const std::vector<std
     members[batch].pairs.push_back(pairs[i]);
     members[batch].labels.push_back(labels[i]);
   }
+  std::map<std::string, std::vector<DeviceBatch<Basis>*>> companions;
   for (auto& [on_host, batch_pairs, batch_labels] : members) {
     if (on_host) {
       result.all.push_back(std::make_unique<HostBatch<Basis>>(std::move(batch_pairs), std::move(batch_labels)));
     } else {
-      result.all.push_back(std::make_unique<DeviceBatch<Basis>>(std::move(batch_pairs), std::move(batch_labels)));
+      const torch::Tensor a = batch_pairs[0].a;
+      auto batch = std::make_unique<DeviceBatch<Basis>>(std::move(batch_pairs), std::move(batch_labels));
+      companions[c10::str(a.size(0), a.scalar_type(), a.device())].push_back(batch.get());
+      result.all.push_back(std::move(batch));
     }
+  }
+  for (const auto& [key, batches] : companions) {
+    for (DeviceBatch<Basis>* batch : batches) batch->set_companions(batches);
   }
   return result;
 }
