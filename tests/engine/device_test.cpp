@@ -1,5 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <memory>
+#include <vector>
+
 #include "support/operators.hpp"
 #include "support/pairs.hpp"
 
@@ -46,6 +49,42 @@ TEST(DeviceEngine, ActTwoIsOneForAllShapesOfARank) {
     // What each further shape adds are acts 1 and 3, and little to put act 2 together.
     EXPECT_LT(two - one, (capturable ? 0.4 : 0.75) * one);
     EXPECT_LT(four - two, 2.1 * (two - one));
+  }
+}
+
+/// Of each shape its own statistics and its own decision, also where some batches have no gradient in a step.
+TEST(DeviceEngine, ShapesOfARankStepAsEachAlone) {
+  const auto options = LoraRiteOptions(1e-2)
+                           .engine(Engine::Device)
+                           .clip_unmagnified_norm(0)  // whose norm would be one for all
+                           .max_relative_change(0.3)
+                           .row_equilibration(true);
+  for (const auto dtype : {torch::kDouble, torch::kFloat}) {
+    torch::manual_seed(91);
+    const std::vector<FactorPair> together = {
+        testing::random_pair("0", 3, 9, 8, dtype), testing::random_pair("1", 3, 5, 12, dtype),
+        testing::random_pair("2", 3, 9, 8, dtype), testing::random_pair("3", 3, 20, 4, dtype)};
+    const auto alone = testing::clone_pairs(together);
+    LoraRite<> optimizer(together, options);
+    std::vector<std::unique_ptr<LoraRite<>>> optimizers;
+    for (const auto& pair : alone) {
+      optimizers.push_back(std::make_unique<LoraRite<>>(std::vector<FactorPair>{pair}, options));
+    }
+    for (uint64_t step = 0; step < 8; ++step) {
+      for (const auto* pairs : {&together, &alone}) {
+        testing::set_gradients(*pairs, step);
+        const FactorPair& resting = (*pairs)[step % 4];
+        torch::Tensor(resting.a).mutable_grad() = torch::Tensor();
+        if (step % 2 == 0) torch::Tensor(resting.b).mutable_grad() = torch::Tensor();
+      }
+      optimizer.step();
+      for (const auto& each : optimizers) each->step();
+    }
+    for (size_t i = 0; i < together.size(); ++i) {
+      const double tolerance = dtype == torch::kDouble ? 1e-12 : 1e-6;
+      EXPECT_LT(((together[i].a - alone[i].a).norm() / alone[i].a.norm()).item<double>(), tolerance) << i;
+      EXPECT_LT(((together[i].b - alone[i].b).norm() / alone[i].b.norm()).item<double>(), tolerance) << i;
+    }
   }
 }
 

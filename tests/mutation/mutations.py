@@ -54,6 +54,8 @@ MUTATIONS = [
     ("engine/device.hpp", "cross[side] = «scale * cross[side] + rate * past[side]»;",
      "scale * cross[side] - rate * past[side]", ""),
     ("engine/device.hpp", "statistics_.gram = «at::stack({gram[1], gram[0]})»;", "at::stack({gram[0], gram[1]})", ""),
+    ("engine/device.hpp", "unmagnified_ = part_of(unmagnified, «begin», batch->count());", "0", ""),
+    ("engine/device.hpp", "decision_ = part_of(decision, «begin», batch->count());", "0", ""),
     ("engine/device.hpp", "keep = «1 - rate * options.weight_decay()»;", "1 + rate * options.weight_decay()", ""),
     ("engine/device.hpp", "(rms / options.max_update_rms()).clamp_min(«1»)", "2", ""),
     ("engine/device.hpp", "momentum[side], /*value=*/«-1»);", "1", ""),
