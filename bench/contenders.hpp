@@ -88,8 +88,8 @@ inline Make named(const std::string& name) {
     return step_of(std::shared_ptr<torch::optim::Optimizer>(lora_rite::make_optimizer(name, std::move(pairs), 1e-4)));
   };
 }
-/// LoRA-RITE's step recorded as a CUDA graph and replayed, which one call of the driver starts.
 #ifdef LORA_RITE_HAS_CUDA_GRAPHS
+/// LoRA-RITE's step recorded as a CUDA graph and replayed, which one call of the driver starts.
 inline Step rite_graph(std::vector<FactorPair> pairs) {
   const auto optimizer =
       std::make_shared<lora_rite::LoraRite<>>(std::move(pairs), LoraRiteOptions(1e-4).capturable(true));
