@@ -16,13 +16,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from grid import CONTENDERS, TASKS  # noqa: E402
+from grid import CONTENDERS, OPTIONS, TASKS  # noqa: E402
 from study import geometric_mean, read_runs  # noqa: E402
 
 INK = "#333333"
-COLORS = dict(zip(CONTENDERS, ["#0b5fa5", "#f28e2b", "#c9a227", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#e15759",
-                               "#9a9a9a", "#d37295", "#4e79a7", "#7ab6e0", "#333333", "#17becf", "#8c564b"] * 2))
 BASELINE = "adam"
+OPTIMIZERS = [name for name in CONTENDERS if name not in OPTIONS]
+BESIDE_OPTIONS = OPTIMIZERS[:3]  # LoRA-RITE, bounded and not, and Adam, shown in the picture of the options, too
+PALETTE = ["#0b5fa5", "#f28e2b", "#c9a227", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#e15759", "#9a9a9a", "#d37295",
+           "#333333", "#7ab6e0"]
+COLORS = dict(zip(OPTIMIZERS, PALETTE)) | dict(zip(OPTIONS, PALETTE[len(BESIDE_OPTIONS):]))
 
 
 class Entry:
@@ -159,14 +162,14 @@ def entry_mean(entry: Entry) -> float:
 Line = tuple[list[float], list[float]]
 
 
-def draw(cells: dict[tuple, dict[str, Entry]], line: Callable[[tuple, Entry], Line | None], labels: tuple[str, str],
-         is_logarithmic: Callable[[tuple], tuple[bool, bool]], path: pathlib.Path) -> None:
-    """A panel a cell with a line an optimizer, where `line` gives one."""
+def draw(cells: dict[tuple, dict[str, Entry]], names: list[str], line: Callable[[tuple, Entry], Line | None],
+         labels: tuple[str, str], is_logarithmic: Callable[[tuple], tuple[bool, bool]], path: pathlib.Path) -> None:
+    """A panel a cell with a line for each of `names`, where `line` gives one."""
     figure, grid = plt.subplots(1, len(cells), figsize=(5.2 * len(cells), 4.4), squeeze=False, layout="constrained")
     handles = {}
     for axes, (cell, entries) in zip(grid[0], cells.items()):
-        for name, entry in entries.items():
-            points = line(cell, entry)
+        for name in names:
+            points = line(cell, entries[name]) if name in entries else None
             if points:
                 wide = name.startswith("rite")
                 handles[name], = axes.plot(*points, marker="o", markersize=3, color=COLORS[name],
@@ -182,6 +185,11 @@ def draw(cells: dict[tuple, dict[str, Entry]], line: Callable[[tuple, Entry], Li
                   ncols=min(3 * len(cells), 8, len(handles)), frameon=False)
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
+
+
+def draw_rates(cells: dict[tuple, dict[str, Entry]], names: list[str], path: pathlib.Path) -> None:
+    draw(cells, names, rates_line, ("learning rate", "validation loss"), lambda cell: (True, not TASKS[cell[0]].is_text),
+         path)
 
 
 def rates_line(_: tuple, entry: Entry) -> Line:
@@ -211,14 +219,16 @@ def main() -> None:
     text = [f"### {title(cell)}\n\n{table(entries)}\n" for cell, entries in cells.items()]
     (folder / "study.md").write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))
+    usual = {cell: entries for cell, entries in cells.items() if cell[1] == 16 and cell[2] == "usual"}
     for model in ("regression", "minilm", "smollm2"):
-        shown = {cell: entries for cell, entries in cells.items()
-                 if TASKS[cell[0]].model == model and cell[1] == 16 and cell[2] == "usual"}
+        shown = {cell: entries for cell, entries in usual.items() if TASKS[cell[0]].model == model}
         if shown:
-            draw(shown, rates_line, ("learning rate", "validation loss"),
-                 lambda cell: (True, not TASKS[cell[0]].is_text), folder / f"study-{model}-rates.png")
-            draw(shown, curve_line, ("step", "error, or training loss"), lambda cell: (False, True),
+            draw_rates(shown, OPTIMIZERS, folder / f"study-{model}-rates.png")
+            draw(shown, OPTIMIZERS, curve_line, ("step", "error, or training loss"), lambda cell: (False, True),
                  folder / f"study-{model}-curves.png")
+    shown = {cell: entries for cell, entries in usual.items() if not entries.keys().isdisjoint(OPTIONS)}
+    if shown:
+        draw_rates(shown, [*BESIDE_OPTIONS, *OPTIONS], folder / "study-options-rates.png")
 
 
 if __name__ == "__main__":
