@@ -48,9 +48,9 @@ PICTURES = {
     "study-minilm-curves.png": ("MiniLM: training loss against the step", "Each optimizer at its own best rate."),
     "study-smollm2-rates.png": ("SmolLM2-135M: validation loss against the learning rate",
                                 "Low is good, and a wide valley is a rate that is hard to miss."),
+    "study-smollm2-curves.png": ("SmolLM2-135M: training loss against the step", "Each optimizer at its own best rate."),
     "study-options-rates.png": ("LoRA-RITE's options: validation loss against the learning rate",
                                 "Where they were tried; Adam's line for comparison."),
-    "study-smollm2-curves.png": ("SmolLM2-135M: training loss against the step", "Each optimizer at its own best rate."),
 }
 
 
