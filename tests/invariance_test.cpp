@@ -71,6 +71,7 @@ const Setting kWeightDecay = {"weight_decay", [](LoraRiteOptions& o) { o.weight_
 const Setting kClipActive = {"clip_active", [](LoraRiteOptions& o) { o.clip_unmagnified_norm(0.02); }};
 const Setting kNoClip = {"no_clip", [](LoraRiteOptions& o) { o.clip_unmagnified_norm(0); }};
 const Setting kBounded = {"max_relative_change", [](LoraRiteOptions& o) { o.max_relative_change(0.05); }};
+const Setting kExponent = {"preconditioner_exponent", [](LoraRiteOptions& o) { o.preconditioner_exponent(0.25); }};
 const Setting kRows = {"row_equilibration",
                        [](LoraRiteOptions& o) { o.row_equilibration(true).clip_unmagnified_norm(0.02); }};
 const Setting kTogether = {"together", [](LoraRiteOptions& o) {
@@ -99,7 +100,7 @@ std::vector<Trial> trials() {
     result.push_back({dbl, 16, Begin::NonZero, &kDefaults, t});
     result.push_back({dbl, 16, Begin::ZeroB, &kDefaults, t});
   }
-  for (const auto* s : {&kNoEscape, &kWeightDecay, &kClipActive, &kNoClip, &kBounded, &kRows, &kTogether}) {
+  for (const auto* s : {&kNoEscape, &kWeightDecay, &kClipActive, &kNoClip, &kBounded, &kExponent, &kRows, &kTogether}) {
     result.push_back({dbl, 4, Begin::NonZero, s, &kGeneral4});
     result.push_back({dbl, 4, Begin::ZeroB, s, &kGeneral4});
     result.push_back({flt, 4, Begin::NonZero, s, &kGeneral2});
@@ -170,7 +171,8 @@ INSTANTIATE_TEST_SUITE_P(Trials, Invariance, ::testing::ValuesIn(trials()),
 TEST(InvarianceSettings, EachChangesTheTrajectory) {
   Trial trial = {torch::kDouble, 4, Begin::NonZero, &kDefaults, &kRotation};
   std::vector<Trajectory> trajectories;
-  for (const auto* s : {&kDefaults, &kNoEscape, &kWeightDecay, &kClipActive, &kBounded, &kRows, &kTogether}) {
+  for (const auto* s :
+       {&kDefaults, &kNoEscape, &kWeightDecay, &kClipActive, &kBounded, &kExponent, &kRows, &kTogether}) {
     trial.setting = s;
     LogisticNetwork network(trial.rank, trial.begin, trial.dtype);
     trajectories.push_back(train(network, make_rite<lora_rite::PolarBasis>(options_of(trial)), kSteps));

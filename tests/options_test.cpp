@@ -29,6 +29,11 @@ const std::vector<BadOption>& bad_options() {
       {"Beta2Negative", LoraRiteOptions().betas({0.9, -0.1}), "betas[1] is -0.1"},
       {"NegativeEps", LoraRiteOptions().eps(-1e-8), "eps is -1e-08"},
       {"NaNEpsRoot", LoraRiteOptions().eps_root(kNaN), "eps_root is nan"},
+      {"NegativeExponent", LoraRiteOptions().preconditioner_exponent(-0.1), "preconditioner_exponent is -0.1"},
+      {"ExponentAboveAHalf", LoraRiteOptions().preconditioner_exponent(0.6), "preconditioner_exponent is 0.6"},
+      {"NaNExponent", LoraRiteOptions().preconditioner_exponent(kNaN), "preconditioner_exponent is nan"},
+      {"ExponentAndCapturable", LoraRiteOptions().preconditioner_exponent(0.3).capturable(true),
+       "preconditioner_exponent is 0.3, expected 1/2 or 1/4"},
       {"NegativeWeightDecay", LoraRiteOptions().weight_decay(-1), "weight_decay is -1"},
       {"DecayTurnsFactorsAround", LoraRiteOptions(1).weight_decay(1), "lr · weight_decay is 1"},
       {"NegativeClip", LoraRiteOptions().clip_unmagnified_norm(-1), "clip_unmagnified_norm is -1"},
@@ -79,6 +84,9 @@ TEST(LoraRiteOptions, DefaultsAreTheDocumentedOnes) {
   EXPECT_TRUE(options.escape());
   EXPECT_EQ(options.clip_unmagnified_norm(), 1.0);
   EXPECT_EQ(options.max_update_rms(), 0.0);
+  EXPECT_EQ(options.preconditioner_exponent(), 0.5);
+  EXPECT_EQ(options.max_relative_change(), 0.0);
+  EXPECT_FALSE(options.row_equilibration());
   EXPECT_EQ(options.lr_ratio_b(), 1.0);
 }
 

@@ -76,6 +76,8 @@ const std::vector<Parameter>& parameters() {
       option("beta2", {0.999, 0, 0.8}, [](LoraRiteOptions& o, double x) { std::get<1>(o.betas()) = x; }),
       {"eps", {1e-8, 1e-4, 1e-2}, true, [](LoraRiteOptions& o, double x) { o.eps(x); }},
       option("eps_root", {0, 1e-4}, [](LoraRiteOptions& o, double x) { o.eps_root(x); }),
+      option("preconditioner_exponent", {0.5, 0.25, 0},
+             [](LoraRiteOptions& o, double x) { o.preconditioner_exponent(x); }),
       option("weight_decay", {0, 0.1, 0.5}, [](LoraRiteOptions& o, double x) { o.weight_decay(x); }),
       option("escape", {1, 0}, [](LoraRiteOptions& o, double x) { o.escape(x != 0); }),
       option("clip_unmagnified_norm", {1, 0, 0.1, 10},

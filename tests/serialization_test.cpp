@@ -66,6 +66,7 @@ TEST(Serialization, KeepsEveryOption) {
                            .betas({0.8, 0.95})
                            .eps(1e-5)
                            .eps_root(1e-9)
+                           .preconditioner_exponent(0.25)
                            .weight_decay(0.02)
                            .escape(false)
                            .clip_unmagnified_norm(0.7)
@@ -83,6 +84,7 @@ TEST(Serialization, KeepsEveryOption) {
   EXPECT_EQ(found.betas(), std::make_tuple(0.8, 0.95));
   EXPECT_EQ(found.eps(), 1e-5);
   EXPECT_EQ(found.eps_root(), 1e-9);
+  EXPECT_EQ(found.preconditioner_exponent(), 0.25);
   EXPECT_EQ(found.weight_decay(), 0.02);
   EXPECT_FALSE(found.escape());
   EXPECT_EQ(found.clip_unmagnified_norm(), 0.7);

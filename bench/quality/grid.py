@@ -75,6 +75,14 @@ CONTENDERS = {
     "rite, bounded by 1": Contender("rite", (-6, -8), ("--max-relative-change", "1")),
     "rite, rows": Contender("rite", (-6, -8), ("--row-equilibration", "true")),
     "rite, rows, bounded": Contender("rite", (-6, -8), ("--row-equilibration", "true", "--max-relative-change", "0.3")),
+    "rite, exponent 1/4": Contender("rite", (-6, -8), ("--preconditioner-exponent", "0.25")),
+    "rite, exponent 1/4, bounded": Contender(
+        "rite", (-6, -8), ("--preconditioner-exponent", "0.25", "--max-relative-change", "0.3")),
+    "rite, exponent 0, bounded": Contender(
+        "rite", (-6, -8), ("--preconditioner-exponent", "0", "--max-relative-change", "0.3")),
+    "rite, rows, exponent 1/4, bounded": Contender(
+        "rite", (-6, -8),
+        ("--row-equilibration", "true", "--preconditioner-exponent", "0.25", "--max-relative-change", "0.3")),
     "rite, bounded, no escape": Contender("rite", (-6, -8), ("--max-relative-change", "0.3", "--escape", "false")),
     "rite, no escape": Contender("rite", (-6, -8), ("--escape", "false")),
     "rite, no clip": Contender("rite", (-6, -8), ("--clip", "0")),
@@ -110,8 +118,9 @@ GRIDS = {
         ([Cell(task) for task in ("amazon", "tweets")], OTHERS),
         ([Cell("movies", start="lopsided")], ("rite, bounded", "lora+", "adamw")),
         ([Cell(task) for task in ("kinds", "instructions")], ("rite", "adam", "rite, bounded", "lora+")),
-        # the options that were best on movies, on the other texts
-        ([Cell(task) for task in ("amazon", "tweets", "kinds", "instructions")], ("rite, rows, bounded",)),
+        # the options that were best on regressions and movies, elsewhere
+        ([Cell(task, 64) for task in REGRESSIONS], ("rite, exponent 1/4, bounded", "rite, rows, exponent 1/4, bounded")),
+        ([Cell(task) for task in ("amazon", "tweets")], ("rite, rows, bounded", "rite, rows, exponent 1/4, bounded")),
     ],
 }
 

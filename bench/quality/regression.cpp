@@ -95,7 +95,7 @@ int main(int argc, char** argv) try {
   Task task;
   Run run;
   lora_rite::LoraRiteOptions rite;
-  double beta2 = 0.999, clip = 1, lr_ratio_b = 1, max_relative_change = 0;
+  double beta2 = 0.999, clip = 1, lr_ratio_b = 1, max_relative_change = 0, exponent = 0.5;
   bool escape = true, row_equilibration = false;
   std::vector<double> rates = {1e-2};
   std::vector<uint64_t> seeds = {0};
@@ -119,6 +119,8 @@ int main(int argc, char** argv) try {
   add("--beta2", beta2, "rite: decay rate of the second moment");
   add("--clip", clip, "rite: bound on the norm of the unmagnified gradient, 0 = off");
   add("--escape", escape, "rite: keep the escaped mass");
+  add("--preconditioner-exponent", exponent,
+      "rite: 0.5 divides each direction by its second moment's root, 0 all alike");
   add("--max-relative-change", max_relative_change, "rite: bound on a factor's relative change a step, 0 = off");
   add("--row-equilibration", row_equilibration, "rite: adapt from row to row as well");
   add("--lr-ratio-b", lr_ratio_b, "rite: rate of B divided by the rate of A");
@@ -141,6 +143,7 @@ int main(int argc, char** argv) try {
                                                                            .clip_unmagnified_norm(clip)
                                                                            .escape(escape)
                                                                            .lr_ratio_b(lr_ratio_b)
+                                                                           .preconditioner_exponent(exponent)
                                                                            .max_relative_change(max_relative_change)
                                                                            .row_equilibration(row_equilibration));
       } else {

@@ -24,7 +24,7 @@ BASELINE = "adam"
 OPTIMIZERS = [name for name in CONTENDERS if name not in OPTIONS]
 BESIDE_OPTIONS = OPTIMIZERS[:3]  # LoRA-RITE, bounded and not, and Adam, shown in the picture of the options, too
 PALETTE = ["#0b5fa5", "#f28e2b", "#c9a227", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#e15759", "#9a9a9a", "#d37295",
-           "#333333", "#7ab6e0"]
+           "#333333", "#7ab6e0", "#8c2d04", "#1b7837", "#6a51a3"]
 COLORS = dict(zip(OPTIMIZERS, PALETTE)) | dict(zip(OPTIONS, PALETTE[len(BESIDE_OPTIONS):]))
 
 

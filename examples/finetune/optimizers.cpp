@@ -36,6 +36,7 @@ void refuse_options_of_rite(const RunOptions& options) {
   };
   refuse("--clip", options.clip != usual.clip);
   refuse("--escape", options.escape != usual.escape);
+  refuse("--preconditioner-exponent", options.preconditioner_exponent != usual.preconditioner_exponent);
   refuse("--max-relative-change", options.max_relative_change != usual.max_relative_change);
   refuse("--row-equilibration", options.row_equilibration != usual.row_equilibration);
   refuse("--lr-ratio-b", options.lr_ratio_b != usual.lr_ratio_b);
@@ -87,6 +88,7 @@ TrainingOptimizer make_rite(const RunOptions& options, const torch::nn::Module& 
                                 .weight_decay(options.weight_decay)
                                 .clip_unmagnified_norm(options.clip)
                                 .escape(options.escape)
+                                .preconditioner_exponent(options.preconditioner_exponent)
                                 .max_relative_change(options.max_relative_change)
                                 .row_equilibration(options.row_equilibration)
                                 .lr_ratio_b(options.lr_ratio_b);

@@ -18,17 +18,18 @@ struct RunOptions {
   int64_t max_length = 128;  ///< classifier: tokens a text is cut to
   int64_t generate = 0;      ///< language model: tokens to write after each test prompt; 0 = none
 
-  std::string optimizer = "rite";  ///< one of optimizer_names()
-  double lr = 5e-4;                ///< peak rate of the factors
-  double head_lr = 1e-3;           ///< classifier: peak rate of the head
-  double weight_decay = 0;         ///< decoupled for rite and adamw, L2 for adam; not on the head
-  double beta2 = 0.999;            ///< rite, adam and adamw: decay rate of the second moment
-  double clip = 1;                 ///< rite: bound on the unmagnified gradient norm, 0 = off
-  bool escape = true;              ///< rite: keep the escaped mass
-  double max_relative_change = 0;  ///< rite: bound on a factor's relative change in a step, 0 = off
-  bool row_equilibration = false;  ///< rite: adapt from row to row as well
-  double lr_ratio_b = 1;           ///< rite: rate of B divided by the rate of A
-  bool shard_optimizer = false;    ///< rite: several processes divide the optimizer's state and work
+  std::string optimizer = "rite";        ///< one of optimizer_names()
+  double lr = 5e-4;                      ///< peak rate of the factors
+  double head_lr = 1e-3;                 ///< classifier: peak rate of the head
+  double weight_decay = 0;               ///< decoupled for rite and adamw, L2 for adam; not on the head
+  double beta2 = 0.999;                  ///< rite, adam and adamw: decay rate of the second moment
+  double clip = 1;                       ///< rite: bound on the unmagnified gradient norm, 0 = off
+  bool escape = true;                    ///< rite: keep the escaped mass
+  double preconditioner_exponent = 0.5;  ///< rite: 1/2 adapts to every direction, 0 to none
+  double max_relative_change = 0;        ///< rite: bound on a factor's relative change in a step, 0 = off
+  bool row_equilibration = false;        ///< rite: adapt from row to row as well
+  double lr_ratio_b = 1;                 ///< rite: rate of B divided by the rate of A
+  bool shard_optimizer = false;          ///< rite: several processes divide the optimizer's state and work
 
   std::string schedule = "linear";  ///< one of schedule_names(): how the rate goes down after the warm-up
   double min_lr_ratio = 0;          ///< where it ends, divided by the peak rate
@@ -65,12 +66,12 @@ struct RunOptions {
 };
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunOptions, model, train, validation, test, out, max_length, generate, optimizer, lr,
-                                   head_lr, weight_decay, beta2, clip, escape, max_relative_change, row_equilibration,
-                                   lr_ratio_b, shard_optimizer, schedule, min_lr_ratio, warmup, steps, batch,
-                                   micro_batch, max_grad_norm, seed, evaluate_every, patience, rank, alpha, rslora,
-                                   dropout, init, init_scale, target_modules, exclude_modules, dtype, device,
-                                   gradient_checkpointing, memory_limit, threads, checkpoint_every, timeout, log_every,
-                                   tensorboard, python)
+                                   head_lr, weight_decay, beta2, clip, escape, preconditioner_exponent,
+                                   max_relative_change, row_equilibration, lr_ratio_b, shard_optimizer, schedule,
+                                   min_lr_ratio, warmup, steps, batch, micro_batch, max_grad_norm, seed, evaluate_every,
+                                   patience, rank, alpha, rslora, dropout, init, init_scale, target_modules,
+                                   exclude_modules, dtype, device, gradient_checkpointing, memory_limit, threads,
+                                   checkpoint_every, timeout, log_every, tensorboard, python)
 
 /// The names that `optimizer` may have.
 std::vector<std::string> optimizer_names();

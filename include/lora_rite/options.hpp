@@ -41,6 +41,10 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(double, eps) = 1e-8;
   /// Added under the root, to the eigenvalues of V + ρI. 0 in the paper, ε² in the authors' code.
   TORCH_ARG(double, eps_root) = 0.0;
+  /// Exponent p in [0, 1/2] of the adaptive matrix step: 1/2 divides every direction by the root of its second moment,
+  /// as in the paper; 0 divides all alike, by the mean over directions; between them p does so in part, and the mean,
+  /// to the power 1/2 − p, keeps a step's length (Padam, Chen et al. 2018, for Adam). See docs/algorithm.md.
+  TORCH_ARG(double, preconditioner_exponent) = 0.5;
   /// Decoupled weight decay λ ≥ 0: each factor shrinks by 1 − ηλ a step. It is equivariant too.
   TORCH_ARG(double, weight_decay) = 0.0;
   /// Keep the second moment that leaves the partner's column space as isotropic mass ρ (the paper's Algorithm 1).
@@ -67,9 +71,9 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(Engine, engine) = Engine::Automatic;
   /// A step that a CUDA graph can record (at::cuda::CUDAGraph): Engine::Device, with Cholesky factors and Newton–Schulz
   /// products in place of eigenvalues, which also batch at every rank. The escaped mass is then bounded by a trace,
-  /// which makes steps a little shorter where several directions escape at once. See docs/algorithm.md. Record after a
-  /// few ordinary steps; before a replay `LoraRite::upload_rates()` hands over what a scheduler set. Chosen in the
-  /// first step, not part of a saved optimizer.
+  /// which makes steps a little shorter where several directions escape at once; `preconditioner_exponent` is 1/2 or
+  /// 1/4. See docs/algorithm.md. Record after a few ordinary steps; before a replay `LoraRite::upload_rates()` hands
+  /// over what a scheduler set. Chosen in the first step, not part of a saved optimizer.
   TORCH_ARG(bool, capturable) = false;
 
  public:
@@ -94,6 +98,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
     function("betas", options.betas());
     function("eps", options.eps());
     function("eps_root", options.eps_root());
+    function("preconditioner_exponent", options.preconditioner_exponent());
     function("weight_decay", options.weight_decay());
     function("escape", options.escape());
     function("clip_unmagnified_norm", options.clip_unmagnified_norm());
@@ -133,6 +138,11 @@ inline void check_options(const LoraRiteOptions& options, const std::string& whe
   const auto at_least_zero = [&](const char* name, double value) { check_at_least_zero(where, name, value); };
   check_options_of_adam(options, where);
   at_least_zero("eps_root", options.eps_root());
+  const double exponent = options.preconditioner_exponent();
+  TORCH_CHECK(exponent >= 0 && exponent <= 0.5, where, ": preconditioner_exponent is ", exponent,
+              ", expected a number in [0, 1/2]");
+  TORCH_CHECK(!options.capturable() || exponent == 0.5 || exponent == 0.25, where, ": preconditioner_exponent is ",
+              exponent, ", expected 1/2 or 1/4 for a capturable step");
   at_least_zero("clip_unmagnified_norm", options.clip_unmagnified_norm());
   at_least_zero("max_update_rms", options.max_update_rms());
   at_least_zero("max_relative_change", options.max_relative_change());

@@ -59,8 +59,8 @@ template <class Matrix>
 struct Decision {
   Moments<Matrix> moments;
   Matrix momentum_map;  ///< β₁' Qᵀ
-  Matrix gradient_map;  ///< (1−β₁') c R⁺ ((V + ρI)^{1/2} + εI)^{-1} K
-  Matrix plain_map;     ///< c R⁺ ((V + ρI)^{1/2} + εI)^{-1}, for row equilibration only
+  Matrix gradient_map;  ///< (1−β₁') c R⁺ H K, H being ((V + ρI)^{1/2} + εI)^{-1} or `preconditioner_exponent`'s
+  Matrix plain_map;     ///< c R⁺ H, for row equilibration only
 };
 
 /// Eigenvalues of a Gram matrix below this share of the largest are round-off: (unit round-off of the factors' dtype)²,
@@ -88,6 +88,15 @@ Number bias_corrected_decay(double beta, const Number& step, const Flag& has_gra
   return choose(has_gradient, decay, 1.0);
 }
 
+/// w = (tr V / r + ρ)^{1/2} + ε
+template <class Matrix>
+Scalar<Matrix> root_of_mean(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass,
+                            const LoraRiteOptions& options) {
+  const Scalar<Matrix> mean =
+      at_least(trace_of(second_moment), 0.0) * (1.0 / static_cast<double>(rank_of(second_moment)));
+  return sqrt(mean + escaped_mass + options.eps_root()) + options.eps();
+}
+
 /// How act 2 takes roots and compares spectra: by eigenvalues, to round-off. (`engine/capturable.hpp` has another way.)
 struct Eigenvalues {
   /// d = max(0, min( max_i (λ_i(V) − λ_i(PVPᵀ)), tr V − tr PVPᵀ )): second moment that the new basis no longer sees.
@@ -97,18 +106,24 @@ struct Eigenvalues {
     return at_least(at_most(largest_loss, trace_of(second_moment) - trace_of(transported)), 0.0);
   }
 
-  /// ((V + ρI)^{1/2} + εI)^{-1}, `root_shift` being added to ρ. V is positive semi-definite, so eigenvalues below the
-  /// solver's round-off are held there: none is negative, and none makes a direction blow up.
+  /// H = W^{-2p} w^{2p−1} with W = (V + ρI)^{1/2} + εI, and w the same of V's mean eigenvalue; W^{-1} for p = 1/2. V is
+  /// positive semi-definite, so eigenvalues below the solver's round-off are held there: none is negative, and none
+  /// makes a direction blow up.
   template <class Matrix>
-  static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass, double eps,
-                               double root_shift) {
+  static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass,
+                               const LoraRiteOptions& options) {
     const double floor = static_cast<double>(rank_of(second_moment)) * std::numeric_limits<double>::epsilon();
+    const double power = 2 * options.preconditioner_exponent();
     const auto spectrum = eigh(second_moment);
     const auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
-      const auto root = sqrt(at_least(value, largest * floor) + escaped_mass + root_shift) + eps;
-      return choose(root > 0.0, reciprocal(root), 0.0);  // V = 0 and ε = 0: nothing to scale
+      const auto root = sqrt(at_least(value, largest * floor) + escaped_mass + options.eps_root()) + options.eps();
+      const auto scale = power == 1 ? reciprocal(root) : pow(root, -power);
+      return choose(root > 0.0, scale, 0.0);  // V = 0 and ε = 0: nothing to scale
     });
-    return matmul(scale_columns(spectrum.vectors, inverse), transpose(spectrum.vectors));
+    Matrix result = matmul(scale_columns(spectrum.vectors, inverse), transpose(spectrum.vectors));
+    if (power == 1) return result;
+    const Scalar<Matrix> mean_root = root_of_mean(second_moment, escaped_mass, options);
+    return result * choose(mean_root > 0.0, pow(mean_root, power - 1), 0.0);
   }
 };
 
@@ -150,7 +165,7 @@ Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& n
   const Scalar<Matrix> fresh = (1.0 - beta2) * clip_factor * clip_factor / rows;
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
-  Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, options.eps(), options.eps_root());
+  Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, options);
   Matrix plain_map;
   if (options.row_equilibration()) plain_map = matmul(now.inverse_root, adaptive) * clip_factor;
   if (now.damping.defined()) adaptive = matmul(adaptive, now.damping);

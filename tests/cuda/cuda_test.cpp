@@ -96,6 +96,7 @@ LoraRiteOptions all_options() {
       .balance(true)
       .max_update_rms(1)
       .weight_decay(0.1)
+      .preconditioner_exponent(0.25)
       .max_relative_change(0.3)
       .row_equilibration(true);
 }

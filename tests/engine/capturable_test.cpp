@@ -46,13 +46,16 @@ TEST(Capturable, PreconditionerDiffersByAShareOfTheConditionNumber) {
     for (const double condition : {1.0, 1e4, 1e8, 1e11}) {
       const torch::Tensor v = graded(rank, condition);
       for (const double scale : {1e-30, 1.0, 1e30}) {
-        const auto exact = rule::Eigenvalues::preconditioner<at::Tensor>(v * scale, nothing, 0, 0);
-        const auto found = engine::ProductRoots::preconditioner(v * scale, nothing, 0, 0);
-        const torch::Tensor error = torch::matmul(found, torch::linalg_inv(exact)) - identity_like(v);
-        // Half the floor r ε tr(V) over the smallest eigenvalue, tr(V) ≤ r; and what the solvers leave.
-        const double r = static_cast<double>(rank), epsilon = 2.3e-16;
-        EXPECT_LT(error.abs().max().item<double>(), r * r * epsilon * condition + 1e-13 * r)
-            << "rank " << rank << ", κ " << condition << ", scale " << scale;
+        for (const double exponent : {0.5, 0.25}) {
+          const auto options = LoraRiteOptions().eps(0).preconditioner_exponent(exponent);
+          const auto exact = rule::Eigenvalues::preconditioner<at::Tensor>(v * scale, nothing, options);
+          const auto found = engine::ProductRoots::preconditioner(v * scale, nothing, options);
+          const torch::Tensor error = torch::matmul(found, torch::linalg_inv(exact)) - identity_like(v);
+          // Half the floor r ε tr(V) over the smallest eigenvalue, tr(V) ≤ r; and what the solvers leave.
+          const double r = static_cast<double>(rank), epsilon = 2.3e-16;
+          EXPECT_LT(error.abs().max().item<double>(), r * r * epsilon * condition + 1e-13 * r)
+              << "rank " << rank << ", κ " << condition << ", scale " << scale << ", exponent " << exponent;
+        }
       }
     }
   }
@@ -76,7 +79,14 @@ TEST(Capturable, RootsMakeOrthonormalBases) {
 TEST(Capturable, NothingToScaleGivesZeroAndNoNaN) {
   const torch::Tensor zero = torch::zeros({2, 4, 4}, torch::kDouble), none = torch::zeros({2, 1, 1}, torch::kDouble);
   EXPECT_TRUE(torch::equal(engine::CholeskyRoot::inverse_root(zero, 1e-13), zero));
-  EXPECT_TRUE(torch::equal(engine::ProductRoots::preconditioner(zero, none, 0, 0), zero));
+  for (const double exponent : {0.5, 0.25}) {
+    const auto options = LoraRiteOptions().eps(0).preconditioner_exponent(exponent);
+    EXPECT_TRUE(torch::equal(engine::ProductRoots::preconditioner(zero, none, options), zero)) << exponent;
+  }
+  for (const double exponent : {0.5, 0.25, 0.0}) {
+    const auto options = LoraRiteOptions().eps(0).preconditioner_exponent(exponent);
+    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner<at::Tensor>(zero, none, options), zero)) << exponent;
+  }
 }
 
 /// Rank 1 of 6, from B = 0 or not, escape on or off.
@@ -129,7 +139,7 @@ TEST(Capturable, IsInvariant) {
     second[0].a.copy_(torch::matmul(t, second[0].a));
     second[0].b.copy_(torch::matmul(second[0].b, torch::linalg_inv(t)));
   }
-  const auto options = LoraRiteOptions(1e-2).capturable(true);
+  const auto options = LoraRiteOptions(1e-2).capturable(true).preconditioner_exponent(0.25);
   LoraRite<> one(first, options), other(second, options);
   torch::manual_seed(76);
   for (int step = 0; step < 10; ++step) {

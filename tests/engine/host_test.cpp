@@ -45,6 +45,7 @@ const Setting kSettings[] = {
     {"balanced", [] { return LoraRiteOptions(1e-2).balance(true).clip_unmagnified_norm(0); }},
     {"ascent", [] { return LoraRiteOptions(1e-2).maximize(true).clip_unmagnified_norm(0.1); }},
     {"bounded_change", [] { return LoraRiteOptions(1e-2).max_relative_change(0.05).lr_ratio_b(2); }},
+    {"exponent", [] { return LoraRiteOptions(1e-2).preconditioner_exponent(0.25); }},
     {"rows",
      [] {
        return LoraRiteOptions(1e-2).row_equilibration(true).betas({0.9, 0.9});

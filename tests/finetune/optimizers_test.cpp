@@ -22,6 +22,7 @@ TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
   const std::vector<std::pair<std::string, std::function<void(RunOptions&)>>> only_for_rite = {
       {"--clip", [](RunOptions& options) { options.clip = 0; }},
       {"--escape", [](RunOptions& options) { options.escape = false; }},
+      {"--preconditioner-exponent", [](RunOptions& options) { options.preconditioner_exponent = 0.25; }},
       {"--max-relative-change", [](RunOptions& options) { options.max_relative_change = 0.3; }},
       {"--row-equilibration", [](RunOptions& options) { options.row_equilibration = true; }},
       {"--lr-ratio-b", [](RunOptions& options) { options.lr_ratio_b = 4; }},

@@ -25,6 +25,7 @@ inline OracleOptions oracle_options(const lora_rite::LoraRiteOptions& o) {
   result.escape = o.escape();
   result.clip = o.clip_unmagnified_norm();
   result.max_update_rms = o.max_update_rms();
+  result.preconditioner_exponent = o.preconditioner_exponent();
   result.max_relative_change = o.max_relative_change();
   result.row_equilibration = o.row_equilibration();
   result.lr_ratio_b = o.lr_ratio_b();

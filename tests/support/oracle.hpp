@@ -30,6 +30,7 @@ struct OracleOptions {
   double beta2 = 0.999;
   double eps = 1e-8;
   double eps_root = 0;
+  double preconditioner_exponent = 0.5;
   double weight_decay = 0;
   bool escape = true;
   double clip = 1;
@@ -99,11 +100,13 @@ inline Vector eigenvalues(const Matrix& matrix) {
 }
 
 /// ((V + (ρ + eps_root) I)^{1/2} + ε I)^{-1}, round-off below zero floored; 1/0 is 0 (a direction that
-/// never had a gradient has nothing to precondition).
-inline Matrix inverse_root(const Matrix& v, double rho, double eps, double eps_root) {
+/// never had a gradient has nothing to precondition). With an exponent p < 1/2 each eigenvalue d of the root becomes
+/// d (d / d̄)^{2p−1}, d̄ being that of the mean eigenvalue of V.
+inline Matrix inverse_root(const Matrix& v, double rho, double eps, double eps_root, double exponent = 0.5) {
   const Eigen::SelfAdjointEigenSolver<Matrix> solver(v);
   Vector d = (solver.eigenvalues().array().max(0.0) + rho + eps_root).sqrt() + eps;
-  for (Eigen::Index i = 0; i < d.size(); ++i) d[i] = d[i] > 0 ? 1 / d[i] : 0;
+  const double mean = std::sqrt(v.diagonal().mean() + rho + eps_root) + eps;
+  for (Eigen::Index i = 0; i < d.size(); ++i) d[i] = d[i] > 0 ? std::pow(d[i] / mean, 1 - 2 * exponent) / d[i] : 0;
   return solver.eigenvectors() * d.asDiagonal() * solver.eigenvectors().transpose();
 }
 
@@ -240,7 +243,7 @@ class Oracle {
     const Matrix seen = o.row_equilibration ? Matrix(row_scale(x.rows, 1).asDiagonal() * g) : g;
     x.v = beta2 * x.v + (1 - beta2) * (seen.transpose() * seen) / static_cast<double>(g.rows());
     x.v = ((x.v + x.v.transpose()) / 2).eval();
-    const Matrix preconditioner = inverse_root(x.v, x.rho, o.eps, o.eps_root);
+    const Matrix preconditioner = inverse_root(x.v, x.rho, o.eps, o.eps_root, o.preconditioner_exponent);
     Matrix s = g * preconditioner;
     if (o.row_equilibration) {
       x.rows = beta2 * x.rows + (1 - beta2) * s.rowwise().squaredNorm() / static_cast<double>(s.cols());

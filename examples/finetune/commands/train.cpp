@@ -94,6 +94,9 @@ void add_optimizer_options(CLI::App& app, RunOptions& options) {
              "rite: keep second moment that leaves the partner's column space (true, false)")
       ->default_str("true")
       ->group(group);
+  add_option(app, "--preconditioner-exponent", options.preconditioner_exponent,
+             "rite: 0.5 divides each direction by the root of its second moment, as in the paper; 0 divides all alike")
+      ->group(group);
   add_option(app, "--max-relative-change", options.max_relative_change,
              "rite: bound on how much a step changes a factor relative to itself, 0 = off")
       ->group(group);
@@ -244,6 +247,8 @@ void check_values(const RunOptions& options) {
   require(options.beta2 >= 0 && options.beta2 < 1, "--beta2", options.beta2, "a number in [0, 1)");
   at_least(0, "--max-grad-norm", options.max_grad_norm);
   at_least(0, "--clip", options.clip);
+  require(options.preconditioner_exponent >= 0 && options.preconditioner_exponent <= 0.5, "--preconditioner-exponent",
+          options.preconditioner_exponent, "a number in [0, 0.5]");
   at_least(0, "--max-relative-change", options.max_relative_change);
   above_zero("--lr-ratio-b", options.lr_ratio_b);
 

@@ -11,6 +11,8 @@
 
 #include "lora_rite/algebra.hpp"
 #include "lora_rite/choose.hpp"
+#include "lora_rite/options.hpp"
+#include "lora_rite/rule.hpp"
 
 /// Act 2 without eigenvalues, for a step that a CUDA graph records: eigensolvers wait for the device, while the
 /// Cholesky factorisation, triangular solves and matrix products are batched at every rank and never do.
@@ -37,16 +39,23 @@ struct ProductRoots {
     return at_least(trace_of(second_moment) - trace_of(transported), 0.0);
   }
 
-  /// ((V + ρI)^{1/2} + εI)^{-1}: the root by Newton–Schulz steps, the inverse by Cholesky. Eigenvalues cannot be held
-  /// at the floor of rule::Eigenvalues, so the floor is added: the result differs by a share of about r ε_double κ(V).
-  static at::Tensor preconditioner(const at::Tensor& second_moment, const at::Tensor& escaped_mass, double eps,
-                                   double root_shift) {
-    const double floor = static_cast<double>(rank_of(second_moment)) * std::numeric_limits<double>::epsilon();
+  /// H of rule::Eigenvalues, for p = 1/2 or 1/4: roots by Newton–Schulz steps, the inverse by Cholesky. Eigenvalues
+  /// cannot be held at the floor there, so the floor is added: the result differs by a share of about r ε_double κ(V).
+  static at::Tensor preconditioner(const at::Tensor& second_moment, const at::Tensor& escaped_mass,
+                                   const LoraRiteOptions& options) {
+    const double rank = static_cast<double>(rank_of(second_moment));
+    const double floor = rank * std::numeric_limits<double>::epsilon();
     const at::Tensor identity = identity_like(second_moment);
     const at::Tensor shifted =
-        second_moment + (escaped_mass + floor * at_least(trace_of(second_moment), 0.0) + root_shift) * identity;
-    const at::Tensor inverse = positive_inverse(square_root(shifted, floor) + eps * identity);
-    const at::Tensor nothing = trace_of(shifted) + eps <= 0;  // V = 0 and ε = 0: nothing to scale
+        second_moment + (escaped_mass + floor * at_least(trace_of(second_moment), 0.0) + options.eps_root()) * identity;
+    at::Tensor root = square_root(shifted, floor) + options.eps() * identity;
+    if (options.preconditioner_exponent() < 0.5) {
+      // W's eigenvalues are at least (floor · tr W²)^{1/2}, and its trace at most (r · tr W²)^{1/2}.
+      const at::Tensor mean_root = rule::root_of_mean(second_moment, escaped_mass, options);
+      root = square_root(root, 0.5 * std::sqrt(floor / rank)) * mean_root.sqrt();
+    }
+    const at::Tensor inverse = positive_inverse(root);
+    const at::Tensor nothing = trace_of(shifted) + options.eps() <= 0;  // V = 0 and ε = 0: nothing to scale
     return choose(negated(nothing), inverse, 0.0);
   }
 

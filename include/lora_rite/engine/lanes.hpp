@@ -59,6 +59,9 @@ inline Lanes reciprocal(const Lanes& a) { return 1.0 / a; }
 inline Lanes pow(double base, const Lanes& exponent) {
   return map_lanes([&](int64_t i) { return std::pow(base, exponent[i]); });
 }
+inline Lanes pow(const Lanes& base, double exponent) {
+  return map_lanes([&](int64_t i) { return std::pow(base[i], exponent); });
+}
 inline Lanes at_least(const Lanes& a, const Lanes& b) {
   return map_lanes([&](int64_t i) { return a[i] > b[i] ? a[i] : b[i]; });
 }
