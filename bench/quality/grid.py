@@ -114,12 +114,15 @@ GRIDS = {
         ([Cell(task, start="lopsided") for task in TEXTS], ("rite", "adam")),
         ([Cell("movies")], OTHERS),
         ([Cell(task, rank) for rank in (4, 64) for task in TEXTS], ("rite", "adam")),
-        ([Cell("movies")], OPTIONS),
+        ([Cell("movies")], [name for name in OPTIONS if name not in ("rite, exponent 1/4", "rite, exponent 0, bounded")]),
         ([Cell(task) for task in ("amazon", "tweets")], OTHERS),
         ([Cell("movies", start="lopsided")], ("rite, bounded", "lora+", "adamw")),
         ([Cell(task) for task in ("kinds", "instructions")], ("rite", "adam", "rite, bounded", "lora+")),
         # the options that were best on regressions and movies, elsewhere
-        ([Cell(task, 64) for task in REGRESSIONS], ("rite, exponent 1/4, bounded", "rite, rows, exponent 1/4, bounded")),
+        ([Cell(task, rank, start) for task in REGRESSIONS for rank, start in ((4, "usual"), (16, "lopsided"))],
+         ("rite, exponent 1/4, bounded", "rite, exponent 0, bounded")),
+        ([Cell(task, 64) for task in REGRESSIONS],
+         ("rite, exponent 1/4, bounded", "rite, exponent 0, bounded", "rite, rows, exponent 1/4, bounded")),
         ([Cell(task) for task in ("amazon", "tweets")], ("rite, rows, bounded", "rite, rows, exponent 1/4, bounded")),
     ],
 }

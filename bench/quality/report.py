@@ -165,9 +165,13 @@ Line = tuple[list[float], list[float]]
 def draw(cells: dict[tuple, dict[str, Entry]], names: list[str], line: Callable[[tuple, Entry], Line | None],
          labels: tuple[str, str], is_logarithmic: Callable[[tuple], tuple[bool, bool]], path: pathlib.Path) -> None:
     """A panel a cell with a line for each of `names`, where `line` gives one."""
-    figure, grid = plt.subplots(1, len(cells), figsize=(5.2 * len(cells), 4.4), squeeze=False, layout="constrained")
+    columns = min(len(cells), 4)
+    rows = math.ceil(len(cells) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.4 * rows), squeeze=False, layout="constrained")
+    for axes in grid.flat[len(cells):]:
+        axes.set_visible(False)
     handles = {}
-    for axes, (cell, entries) in zip(grid[0], cells.items()):
+    for axes, (cell, entries) in zip(grid.flat, cells.items()):
         for name in names:
             points = line(cell, entries[name]) if name in entries else None
             if points:
@@ -180,9 +184,10 @@ def draw(cells: dict[tuple, dict[str, Entry]], names: list[str], line: Callable[
         axes.set_xlabel(labels[0])
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].set_ylabel(labels[1])
+    for axes in grid[:, 0]:
+        axes.set_ylabel(labels[1])
     figure.legend(handles.values(), handles.keys(), loc="outside lower center",
-                  ncols=min(3 * len(cells), 8, len(handles)), frameon=False)
+                  ncols=min(3 * columns, 8, len(handles)), frameon=False)
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
 
