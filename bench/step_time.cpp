@@ -99,6 +99,7 @@ std::vector<Case> suite(const std::string& name, torch::Device device) {
                       {"rite, no escape", rite(LoraRiteOptions(options).escape(false))},
                       {"rite, no clipping", rite(LoraRiteOptions(options).clip_unmagnified_norm(0))},
                       {"rite, balance", rite(LoraRiteOptions(options).balance(true))},
+                      {"rite, preconditioner_exponent", rite(LoraRiteOptions(options).preconditioner_exponent(0.25))},
                       {"rite, row_equilibration", rite(LoraRiteOptions(options).row_equilibration(true))},
                       {"rite, max_update_rms", rite(LoraRiteOptions(options).max_update_rms(1))},
                       {"rite, Engine::Device", rite(LoraRiteOptions(options).engine(lora_rite::Engine::Device))},
