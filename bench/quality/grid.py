@@ -114,6 +114,7 @@ GRIDS = {
         ([Cell(task, start="lopsided") for task in TEXTS], ("rite", "adam")),
         ([Cell("movies")], OTHERS),
         ([Cell(task, rank) for rank in (4, 64) for task in TEXTS], ("rite", "adam")),
+        # the two left out were tried on regressions alone
         ([Cell("movies")], [name for name in OPTIONS if name not in ("rite, exponent 1/4", "rite, exponent 0, bounded")]),
         ([Cell(task) for task in ("amazon", "tweets")], OTHERS),
         ([Cell("movies", start="lopsided")], ("rite, bounded", "lora+", "adamw")),
