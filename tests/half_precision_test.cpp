@@ -68,6 +68,33 @@ class HalfPrecision : public ::testing::Test {};
 using Bases = ::testing::Types<lora_rite::PolarBasis, lora_rite::QrBasis>;
 TYPED_TEST_SUITE(HalfPrecision, Bases);
 
+/// An infinity in a factor would be in the model for good.
+TYPED_TEST(HalfPrecision, AFactorThatOutgrowsItsTypeIsHeldAtTheLargestNumber) {
+  for (const bool master : {false, true}) {
+    Factors factors = sign_factors(torch::kHalf);
+    {
+      torch::NoGradGuard no_grad;
+      factors.b.mul_(6e4);
+    }
+    LoraRite<TypeParam> optimizer({FactorPair{"pair", factors.a, factors.b}},
+                                  LoraRiteOptions(1e4).master_weights(master));
+    for (int step = 0; step < 3; ++step) {
+      factors.a.mutable_grad() = torch::zeros_like(factors.a);
+      factors.b.mutable_grad() = -factors.b.detach().sign();  // away from zero
+      optimizer.step();
+      EXPECT_TRUE(torch::isfinite(factors.b).all().template item<bool>()) << "master " << master << ", step " << step;
+      EXPECT_EQ(factors.b.abs().max().template item<float>(), 65504.0F);
+    }
+    EXPECT_EQ(optimizer.skipped_steps(), 0);
+    const torch::Tensor largest = factors.b.detach().clone();
+    for (int step = 0; step < 20; ++step) {  // and it comes back
+      factors.b.mutable_grad() = factors.b.detach().sign();
+      optimizer.step();
+    }
+    EXPECT_LT(factors.b.abs().max().template item<float>(), 65504.0F) << "master " << master;
+  }
+}
+
 TYPED_TEST(HalfPrecision, FactorsMoveAndStayCloseToTheFloatRun) {
   const int steps = 20;
   for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {

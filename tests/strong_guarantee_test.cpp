@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "support/failing_new.hpp"
 #include "support/mixed_groups.hpp"
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
@@ -181,6 +182,52 @@ TEST_P(StrongGuarantee, HoldsWhereverMemoryRunsOut) {
     twins.expect_equal();
   });
 }
+
+#ifdef LORA_RITE_FAILING_NEW
+/// Of all memory, not only of tensors'. The pairs alone: the fused kernel of AdamW asks for some of its own.
+TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {
+  const ThreadCount one(1);
+  const auto pairs_of = [] {
+    torch::manual_seed(69);
+    std::vector<lora_rite::FactorPair> pairs;
+    for (const int64_t rank : {3, 3, 4}) {
+      pairs.push_back({"pair " + std::to_string(pairs.size()), torch::randn({rank, 6}).to(GetParam().dtype),
+                       torch::randn({8, rank}).to(GetParam().dtype)});
+      pairs.back().a.requires_grad_();
+      pairs.back().b.requires_grad_();
+    }
+    return pairs;
+  };
+  for (const int steps : {0, 2}) {
+    const auto clean = pairs_of(), hit = pairs_of();
+    lora_rite::LoraRite<> first(clean, GetParam().options), second(hit, GetParam().options);
+    lora_rite::testing::run_steps(first, clean, 0, steps);
+    lora_rite::testing::run_steps(second, hit, 0, steps);
+    const std::string state = saved_bytes(second);
+    lora_rite::testing::set_gradients(hit, static_cast<uint64_t>(1000 + steps));
+    int64_t failures = 0;
+    for (int64_t count = 0;; ++count) {
+      news_left() = count;
+      bool failed = false;
+      try {
+        second.step();
+      } catch (const std::exception&) {  // LibTorch may tell of it in words of its own
+        failed = true;
+      }
+      const bool came_to_pass = news_left() < 0;
+      news_left() = -1;
+      if (!failed && !came_to_pass) break;
+      if (!failed) continue;  // somebody inside LibTorch did without
+      ++failures;
+      ASSERT_TRUE(lora_rite::testing::equal_factors(clean, hit)) << "call " << count << " of operator new";
+      ASSERT_TRUE(saved_bytes(second) == state) << "call " << count << " of operator new changed the state";
+    }
+    EXPECT_GT(failures, 20);
+    lora_rite::testing::run_steps(first, clean, steps, steps + 1);
+    EXPECT_TRUE(lora_rite::testing::equal_factors(clean, hit));
+  }
+}
+#endif
 
 /// What a failed step had made ready of factors A does not come in with a step that has no gradients for them.
 TEST_P(StrongGuarantee, HoldsForAStepWithOtherGradientsThanTheFailedOne) {

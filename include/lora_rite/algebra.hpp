@@ -36,13 +36,22 @@ at::Tensor map_values(const at::Tensor& values, const Function& function) {
   return function(values, values.amax(-1, /*keepdim=*/true).clamp_min(0));
 }
 
+/// f(λ, x) of every eigenvalue and the number that stands beside it.
+template <class Function>
+at::Tensor map_values(const at::Tensor& values, const at::Tensor& others, const Function& function) {
+  return function(values, others);
+}
+
 /// max_i (a_i − b_i)
 inline at::Tensor largest_difference(const at::Tensor& a, const at::Tensor& b) {
   return (a - b).amax(-1, /*keepdim=*/true);
 }
 
+inline double at_least(double x, double bound) { return x > bound ? x : bound; }
+inline double at_most(double x, double bound) { return x < bound ? x : bound; }
 inline at::Tensor at_least(const at::Tensor& x, double bound) { return x.clamp_min(bound); }
 inline at::Tensor at_least(const at::Tensor& x, const at::Tensor& bound) { return at::maximum(x, bound); }
+inline at::Tensor at_most(const at::Tensor& x, double bound) { return x.clamp_max(bound); }
 inline at::Tensor at_most(const at::Tensor& x, const at::Tensor& bound) { return at::minimum(x, bound); }
 
 inline int64_t rank_of(const at::Tensor& matrix) { return matrix.size(-1); }
@@ -55,6 +64,14 @@ inline at::Tensor trace_of(const at::Tensor& matrix) {
 
 /// M diag(d)
 inline at::Tensor scale_columns(const at::Tensor& matrix, const at::Tensor& values) { return matrix * values; }
+
+/// diag(S)^{1/2} M: rows of M times the norms of X's columns, S being XᵀX.
+inline at::Tensor scale_rows_by_norms(const at::Tensor& gram, const at::Tensor& matrix) {
+  return gram.diagonal(0, -2, -1).clamp_min(0).sqrt().unsqueeze(-1) * matrix;
+}
+
+/// Squared norms of columns.
+inline at::Tensor squared_column_norms(const at::Tensor& matrix) { return matrix.square().sum(-2, /*keepdim=*/true); }
 
 /// S^{-1} = L^{-T} L^{-1} of positive definite S = L Lᵀ. (C++ LibTorch lacks the triangular solve on `meta`, where only
 /// shape and dtype count.)

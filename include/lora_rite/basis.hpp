@@ -12,9 +12,9 @@ namespace lora_rite {
 namespace detail {
 
 /// λ^{-1/2} where λ > cutoff · λ_max, else 0: the pseudo-inverse. For S = 0 nothing is kept.
-template <class Values>
-auto pseudo_inverse_root(const Values& values, double cutoff) {
-  return map_values(values, [cutoff](const auto& value, const auto& largest) {
+template <class Values, class Cutoff>
+auto pseudo_inverse_root(const Values& values, const Cutoff& cutoff) {
+  return map_values(values, [&cutoff](const auto& value, const auto& largest) {
     return choose(value > largest * cutoff, rsqrt(value), 0.0);
   });
 }
@@ -26,9 +26,9 @@ auto pseudo_inverse_root(const Values& values, double cutoff) {
 struct PolarBasis {
   static constexpr const char* name() { return "polar"; }
 
-  /// R⁺ = Q λ^{+1/2} Qᵀ; eigenvalues up to cutoff · λ_max count as zero.
-  template <class Matrix>
-  static Matrix inverse_root(const Matrix& gram, double cutoff) {
+  /// R⁺ = Q λ^{+1/2} Qᵀ; eigenvalues up to cutoff · λ_max count as zero. The cutoff is a number, or one a matrix.
+  template <class Matrix, class Cutoff>
+  static Matrix inverse_root(const Matrix& gram, const Cutoff& cutoff) {
     const auto spectrum = eigh(gram);
     return matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(spectrum.values, cutoff)),
                   transpose(spectrum.vectors));
@@ -40,9 +40,9 @@ struct PolarBasis {
 struct QrBasis {
   static constexpr const char* name() { return "qr"; }
 
-  /// R⁺ = Q λ^{+1/2} O; eigenvalues up to cutoff · λ_max count as zero.
-  template <class Matrix>
-  static Matrix inverse_root(const Matrix& gram, double cutoff) {
+  /// R⁺ = Q λ^{+1/2} O; eigenvalues up to cutoff · λ_max count as zero. The cutoff is a number, or one a matrix.
+  template <class Matrix, class Cutoff>
+  static Matrix inverse_root(const Matrix& gram, const Cutoff& cutoff) {
     const auto spectrum = eigh(gram);
     const auto root =
         map_values(spectrum.values, [](const auto& value, const auto&) { return sqrt(at_least(value, 0.0)); });

@@ -33,6 +33,7 @@ struct Statistics {
   Matrix cross;          ///< (YC)ᵀ Y_old, Y_old being the partner one step ago
   Matrix gradient_gram;  ///< (GC)ᵀ (GC), zero where there is no gradient; with row equilibration G's rows are scaled
   Matrix plain_gradient_gram;  ///< the same without that scale, undefined where there is none
+  Scalar<Matrix> steps;        ///< how often Y has moved
 };
 
 /// What is remembered from step to step besides N.
@@ -52,6 +53,7 @@ struct Unmagnified {
   Matrix gradient_gram;        ///< ḠᵀḠ, of scaled rows with row equilibration
   Matrix plain_gradient_gram;  ///< ḠᵀḠ without that scale, undefined where there is none
   Matrix damping;              ///< K of `relative_change_damping`, undefined where nothing is bounded
+  Matrix round_off;            ///< E of `round_off_in_basis`, undefined where it is no matter
 };
 
 /// What act 3 applies to the rows: M = N·momentum_map + G·gradient_map, N = M R⁺ᵀ, X ← (1−ηλ) X − ηN.
@@ -63,21 +65,40 @@ struct Decision {
   Matrix plain_map;     ///< c R⁺ H, for row equilibration only
 };
 
-/// Eigenvalues of a Gram matrix below this share of the largest are round-off: (unit round-off of the factors' dtype)²,
-/// and no less than what summing and the eigensolver leave in double.
-inline double relative_cutoff(double dtype_epsilon, int64_t rank) {
-  const double solver = 16.0 * static_cast<double>(rank) * std::numeric_limits<double>::epsilon();
-  return std::max(0.25 * dtype_epsilon * dtype_epsilon, solver);
+/// Eigenvalues of a factor's Gram matrix up to this share of the largest are round-off: (unit round-off of the factors'
+/// dtype)², and no less than what summing and the eigensolver leave in double. Every step rounds the factor and its
+/// momentum anew, at random, in r columns, so that the share grows with r and the number of steps; but above 1e-10,
+/// where some thousand steps of float bring it, a direction is rather taken for one.
+template <class Number>
+Number relative_cutoff(double dtype_epsilon, int64_t rank, const Number& steps) {
+  constexpr double most = 1e-10;
+  const double once = 0.25 * dtype_epsilon * dtype_epsilon, r = static_cast<double>(rank);
+  const double solver = 16.0 * r * std::numeric_limits<double>::epsilon();
+  return at_least(at_most((steps + 4.0) * (r * once), most), std::max(once, solver));
 }
 
-/// R⁺ = C R̂⁺,  Q = R̂⁺ᵀ (YC)ᵀ Y_old,  ḠᵀḠ = R̂⁺ᵀ (GC)ᵀ(GC) R̂⁺,  R̂ being the root of (YC)ᵀ(YC).
+/// E = ε diag(GᵀG)^{1/2} R⁺: what rounding left in Ḡ = G R⁺. Rounding changes each number of G by a share below ε / 2,
+/// at random, and so direction v of ḠᵀḠ by no more than some 0.05 ‖E v‖² on average. Where Y is ill-conditioned R⁺
+/// makes it large. ε is the gradients' dtype's; for double ones it does not count beside the eigensolver's round-off.
+template <class Matrix>
+Matrix round_off_in_basis(const Matrix& gradient_gram, const Matrix& inverse_root, double dtype_epsilon) {
+  return scale_rows_by_norms(gradient_gram, inverse_root) * dtype_epsilon;
+}
+
+/// R⁺ = C R̂⁺,  Q = R̂⁺ᵀ (YC)ᵀ Y_old,  ḠᵀḠ = R̂⁺ᵀ (GC)ᵀ(GC) R̂⁺,  R̂ being the root of (YC)ᵀ(YC). `factor_epsilon`
+/// and `gradient_epsilon` are the dtypes' distances from 1 to the next number.
 template <class Basis, class Matrix>
-Unmagnified<Matrix> unmagnify(const Statistics<Matrix>& statistics, double cutoff) {
-  const Matrix root = Basis::inverse_root(statistics.gram, cutoff);
+Unmagnified<Matrix> unmagnify(const Statistics<Matrix>& statistics, double factor_epsilon, double gradient_epsilon) {
+  const Matrix root =
+      Basis::inverse_root(statistics.gram, relative_cutoff(factor_epsilon, rank_of(statistics.gram), statistics.steps));
   const auto project = [&](const Matrix& gram) { return matmul(transpose(root), matmul(gram, root)); };
+  const bool is_coarse = gradient_epsilon > std::numeric_limits<double>::epsilon();
   return {statistics.coordinates.defined() ? matmul(statistics.coordinates, root) : root,
-          matmul(transpose(root), statistics.cross), project(statistics.gradient_gram),
-          statistics.plain_gradient_gram.defined() ? project(statistics.plain_gradient_gram) : Matrix(), Matrix()};
+          matmul(transpose(root), statistics.cross),
+          project(statistics.gradient_gram),
+          statistics.plain_gradient_gram.defined() ? project(statistics.plain_gradient_gram) : Matrix(),
+          Matrix(),
+          is_coarse ? round_off_in_basis(statistics.gradient_gram, root, gradient_epsilon) : Matrix()};
 }
 
 /// β' = β (1−β^{t−1}) / (1−β^t), with which a running mean needs no bias correction; 1 where no gradient came.
@@ -109,17 +130,27 @@ struct Eigenvalues {
   /// H = W^{-2p} w^{2p−1} with W = (V + ρI)^{1/2} + εI, and w the same of V's mean eigenvalue; W^{-1} for p = 1/2. V is
   /// positive semi-definite, so eigenvalues below the solver's round-off are held there: none is negative, and none
   /// makes a direction blow up.
+  ///
+  /// A faint direction, an eigenvector v of V with eigenvalue λ near ‖E v‖², tells less of the gradient than of how it
+  /// was rounded. Its share of H is (1 − ‖E v‖² / λ)⁺: it is at rest where there is nothing but round-off.
   template <class Matrix>
-  static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass,
+  static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass, const Matrix& round_off,
                                const LoraRiteOptions& options) {
     const double floor = static_cast<double>(rank_of(second_moment)) * std::numeric_limits<double>::epsilon();
     const double power = 2 * options.preconditioner_exponent();
     const auto spectrum = eigh(second_moment);
-    const auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
+    auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
       const auto root = sqrt(at_least(value, largest * floor) + escaped_mass + options.eps_root()) + options.eps();
       const auto scale = power == 1 ? reciprocal(root) : pow(root, -power);
       return choose(root > 0.0, scale, 0.0);  // V = 0 and ε = 0: nothing to scale
     });
+    if (round_off.defined()) {
+      const auto noise = squared_column_norms(matmul(round_off, spectrum.vectors));
+      const auto share = map_values(spectrum.values, noise, [](const auto& value, const auto& of_noise) {
+        return choose(value > of_noise, 1.0 - of_noise / value, 0.0);
+      });
+      inverse = inverse * share;
+    }
     Matrix result = matmul(scale_columns(spectrum.vectors, inverse), transpose(spectrum.vectors));
     if (power == 1) return result;
     const Scalar<Matrix> mean_root = root_of_mean(second_moment, escaped_mass, options);
@@ -165,7 +196,9 @@ Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& n
   const Scalar<Matrix> fresh = (1.0 - beta2) * clip_factor * clip_factor / rows;
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
-  Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, options);
+  Matrix round_off;
+  if (now.round_off.defined()) round_off = now.round_off * (clip_factor / sqrt(rows));
+  Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, round_off, options);
   Matrix plain_map;
   if (options.row_equilibration()) plain_map = matmul(now.inverse_root, adaptive) * clip_factor;
   if (now.damping.defined()) adaptive = matmul(adaptive, now.damping);

@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <lora_rite/engine/lanes.hpp>
 #include <lora_rite/engine/parallel.hpp>
 
 #include <functional>
@@ -116,6 +117,128 @@ TEST(HostEngineTest, AgreesForQrBasisAndLongFactors) {
     run_steps(on_host, host, 0, 5);
     run_steps(on_device, device, 0, 5);
     EXPECT_LT(distance(host, device), 3e-6) << "rows " << rows;
+  }
+}
+
+/// Who has a gradient in a step.
+struct Pattern {
+  const char* name;
+  bool (*has_gradient)(size_t side, int64_t step);
+};
+const Pattern kPatterns[] = {
+    {"A is frozen", [](size_t side, int64_t) { return side == 1; }},
+    {"B is frozen", [](size_t side, int64_t) { return side == 0; }},
+    {"A and B in turn", [](size_t side, int64_t step) { return static_cast<int64_t>(side) == step % 2; }},
+    {"A rests for a while", [](size_t side, int64_t step) { return side == 1 || step < 3 || step > 16; }},
+    {"both rest for a while", [](size_t, int64_t step) { return step < 3 || step > 16; }},
+};
+
+/// Factors whose sums over the rows are formed in several parts: a factor that rests keeps its sums, each of them once.
+TEST(HostEngineTest, AFactorThatRestsCountsOnceHoweverManyChunksItHas) {
+  for (const int64_t rank : {8, 16, 32, 64}) {
+    for (const Pattern& pattern : kPatterns) {
+      torch::manual_seed(63);
+      // Two chunks and more of A, one of B, and the other way round; the second pair always moves.
+      const std::vector<FactorPair> host = {random_pair("long a", rank, 9000, 80, torch::kFloat),
+                                            random_pair("another", rank, 9000, 80, torch::kFloat),
+                                            random_pair("long b", rank, 80, 9000, torch::kFloat)};
+      const auto device = clone_pairs(host), start = clone_pairs(host);
+      LoraRite<> on_host(host, with_engine(LoraRiteOptions(1e-2), Engine::Host));
+      LoraRite<> on_device(device, with_engine(LoraRiteOptions(1e-2), Engine::Device));
+      for (int64_t step = 0; step < 20; ++step) {
+        set_gradients(host, 90 + step);
+        set_gradients(device, 90 + step);
+        for (const size_t side : {0, 1}) {
+          if (pattern.has_gradient(side, step)) continue;
+          for (const auto* pairs : {&host, &device})
+            for (const size_t pair : {0, 2})
+              torch::Tensor(side == 0 ? (*pairs)[pair].a : (*pairs)[pair].b).mutable_grad() = torch::Tensor();
+        }
+        on_host.step();
+        on_device.step();
+      }
+      EXPECT_LT(distance(host, device), 1e-5) << pattern.name << ", rank " << rank;
+      EXPECT_GT(distance(start, host), 1e-3) << "the factors moved";
+    }
+  }
+}
+
+/// What was in a factor while a step was skipped has no say in the steps that follow.
+TEST(HostEngineTest, ForgetsWhatAFactorHeldDuringASkippedStep) {
+  for (const double held : {100.0, static_cast<double>(NAN)}) {
+    torch::manual_seed(64);
+    const std::vector<FactorPair> first = {random_pair("q", 4, 30, 20, torch::kFloat)};
+    const auto second = clone_pairs(first);
+    LoraRite<> visited(first, LoraRiteOptions(1e-2)), undisturbed(second, LoraRiteOptions(1e-2));
+    run_steps(visited, first, 0, 3);
+    run_steps(undisturbed, second, 0, 3);
+    const torch::Tensor old = torch::Tensor(first[0].b).data();
+    torch::Tensor(first[0].b).set_data(held * old);
+    set_gradients(first, 95);
+    torch::Tensor(first[0].a).mutable_grad().fill_(NAN);
+    visited.step();
+    EXPECT_EQ(visited.skipped_steps(), 1);
+    torch::Tensor(first[0].b).set_data(old);
+    run_steps(visited, first, 3, 6);
+    run_steps(undisturbed, second, 3, 6);
+    EXPECT_EQ(visited.skipped_steps(), 1);
+    EXPECT_TRUE(equal_factors(first, second)) << "held " << held;
+  }
+}
+
+/// An edit that a skipped step saw first is an edit still.
+TEST(HostEngineTest, AnEditBeforeASkippedStepIsAnEditAfterIt) {
+  torch::manual_seed(65);
+  const std::vector<FactorPair> host = {random_pair("q", 4, 30, 20, torch::kFloat)};
+  const auto device = clone_pairs(host);
+  LoraRite<> on_host(host, with_engine(LoraRiteOptions(1e-2), Engine::Host));
+  LoraRite<> on_device(device, with_engine(LoraRiteOptions(1e-2), Engine::Device));
+  for (const auto& [pairs, optimizer] : {std::make_pair(&host, &on_host), std::make_pair(&device, &on_device)}) {
+    run_steps(*optimizer, *pairs, 0, 3);
+    {
+      torch::NoGradGuard no_grad;
+      torch::Tensor((*pairs)[0].b).mul_(torch::tensor({3.0, 0.5, -1.0, 2.0}));
+    }
+    set_gradients(*pairs, 96);
+    torch::Tensor((*pairs)[0].a).mutable_grad().fill_(NAN);
+    optimizer->step();
+    run_steps(*optimizer, *pairs, 3, 6);
+  }
+  EXPECT_LT(distance(host, device), 3e-6);
+}
+
+TEST(HostEngineTest, HoldsNoGradientAfterASkippedStep) {
+  torch::manual_seed(66);
+  const std::vector<FactorPair> pairs = {random_pair("q", 4, 30, 20, torch::kFloat)};
+  LoraRite<> optimizer(pairs);
+  set_gradients(pairs, 97);
+  torch::Tensor gradient = pairs[0].a.grad();
+  gradient.fill_(NAN);
+  optimizer.step();
+  optimizer.zero_grad();
+  EXPECT_EQ(optimizer.skipped_steps(), 1);
+  EXPECT_EQ(gradient.use_count(), 1u);
+}
+
+/// 1 − ηλ is no float where ηλ is near its resolution. The sizes are those of a learning rate of 1e-5 and a decay of
+/// 1e-2.
+TEST(HostEngineTest, DecaysByAsMuchAsTheDeviceEngine) {
+  for (const double decay : {1e-7, 2e-8}) {
+    torch::manual_seed(68);
+    const std::vector<FactorPair> host = {random_pair("q", 4, 400, 300, torch::kFloat)};
+    const auto device = clone_pairs(host), start = clone_pairs(host);
+    // The steps themselves are far shorter than a float's resolution, but for the decay.
+    const auto options = LoraRiteOptions(1e-7).weight_decay(decay / 1e-7);
+    LoraRite<> on_host(host, with_engine(options, Engine::Host)),
+        on_device(device, with_engine(options, Engine::Device));
+    run_steps(on_host, host, 0, 200);
+    run_steps(on_device, device, 0, 200);
+    const auto shrunk = [&](const std::vector<FactorPair>& pairs) {
+      const torch::Tensor x = start[0].b.detach().to(torch::kDouble), y = pairs[0].b.detach().to(torch::kDouble);
+      return ((x * (x - y)).sum() / (x * x).sum()).item<double>();
+    };
+    // Both round to nearest after each step, so what they lose is the same.
+    EXPECT_NEAR(shrunk(host), shrunk(device), 0.05 * 200 * decay) << "decay " << decay;
   }
 }
 
@@ -286,10 +409,33 @@ TEST(HostEngineTest, SkipsAStepThatIsNotFinite) {
   }
 }
 
+/// A thread keeps no more than 8 MiB of the work space that large ranks take.
+TEST(LaneBuffers, LargeOnesAreGivenBack) {
+  constexpr size_t large = size_t{3} << 17;  // doubles: 3 MiB
+  const double* kept = nullptr;
+  {
+    std::vector<engine::Buffer> buffers;
+    for (int i = 0; i < 8; ++i) buffers.emplace_back(large);
+    kept = buffers[0].data();
+  }
+  // Two of the eight stayed: the third is new memory or, by chance, memory that was given back.
+  EXPECT_LE(engine::Buffer::bytes_kept(), size_t{8} << 20);
+  EXPECT_GE(engine::Buffer::bytes_kept(), 2 * large * sizeof(double));
+  EXPECT_NE(kept, nullptr);
+  const size_t before = engine::Buffer::bytes_kept();
+  { const engine::Buffer again(large); }
+  EXPECT_EQ(engine::Buffer::bytes_kept(), before);
+}
+
 TEST(ParallelTasks, EachIsCalledOnceAndErrorsComeThrough) {
   std::vector<std::atomic<int>> calls(1000);
   engine::parallel_tasks(1000, [&](int64_t i) { ++calls[static_cast<size_t>(i)]; });
   for (const auto& count : calls) EXPECT_EQ(count, 1);
+  std::vector<std::atomic<int>> busy(static_cast<size_t>(at::get_num_threads()));
+  engine::parallel_tasks(1000, [&](int64_t, int64_t thread) {
+    EXPECT_EQ(++busy.at(static_cast<size_t>(thread)), 1) << "two threads have one number";
+    --busy[static_cast<size_t>(thread)];
+  });
   EXPECT_THROW(engine::parallel_tasks(8, [](int64_t i) { TORCH_CHECK(i != 5, "five"); }), c10::Error);
 }
 

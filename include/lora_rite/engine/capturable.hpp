@@ -18,17 +18,31 @@
 /// Cholesky factorisation, triangular solves and matrix products are batched at every rank and never do.
 namespace lora_rite::engine {
 
-/// The root R = chol(S)ᵀ, QR's R of the paper. In place of dropping eigenvalues below the cutoff, cutoff · tr S is
-/// added to all of them: R⁺ of a null direction is then large but bounded, and meets gradients that are zero there.
-/// Differs from the other roots by a rotation and a share of cutoff · κ(S).
-struct CholeskyRoot {
-  static at::Tensor inverse_root(const at::Tensor& gram, double cutoff) {
-    const at::Tensor trace = trace_of(gram), is_positive = trace > 0;
-    const at::Tensor scale = choose(is_positive, trace, 1.0);
-    const at::Tensor identity = identity_like(gram).expand_as(gram);
-    const auto [lower, info] = at::linalg_cholesky_ex(symmetrized(gram) / scale + cutoff * identity);
-    const at::Tensor inverse = at::linalg_solve_triangular(lower.mT(), identity, /*upper=*/true);
-    return choose(is_positive, inverse / scale.sqrt(), 0.0);
+/// The root R = Lᵀ of S = L Lᵀ by Cholesky's factorisation with pivots: the largest diagonal element of what is left of
+/// S comes next, and once that is below cutoff · tr S the rest counts as zero. So R drops the directions that S has
+/// not, whatever their number, without a host read. Differs from the other roots by a rotation.
+struct PivotedCholesky {
+  /// R⁺ = L (LᵀL)^{-1}, the pseudo-inverse; the columns of L that were dropped are zero. L = L̂ D with D =
+  /// diag(pivots)^{1/2} and L̂'s elements at most 1, which is well conditioned whatever S is.
+  template <class Cutoff>
+  static at::Tensor inverse_root(const at::Tensor& gram, const Cutoff& cutoff) {
+    const at::Tensor least = at_least(trace_of(gram), 0.0) * cutoff;
+    at::Tensor left = symmetrized(gram);
+    std::vector<at::Tensor> columns, pivots;
+    for (int64_t j = 0; j < gram.size(-1); ++j) {
+      const auto [largest, place] = left.diagonal(0, -2, -1).max(-1, /*keepdim=*/true);
+      const at::Tensor pivot = largest.unsqueeze(-1), is_kept = pivot > least;
+      std::vector<int64_t> shape = left.sizes().vec();
+      shape.back() = 1;
+      const at::Tensor column = choose(is_kept, left.gather(-1, place.unsqueeze(-1).expand(shape)) / pivot, 0.0);
+      left = left - at::matmul(column * pivot, column.mT());
+      columns.push_back(column);
+      pivots.push_back(choose(is_kept, pivot.rsqrt(), 0.0));
+    }
+    const at::Tensor unit = at::cat(columns, -1);
+    const at::Tensor inverse_scale = at::cat(pivots, -1);
+    const at::Tensor dropped = choose(inverse_scale > 0, at::zeros_like(inverse_scale), 1.0) * identity_like(gram);
+    return at::matmul(unit, positive_inverse(at::matmul(unit.mT(), unit) + dropped)) * inverse_scale;
   }
 };
 
@@ -41,25 +55,40 @@ struct ProductRoots {
 
   /// H of rule::Eigenvalues, for p = 1/2 or 1/4: roots by Newton–Schulz steps, the inverse by Cholesky. Eigenvalues
   /// cannot be held at the floor there, so the floor is added: the result differs by a share of about r ε_double κ(V).
+  /// Faint directions cannot be told by eigenvectors: F² with F = (V + EᵀE + fI)^{-1} V in front of H takes the place
+  /// of (1 − ‖E v‖² / λ)⁺, f being kFaintest · tr V. Behind H stands (V + fI)^{-1} V: what round-off made of the
+  /// product outside of V's column space was magnified by H.
   static at::Tensor preconditioner(const at::Tensor& second_moment, const at::Tensor& escaped_mass,
-                                   const LoraRiteOptions& options) {
+                                   const at::Tensor& round_off, const LoraRiteOptions& options) {
     const double rank = static_cast<double>(rank_of(second_moment));
-    const double floor = rank * std::numeric_limits<double>::epsilon();
+    const double floor = round_off.defined() ? kFaintest : rank * std::numeric_limits<double>::epsilon();
     const at::Tensor identity = identity_like(second_moment);
-    const at::Tensor shifted =
-        second_moment + (escaped_mass + floor * at_least(trace_of(second_moment), 0.0) + options.eps_root()) * identity;
+    const at::Tensor least = floor * at_least(trace_of(second_moment), 0.0);
+    const at::Tensor shifted = second_moment + (escaped_mass + least + options.eps_root()) * identity;
     at::Tensor root = square_root(shifted, floor) + options.eps() * identity;
     if (options.preconditioner_exponent() < 0.5) {
       // W's eigenvalues are at least (floor · tr W²)^{1/2}, and its trace at most (r · tr W²)^{1/2}.
       const at::Tensor mean_root = rule::root_of_mean(second_moment, escaped_mass, options);
       root = square_root(root, 0.5 * std::sqrt(floor / rank)) * mean_root.sqrt();
     }
-    const at::Tensor inverse = positive_inverse(root);
+    at::Tensor result = positive_inverse(root);
     const at::Tensor nothing = trace_of(shifted) + options.eps() <= 0;  // V = 0 and ε = 0: nothing to scale
-    return choose(negated(nothing), inverse, 0.0);
+    if (round_off.defined()) {
+      const at::Tensor apart = choose(least > 0, least, 1.0) * identity;
+      const auto share_beside = [&](const at::Tensor& noise) {
+        return at::matmul(positive_inverse(symmetrized(second_moment + noise)), second_moment);
+      };
+      const at::Tensor kept = share_beside(at::matmul(round_off.mT(), round_off) + apart);
+      result = at::matmul(at::matmul(kept, kept), at::matmul(result, share_beside(apart)));
+    }
+    return choose(negated(nothing), result, 0.0);
   }
 
  private:
+  /// The least share of tr V that F and H are solved for where gradients are no doubles: products and solves leave
+  /// round-off / kFaintest, which must be no more than a float's.
+  static constexpr double kFaintest = 1e-10;
+
   /// W^{1/2} of positive W whose eigenvalues lie in [floor, 1] · tr W. Y → W^{1/2} and Z → W^{-1/2} by
   /// T = ½ p (3 I − p² Z Y), Y ← Y T, Z ← T Z; p stretches the spectrum so that its known lower end grows fastest
   /// (scaled Newton–Schulz, Chen & Chow 2014), which halves the number of steps.

@@ -75,7 +75,7 @@ class DeviceBatch final : public Batch {
       if (!wants_master) state_.master[side] = at::Tensor();
       if (wants_master && state_.master[side].defined()) {
         // The copy is compared with the factor it was rounded to: if that changed, it is the user's value that counts.
-        const at::Tensor differs = state_.master[side].to(dtype_).ne(as_stored).flatten(1).any(-1);
+        const at::Tensor differs = rounded(state_.master[side], dtype_).ne(as_stored).flatten(1).any(-1);
         std::vector<int64_t> broadcast(as_stored.dim(), 1);
         broadcast[0] = count();
         factors_[side] = choose(differs.view(broadcast), as_stored.to(at::kFloat), state_.master[side]);
@@ -102,6 +102,7 @@ class DeviceBatch final : public Batch {
         past[side] = inner_products(in_coordinates, wide(tall(state_.momentum[side], side)));
       }
     }
+    x = {};  // half of the memory that this function takes
     for (const size_t side : {0, 1}) {
       const size_t partner = 1 - side;
       if (!gradients_[side].defined()) {
@@ -132,6 +133,7 @@ class DeviceBatch final : public Batch {
     statistics_.gram = at::stack({gram[1], gram[0]});
     statistics_.cross = at::stack({cross[1], cross[0]});
     statistics_.gradient_gram = at::stack({gradient_gram[0], gradient_gram[1]});
+    statistics_.steps = state_.moments.step.flip(0);
     if (options.row_equilibration()) {
       statistics_.plain_gradient_gram = at::stack({plain_gradient_gram[0], plain_gradient_gram[1]});
     }
@@ -163,8 +165,10 @@ class DeviceBatch final : public Batch {
     const at::Tensor keep = 1 - rate * options.weight_decay();
     std::array<at::Tensor, 2> moved, momentum, rows;
     for (const size_t side : {0, 1}) {
-      moved[side] = wide(tall(factors_[side], side));
-      if (!gradients_[side].defined() && !state_.momentum[side].defined()) continue;
+      if (!gradients_[side].defined() && !state_.momentum[side].defined()) {
+        moved[side] = wide(tall(factors_[side], side));
+        continue;
+      }
       // M = N·momentum_map + G·gradient_map, then N = M R⁺ᵀ: through M the error grows with κ(R), not its square.
       at::Tensor in_basis;
       if (state_.momentum[side].defined()) {
@@ -185,6 +189,8 @@ class DeviceBatch final : public Batch {
         in_basis = in_basis / (rms / options.max_update_rms()).clamp_min(1);
       }
       momentum[side] = at::matmul(in_basis, decision.moments.inverse_root[side].mT());
+      in_basis = at::Tensor();
+      moved[side] = wide(tall(factors_[side], side));
       if (options.weight_decay() > 0) moved[side] = keep[side] * moved[side];
       moved[side] = at::addcmul(moved[side], rate[side], momentum[side], /*value=*/-1);
     }
@@ -195,7 +201,7 @@ class DeviceBatch final : public Batch {
     writes_.clear();
     moved_ = {};
     const auto remember = [&](const at::Tensor& old, const at::Tensor& fresh) {
-      writes_.emplace_back(old, choose(proceed, fresh, old));
+      writes_.emplace_back(old, choose(proceed, fresh, old).contiguous());
     };
     std::array<at::Tensor, 2> sums;
     for (const size_t side : {0, 1}) {
@@ -229,7 +235,7 @@ class DeviceBatch final : public Batch {
   }
 
   void commit(const LoraRiteOptions&) override {
-    for (const auto& [old, fresh] : writes_) old.copy_(fresh);
+    for (const auto& [old, fresh] : writes_) overwrite(old, fresh);
     for (auto& [factors, destinations] : moved_) {
       if (factors.defined()) write_slices(factors, destinations);
       factors = at::Tensor();
@@ -253,7 +259,8 @@ class DeviceBatch final : public Batch {
       if (matrix->defined()) *matrix = choose(proceed, *matrix, 0.0);
     }
     rule::Unmagnified<at::Tensor> unmagnified =
-        capturable_ ? rule::unmagnify<CholeskyRoot>(all, cutoff()) : rule::unmagnify<Basis>(all, cutoff());
+        capturable_ ? rule::unmagnify<PivotedCholesky>(all, factor_epsilon(), epsilon_of(dtype_))
+                    : rule::unmagnify<Basis>(all, factor_epsilon(), epsilon_of(dtype_));
     int64_t begin = 0;
     for (DeviceBatch* batch : waiting) {
       batch->unmagnified_ = part_of(unmagnified, begin, batch->count());
@@ -295,22 +302,26 @@ class DeviceBatch final : public Batch {
     }
   }
 
-  /// Of this share of its largest eigenvalue on, a Gram matrix is no round-off.
-  double cutoff() const {
-    switch (factors_[0].scalar_type()) {  // with a master copy a half factor is known to float precision
+  /// The distance from 1 to the next number.
+  static double epsilon_of(at::ScalarType dtype) {
+    switch (dtype) {
       case at::kDouble:
-        return rule::relative_cutoff(std::numeric_limits<double>::epsilon(), rank_);
+        return std::numeric_limits<double>::epsilon();
       case at::kFloat:
-        return rule::relative_cutoff(std::numeric_limits<float>::epsilon(), rank_);
+        return std::numeric_limits<float>::epsilon();
       case at::kHalf:
-        return rule::relative_cutoff(0x1p-10, rank_);
+        return 0x1p-10;
       default:
-        return rule::relative_cutoff(0x1p-7, rank_);  // bfloat16
+        return 0x1p-7;  // bfloat16
     }
   }
 
+  /// With a master copy a half factor is known to float precision.
+  double factor_epsilon() const { return epsilon_of(factors_[0].scalar_type()); }
+
   at::Tensor inverse_root(const at::Tensor& gram) const {
-    return capturable_ ? CholeskyRoot::inverse_root(gram, cutoff()) : Basis::inverse_root(gram, cutoff());
+    const double cutoff = rule::relative_cutoff(factor_epsilon(), rank_, 0.0);
+    return capturable_ ? PivotedCholesky::inverse_root(gram, cutoff) : Basis::inverse_root(gram, cutoff);
   }
 
   /// row^{-1/2} [k, n, 1], and `unseen` for rows that never had a gradient.
@@ -420,6 +431,14 @@ class DeviceBatch final : public Batch {
     return (difference > kRoundOff * scale).any(-1).any(0).view({count(), 1, 1});
   }
 
+  /// In a dtype of a factor. What a half type cannot hold becomes the largest number that it can: an infinity would be
+  /// in the model for good.
+  static at::Tensor rounded(const at::Tensor& x, at::ScalarType dtype) {
+    if (dtype == at::kHalf) return x.clamp(-65504.0, 65504.0).to(dtype);
+    if (dtype == at::kBFloat16) return x.clamp(-0x1.FEp127, 0x1.FEp127).to(dtype);
+    return x.to(dtype);
+  }
+
   static at::Tensor finite_or_zero(const at::Tensor& gram) {
     return choose(is_finite(gram.sum({-2, -1}, /*keepdim=*/true)), gram, 0.0);
   }
@@ -441,14 +460,15 @@ class DeviceBatch final : public Batch {
 
   /// Makes ready the moved factors, those with a gradient only, and returns all factors as they will be stored.
   at::Tensor prepare_factors(const at::Tensor& moved, size_t side, const at::Tensor& proceed) {
-    const at::Tensor fresh = stacked(moved, side, shapes_[side]).to(factors_[side].scalar_type());
+    const at::Tensor fresh = rounded(stacked(moved, side, shapes_[side]), factors_[side].scalar_type());
     const at::Tensor kept = choose(proceed, fresh, factors_[side]);
     if (factors_[side].scalar_type() != dtype_) {
       at::Tensor& master = next_.master[side];
       if (!master.defined()) master = at::empty_like(kept);
-      writes_.emplace_back(master, kept);  // in place, as all that is remembered: a recorded step reads it there
+      // In place, as all that is remembered: a recorded step reads it there.
+      writes_.emplace_back(master, kept.contiguous());
     }
-    at::Tensor stored = kept.to(dtype_).contiguous();
+    at::Tensor stored = rounded(kept, dtype_).contiguous();
     const std::vector<bool>& has_gradient = known_has_gradient_[side];
     std::vector<at::Tensor> destinations;
     for (int64_t i = 0; i < count(); ++i)

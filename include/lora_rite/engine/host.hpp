@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "lora_rite/engine/batch.hpp"
+#include "lora_rite/engine/chunk_sums.hpp"
 #include "lora_rite/engine/kernels.hpp"
 #include "lora_rite/engine/lanes.hpp"
 #include "lora_rite/engine/layout.hpp"
@@ -52,10 +54,9 @@ class HostBatch final : public Batch {
       // Equal chunks: a short last one would cost as much as it saves.
       s.chunks = std::max<int64_t>(1, s.shape.rows / std::max(kChunk / padded_, kChunkRanks * padded_));
       s.chunk_rows = (s.shape.rows + s.chunks - 1) / s.chunks;
-      const size_t parts = static_cast<size_t>(count() * s.chunks);
-      s.gradient_gram.resize(parts * square());
-      s.products.resize(parts * 2 * square());
-      s.weighted.resize(parts * static_cast<size_t>(padded_));
+      s.gradient_gram = sums_of_rows(s, square());
+      s.products = sums_of_rows(s, 2 * square());
+      s.weighted = sums_of_rows(s, static_cast<size_t>(padded_));
       s.gradients.resize(static_cast<size_t>(count()));
       s.seen.resize(static_cast<size_t>(count()));
       s.stale.resize(static_cast<size_t>(count()));
@@ -89,36 +90,31 @@ class HostBatch final : public Batch {
     equilibrates_ = options.row_equilibration();
     if (equilibrates_) {
       for (Side& s : sides_) {
-        s.equilibrated_gram.resize(s.gradient_gram.size());
+        s.equilibrated_gram = sums_of_rows(s, square());
         s.plain_maps.resize(s.gradient_maps.size());
         s.row_decay.resize(static_cast<size_t>(count()));
       }
     }
-    find_rows();
-    for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
-      double* gram = s.gradient_gram.data() + part * square();
-      double* equilibrated = s.rows == nullptr ? nullptr : s.equilibrated_gram.data() + part * square();
-      std::memset(gram, 0, square() * sizeof(double));
-      if (equilibrated != nullptr) std::memset(equilibrated, 0, square() * sizeof(double));
+    find_rows(state_.rows);
+    workspaces_.clear();
+    for (int thread = 0; thread < at::get_num_threads(); ++thread) workspaces_.emplace_back(rank_);
+    for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part, const kernels::Blocks& blocks) {
+      double* gram = s.gradient_gram.emptied_part(part);
+      double* equilibrated = s.rows == nullptr ? nullptr : s.equilibrated_gram.emptied_part(part);
       if (!s.gradients[i].defined()) return;
-      const Workspace workspace(rank_);
-      kernels::best().gram(gradient_of(s, i), rows_of(s, i), s.shape, first, end, workspace.blocks, gram, equilibrated);
+      kernels::best().gram(gradient_of(s, i), rows_of(s, i), s.shape, first, end, blocks, gram, equilibrated);
     });
     for_each_factor([&](Side& s, size_t i) {
-      add_chunks(s, i, s.gradient_gram, square());
-      if (s.rows != nullptr) add_chunks(s, i, s.equilibrated_gram, square());
+      s.gradient_gram.add_up(i);
+      if (s.rows != nullptr) s.equilibrated_gram.add_up(i);
       s.stale[i] = !(Glimpse::of(tensor_of(factor_number(s, i)), s.glimpse_stride) == s.seen[i]);
-      s.edited[i] = false;
     });
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
-      Side& s = side_of(factor);
-      if (!s.stale[index_of(factor)]) continue;
-      remember_rows(s, index_of(factor));
-      s.edited[index_of(factor)] = sums_changed(factor);
+      if (side_of(factor).stale[index_of(factor)]) remember_rows(side_of(factor), index_of(factor));
     }
     for_each_factor([&](Side& s, size_t i) {
-      s.finite[i] = all_finite(sums_of(s, i, s.gradient_gram, square()), square()) &&
-                    all_finite(sums_of(s, i, s.products, 2 * square()), 2 * square());
+      s.edited[i] = sums_changed(factor_number(s, i));
+      s.finite[i] = all_finite(s.gradient_gram.total(i), square()) && all_finite(s.products.total(i), 2 * square());
     });
     return true;
   }
@@ -133,13 +129,13 @@ class HostBatch final : public Batch {
   at::Tensor unmagnify(const at::Tensor& proceed) override {
     at::Tensor norms = at::zeros({count()}, double_options());
     if (!proceed.item<bool>()) return norms;
-    const double cutoff = rule::relative_cutoff(std::numeric_limits<float>::epsilon(), rank_);
+    constexpr double epsilon = std::numeric_limits<float>::epsilon();
     parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) {
-      rule::Statistics<LaneMatrix> statistics = {{}, LaneMatrix(rank_), LaneMatrix(rank_), LaneMatrix(rank_), {}};
+      rule::Statistics<LaneMatrix> statistics = {{}, LaneMatrix(rank_), LaneMatrix(rank_), LaneMatrix(rank_), {}, {}};
       if (equilibrates_) statistics.plain_gradient_gram = LaneMatrix(rank_);
       for (int64_t lane = 0; lane < kLanes; ++lane) load_statistics(g * kLanes + lane, lane, statistics);
       Group& group = groups_[static_cast<size_t>(g)];
-      group = rule::unmagnify<Basis>(statistics, cutoff);
+      group = rule::unmagnify<Basis>(statistics, epsilon, epsilon);
       const Lanes squared = at_least(trace_of(equilibrates_ ? group.plain_gradient_gram : group.gradient_gram), 0.0);
       for (int64_t lane = 0; lane < kLanes && g * kLanes + lane < 2 * count(); ++lane) {
         side_of(g * kLanes + lane).unmagnified_squared[index_of(g * kLanes + lane)] = squared[lane];
@@ -151,51 +147,59 @@ class HostBatch final : public Batch {
     return norms;
   }
 
-  void prepare(const LoraRiteOptions&, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
+  void prepare(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) override {
     proceed_ = proceed.item<bool>();
     clip_ = clip_factor.item<double>();
-    fresh_momentum_ = state_.momentum;
-    fresh_rows_ = state_.rows;
     if (!proceed_) return;
-    for (const size_t side : {0, 1}) {
-      Side& s = sides_[side];
-      bool any = false;
-      for (const at::Tensor& gradient : s.gradients) any = any || gradient.defined();
-      if (!any) continue;
-      const at::TensorOptions floats = double_options().dtype(at::kFloat);
-      if (!fresh_momentum_[side].defined()) {
-        std::vector<int64_t> shape = shapes_[side];
-        shape.insert(shape.begin(), count());
-        fresh_momentum_[side] = at::zeros(shape, floats);
-      }
-      if (equilibrates_ && !fresh_rows_[side].defined()) fresh_rows_[side] = at::ones({count(), s.shape.rows}, floats);
-    }
-  }
-
-  void commit(const LoraRiteOptions& options) override {
-    if (!proceed_) return;
-    state_.momentum = fresh_momentum_;
-    state_.rows = fresh_rows_;
-    find_rows();
+    next_momentum_ = state_.momentum;
+    next_rows_ = state_.rows;
     for (const size_t side : {0, 1}) {
       Side& s = sides_[side];
       const double rate = options.lr() * (side == 0 ? 1.0 : options.lr_ratio_b());
       s.rate = static_cast<float>(rate);
-      s.keep = static_cast<float>(1 - rate * options.weight_decay());
-      s.momentum = state_.momentum[side].defined() ? state_.momentum[side].template data_ptr<float>() : nullptr;
+      s.decay = static_cast<float>(rate * options.weight_decay());
+      const bool any = std::any_of(s.gradients.begin(), s.gradients.end(), [](const auto& g) { return g.defined(); });
+      const at::TensorOptions floats = double_options().dtype(at::kFloat);
+      if (any && !next_momentum_[side].defined()) {
+        std::vector<int64_t> shape = shapes_[side];
+        shape.insert(shape.begin(), count());
+        next_momentum_[side] = at::zeros(shape, floats);
+      }
+      if (any && equilibrates_ && !next_rows_[side].defined())
+        next_rows_[side] = at::ones({count(), s.shape.rows}, floats);
+      s.momentum = next_momentum_[side].defined() ? next_momentum_[side].template data_ptr<float>() : nullptr;
     }
+    find_rows(next_rows_);
+    const rule::Moments<at::Tensor>& old = state_.moments;
+    next_moments_ = {at::empty_like(old.second_moment), at::empty_like(old.escaped_mass),
+                     at::empty_like(old.inverse_root), at::empty_like(old.step)};
     parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) { decide(g, options, clip_); });
     if (options.max_update_rms() > 0) bound_updates(options.max_update_rms());
-    for_each_chunk(
-        [&](Side& s, size_t i, int64_t first, int64_t end, size_t part) { move_rows(s, i, first, end, part); });
-    for_each_factor([&](Side& s, size_t i) { add_sums(s, i); });
-    for (int64_t factor = 0; factor < 2 * count(); ++factor) {
-      // Autograd must notice, as it would an in-place operator.
-      if (side_of(factor).gradients[index_of(factor)].defined())
-        tensor_of(factor).unsafeGetTensorImpl()->bump_version();
+  }
+
+  void commit(const LoraRiteOptions& options) override {
+    if (proceed_) {
+      state_.momentum = next_momentum_;
+      state_.rows = next_rows_;
+      std::swap(state_.moments, next_moments_);
+      for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part, const kernels::Blocks& blocks) {
+        move_rows(s, i, first, end, part, blocks);
+      });
+      for_each_factor([&](Side& s, size_t i) { add_sums(s, i); });
+      for (int64_t factor = 0; factor < 2 * count(); ++factor) {
+        // Autograd must notice, as it would an in-place operator.
+        if (side_of(factor).gradients[index_of(factor)].defined())
+          tensor_of(factor).unsafeGetTensorImpl()->bump_version();
+      }
+      if (options.balance()) balance();
+      finish_step();
     }
-    if (options.balance()) balance();
-    finish_step();
+    // Nothing of a step stays behind but what is remembered.
+    for (Side& s : sides_) std::fill(s.gradients.begin(), s.gradients.end(), at::Tensor());
+    for (Group& group : groups_) group = {};
+    next_momentum_ = next_rows_ = {};
+    next_moments_ = {};
+    workspaces_.clear();
   }
 
   void restore(const std::vector<PairState>& states) override {
@@ -240,19 +244,18 @@ class HostBatch final : public Batch {
     }
   };
 
-  /// All there is of the k factors of a side. Parts are numbered pair · chunks + chunk; what is summed over the rows
-  /// ends up in a pair's first part.
+  /// All there is of the k factors of a side. Parts of sums are numbered pair · chunks + chunk.
   struct Side {
     kernels::Shape shape;
     int64_t chunk_rows, chunks;
     int64_t glimpse_stride;
-    std::vector<double> gradient_gram;        ///< GᵀG [k, chunks, p, p]
-    std::vector<double> equilibrated_gram;    ///< GᵀDG, the same of scaled rows, where `rows` are known
-    std::vector<double> products;             ///< XᵀX | XᵀN [k, chunks, p, 2p]
-    std::vector<double> weighted;             ///< column sums with `weights_` [k, chunks, p]
+    ChunkSums gradient_gram;                  ///< GᵀG [k, p, p]
+    ChunkSums equilibrated_gram;              ///< GᵀDG, the same of scaled rows, where `rows` are known
+    ChunkSums products;                       ///< XᵀX | XᵀN [k, p, 2p]
+    ChunkSums weighted;                       ///< column sums with `weights_` [k, p]
     std::vector<at::Tensor> gradients;        ///< undefined where there is none
-    std::vector<Glimpse> seen;                ///< as the last step left the factors
-    std::vector<char> stale;                  ///< is what is known of the rows perhaps no longer true?
+    std::vector<Glimpse> seen;                ///< of the factors whose sums `products` and `weighted` are
+    std::vector<char> stale;                  ///< are these sums perhaps no longer true?
     std::vector<char> edited;                 ///< by someone else, since the last step
     std::vector<char> finite;                 ///< factor, momentum and gradient
     std::vector<double> unmagnified_squared;  ///< ‖Ḡ‖²
@@ -262,7 +265,7 @@ class HostBatch final : public Batch {
     std::vector<double> gradient_maps;        ///< G → N [k, p, p]
     std::vector<double> plain_maps;           ///< G → S₀, for row equilibration only [k, p, p]
     std::vector<double> row_decay;            ///< β₂' [k], for row equilibration only
-    float keep = 1, rate = 0;                 ///< X ← keep · X − rate · N
+    float decay = 0, rate = 0;                ///< X ← X − (rate · N + decay · X)
     float* momentum = nullptr;                ///< [k, factor]
     float* rows = nullptr;                    ///< second moments of rows [k, n], null if not known or not wanted
   };
@@ -276,6 +279,7 @@ class HostBatch final : public Batch {
         : memory(static_cast<size_t>(kernels::Blocks::size(rank))), blocks(kernels::Blocks::in(memory.data(), rank)) {}
   };
 
+  const kernels::Blocks& blocks_of(int64_t thread) const { return workspaces_[static_cast<size_t>(thread)].blocks; }
   size_t square() const { return static_cast<size_t>(padded_ * padded_); }
   Side& side_of(int64_t factor) { return sides_[factor < count() ? 0 : 1]; }
   size_t index_of(int64_t factor) const { return static_cast<size_t>(factor % count()); }
@@ -284,16 +288,16 @@ class HostBatch final : public Batch {
   }
   const at::Tensor& tensor_of(int64_t factor) const { return factor_of(factor % count(), factor < count() ? 0 : 1); }
 
-  /// body(side, pair, first row, end row, part) for every chunk of every factor, in parallel.
+  /// body(side, pair, first row, end row, part, work space) for every chunk of every factor, in parallel.
   template <class Body>
   void for_each_chunk(const Body& body) {
     const int64_t of_a = count() * sides_[0].chunks, of_b = count() * sides_[1].chunks;
-    parallel_tasks(of_a + of_b, [&](int64_t task) {
+    parallel_tasks(of_a + of_b, [&](int64_t task, int64_t thread) {
       Side& s = sides_[task < of_a ? 0 : 1];
-      const int64_t part = task < of_a ? task : task - of_a;
-      const int64_t first = part % s.chunks * s.chunk_rows;
-      body(s, static_cast<size_t>(part / s.chunks), first, std::min(first + s.chunk_rows, s.shape.rows),
-           static_cast<size_t>(part));
+      const size_t part = static_cast<size_t>(task < of_a ? task : task - of_a);
+      const size_t i = part / static_cast<size_t>(s.chunks);
+      const int64_t first = static_cast<int64_t>(part) % s.chunks * s.chunk_rows;
+      body(s, i, first, std::min(first + s.chunk_rows, s.shape.rows), part, blocks_of(thread));
     });
   }
 
@@ -303,41 +307,25 @@ class HostBatch final : public Batch {
     parallel_tasks(2 * count(), [&](int64_t factor) { body(side_of(factor), index_of(factor)); });
   }
 
-  /// Adds a pair's parts, `size` numbers each, to its first one.
-  static void add_chunks(const Side& s, size_t i, std::vector<double>& parts, size_t size) {
-    double* total = sums_of(s, i, parts, size);
-    for (int64_t chunk = 1; chunk < s.chunks; ++chunk) {
-      const double* part = total + static_cast<size_t>(chunk) * size;
-      for (size_t e = 0; e < size; ++e) total[e] += part[e];
-    }
+  ChunkSums sums_of_rows(const Side& s, size_t size) const {
+    return ChunkSums(count(), s.chunks, static_cast<int64_t>(size));
   }
-  void add_sums(Side& s, size_t i) const {
-    add_chunks(s, i, s.products, 2 * square());
-    add_chunks(s, i, s.weighted, static_cast<size_t>(padded_));
-  }
-  /// Where the sums of pair i lie in [k, chunks, size].
-  template <class Numbers>
-  static auto sums_of(const Side& s, size_t i, Numbers& parts, size_t size) {
-    return parts.data() + i * static_cast<size_t>(s.chunks) * size;
+  static void add_sums(Side& s, size_t i) {
+    s.products.add_up(i);
+    s.weighted.add_up(i);
   }
 
   /// Where the rows' second moments are now.
-  void find_rows() {
-    for (const size_t side : {0, 1}) {
-      const at::Tensor& rows = state_.rows[side];
-      sides_[side].rows = equilibrates_ && rows.defined() ? rows.template data_ptr<float>() : nullptr;
-    }
+  void find_rows(const std::array<at::Tensor, 2>& rows) {
+    for (const size_t side : {0, 1})
+      sides_[side].rows = equilibrates_ && rows[side].defined() ? rows[side].template data_ptr<float>() : nullptr;
   }
   static float* rows_of(const Side& s, size_t i) {
     return s.rows == nullptr ? nullptr : s.rows + static_cast<int64_t>(i) * s.shape.rows;
   }
 
-  kernels::Sums clear_sums(Side& s, size_t part) const {
-    const kernels::Sums sums = {s.products.data() + part * 2 * square(),
-                                s.weighted.data() + part * static_cast<size_t>(padded_)};
-    std::memset(sums.products, 0, 2 * square() * sizeof(double));
-    std::memset(sums.weighted, 0, static_cast<size_t>(padded_) * sizeof(double));
-    return sums;
+  static kernels::Sums emptied_sums(Side& s, size_t part) {
+    return {s.products.emptied_part(part), s.weighted.emptied_part(part)};
   }
 
   static bool all_finite(const double* numbers, size_t size) {
@@ -356,19 +344,18 @@ class HostBatch final : public Batch {
     const float* n =
         momentum.defined() ? momentum.template const_data_ptr<float>() + static_cast<int64_t>(i) * size : nullptr;
     const float* x = tensor_of(factor_number(s, i)).template const_data_ptr<float>();
-    parallel_tasks(s.chunks, [&](int64_t chunk) {
+    parallel_tasks(s.chunks, [&](int64_t chunk, int64_t thread) {
       const int64_t first = chunk * s.chunk_rows, end = std::min(first + s.chunk_rows, s.shape.rows);
-      const Workspace workspace(rank_);
-      kernels::best().remember(x, n, weights_.template const_data_ptr<double>(), s.shape, first, end, workspace.blocks,
-                               clear_sums(s, i * static_cast<size_t>(s.chunks) + static_cast<size_t>(chunk)));
+      kernels::best().remember(x, n, weights_.template const_data_ptr<double>(), s.shape, first, end, blocks_of(thread),
+                               emptied_sums(s, i * static_cast<size_t>(s.chunks) + static_cast<size_t>(chunk)));
     });
     add_sums(s, i);
+    s.seen[i] = Glimpse::of(tensor_of(factor_number(s, i)), s.glimpse_stride);
   }
 
   /// Squared norm of column j, and its weighted sum.
   std::pair<double, double> column_sums(const Side& s, size_t i, int64_t j) const {
-    return {sums_of(s, i, s.products, 2 * square())[j * 2 * padded_ + j],
-            sums_of(s, i, s.weighted, static_cast<size_t>(padded_))[j]};
+    return {s.products.total(i)[j * 2 * padded_ + j], s.weighted.total(i)[j]};
   }
 
   /// The remembered column sums [2, 2, k, r] (side, kind, pair, column) of a factor's first kind; k r further: the
@@ -405,14 +392,14 @@ class HostBatch final : public Batch {
     }
     const size_t side = factor < count() ? 0 : 1, index = index_of(factor);
     const Side &own = sides_[side], &partner = sides_[1 - side];
-    const double* plain_gram = sums_of(own, index, own.gradient_gram, square());
-    const double* gradient_gram =
-        own.rows == nullptr ? plain_gram : sums_of(own, index, own.equilibrated_gram, square());
-    const double* products = sums_of(partner, index, partner.products, 2 * square());
+    const double* plain_gram = own.gradient_gram.total(index);
+    const double* gradient_gram = own.rows == nullptr ? plain_gram : own.equilibrated_gram.total(index);
+    const double* products = partner.products.total(index);
     const size_t place = (1 - side) * static_cast<size_t>(count()) + index;
     const bool edited = partner.edited[index] != 0;
     const double scale = edited ? 1 : state_.previous_scale.template const_data_ptr<double>()[place];
     const double rate = edited ? 0 : state_.previous_rate.template const_data_ptr<double>()[place];
+    statistics.steps[lane] = state_.moments.step.template const_data_ptr<double>()[place];
     for (int64_t i = 0; i < rank_; ++i) {
       for (int64_t j = 0; j < rank_; ++j) {
         const int64_t row = std::min(i, j), column = std::max(i, j);
@@ -425,27 +412,31 @@ class HostBatch final : public Batch {
     }
   }
 
-  /// Act 2 for eight factors: new moments go to the state, the maps for act 3 to their sides.
+  /// Act 2 for eight factors: new moments go to `next_moments_`, the maps for act 3 to their sides.
   void decide(int64_t g, const LoraRiteOptions& options, double clip) {
     rule::Moments<LaneMatrix> old = {LaneMatrix(rank_), {}, LaneMatrix(rank_), {}};
     Lanes rows(1.0), has_gradient, partner_edited;
     const int64_t size = rank_ * rank_;
-    rule::Moments<at::Tensor>& state = state_.moments;
-    double* v = state.second_moment.template data_ptr<double>();
-    double* root = state.inverse_root.template data_ptr<double>();
-    double* mass = state.escaped_mass.template data_ptr<double>();
-    double* step = state.step.template data_ptr<double>();
+    const rule::Moments<at::Tensor>& state = state_.moments;
+    const double* old_v = state.second_moment.template const_data_ptr<double>();
+    const double* old_root = state.inverse_root.template const_data_ptr<double>();
+    const double* old_mass = state.escaped_mass.template const_data_ptr<double>();
+    const double* old_step = state.step.template const_data_ptr<double>();
+    double* v = next_moments_.second_moment.template data_ptr<double>();
+    double* root = next_moments_.inverse_root.template data_ptr<double>();
+    double* mass = next_moments_.escaped_mass.template data_ptr<double>();
+    double* step = next_moments_.step.template data_ptr<double>();
     const int64_t first = g * kLanes, lanes = std::min<int64_t>(kLanes, 2 * count() - first);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t factor = std::min(first + lane, 2 * count() - 1);  // a lane too many repeats the last one
       const size_t index = index_of(factor);
       for (int64_t i = 0; i < rank_; ++i)
         for (int64_t j = 0; j < rank_; ++j) {
-          old.second_moment.at(i, j, lane) = v[factor * size + i * rank_ + j];
-          old.inverse_root.at(i, j, lane) = root[factor * size + i * rank_ + j];
+          old.second_moment.at(i, j, lane) = old_v[factor * size + i * rank_ + j];
+          old.inverse_root.at(i, j, lane) = old_root[factor * size + i * rank_ + j];
         }
-      old.escaped_mass[lane] = mass[factor];
-      old.step[lane] = step[factor];
+      old.escaped_mass[lane] = old_mass[factor];
+      old.step[lane] = old_step[factor];
       rows[lane] = static_cast<double>(side_of(factor).shape.rows);
       has_gradient[lane] = side_of(factor).gradients[index].defined() ? 1 : 0;
       partner_edited[lane] = sides_[factor < count() ? 1 : 0].edited[index];
@@ -516,7 +507,7 @@ class HostBatch final : public Batch {
   kernels::Maps maps_of(const Side& s, size_t i) const {
     kernels::Maps maps = {s.momentum_maps.data() + i * square(),
                           s.gradient_maps.data() + i * square(),
-                          s.keep,
+                          s.decay,
                           s.rate,
                           s.gradients[i].defined(),
                           s.is_wide[i] ? s.wide_momentum_maps.data() + i * square() : nullptr};
@@ -532,36 +523,33 @@ class HostBatch final : public Batch {
   }
 
   /// Act 3 for some rows of one factor.
-  void move_rows(Side& s, size_t i, int64_t first, int64_t end, size_t part) {
+  void move_rows(Side& s, size_t i, int64_t first, int64_t end, size_t part, const kernels::Blocks& blocks) {
     if (s.momentum == nullptr) return;
     kernels::Maps maps = maps_of(s, i);
     maps.rows.next = rows_of(s, i);
     // A factor that rests keeps its sums; XᵀN is then not asked for, as its rate was 0.
-    const kernels::Sums sums = maps.has_gradient ? clear_sums(s, part) : kernels::Sums{};
-    const Workspace workspace(rank_);
+    const kernels::Sums sums = maps.has_gradient ? emptied_sums(s, part) : kernels::Sums{};
     float* x = static_cast<float*>(tensor_of(factor_number(s, i)).unsafeGetTensorImpl()->mutable_data());
     kernels::best().apply(x, momentum_of(s, i), gradient_of(s, i), weights_.template const_data_ptr<double>(), s.shape,
-                          first, end, maps, workspace.blocks, sums);
+                          first, end, maps, blocks, sums);
   }
 
   /// Where the RMS of M exceeds `bound`, both maps are scaled so that it is `bound`. One more pass over the rows finds
   /// ‖M‖² = tr(NᵀN YᵀY).
   void bound_updates(double bound) {
-    std::array<std::vector<double>, 2> grams;
-    for (const size_t side : {0, 1}) grams[side].resize(static_cast<size_t>(count() * sides_[side].chunks) * square());
-    for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part) {
+    std::array<ChunkSums, 2> grams = {sums_of_rows(sides_[0], square()), sums_of_rows(sides_[1], square())};
+    for_each_chunk([&](Side& s, size_t i, int64_t first, int64_t end, size_t part, const kernels::Blocks& blocks) {
       if (s.momentum == nullptr) return;
-      const Workspace workspace(rank_);
-      kernels::best().update_gram(momentum_of(s, i), gradient_of(s, i), s.shape, first, end, maps_of(s, i),
-                                  workspace.blocks, grams[&s == &sides_[0] ? 0 : 1].data() + part * square());
+      kernels::best().update_gram(momentum_of(s, i), gradient_of(s, i), s.shape, first, end, maps_of(s, i), blocks,
+                                  grams[&s == &sides_[0] ? 0 : 1].emptied_part(part));
     });
     for (const size_t side : {0, 1}) {
       Side& s = sides_[side];
       const Side& partner = sides_[1 - side];
       for (size_t i = 0; i < static_cast<size_t>(count()); ++i) {
-        add_chunks(s, i, grams[side], square());
-        const double* gram = sums_of(s, i, grams[side], square());
-        const double* products = sums_of(partner, i, partner.products, 2 * square());
+        grams[side].add_up(i);
+        const double* gram = grams[side].total(i);
+        const double* products = partner.products.total(i);
         double squared = 0;
         for (int64_t a = 0; a < rank_; ++a)
           for (int64_t b = a; b < rank_; ++b)
@@ -615,8 +603,9 @@ class HostBatch final : public Batch {
     for_each_factor([&](Side& s, size_t i) {
       const int64_t factor = factor_number(s, i);
       const bool moved = s.gradients[i].defined();
-      scale[factor] = moved ? 1 / static_cast<double>(s.keep) : 1;
-      rate[factor] = moved ? static_cast<double>(s.rate) / static_cast<double>(s.keep) : 0;
+      const double kept = 1 - static_cast<double>(s.decay);
+      scale[factor] = moved ? 1 / kept : 1;
+      rate[factor] = moved ? static_cast<double>(s.rate) / kept : 0;
       norm[factor] = std::sqrt(s.unmagnified_squared[i]);
       double* known = known_sums(factor);
       for (int64_t j = 0; j < rank_; ++j) {
@@ -625,7 +614,6 @@ class HostBatch final : public Batch {
         known[count() * rank_ + j] = weighted;
       }
       s.seen[i] = Glimpse::of(tensor_of(factor), s.glimpse_stride);
-      s.gradients[i] = at::Tensor();
     });
     *clip_factor_.template data_ptr<double>() = clip_;
   }
@@ -635,11 +623,15 @@ class HostBatch final : public Batch {
   at::Tensor weights_;         ///< of the column sums
   std::vector<Group> groups_;  ///< from the first to the second half of act 2
 
+  // From `observe` to `commit`.
+  bool equilibrates_ = false;
+  std::vector<Workspace> workspaces_;  ///< one a thread
+
   // From `prepare` to `commit`.
-  bool equilibrates_ = false;  ///< from `observe` on
   bool proceed_ = false;
   double clip_ = 1;
-  std::array<at::Tensor, 2> fresh_momentum_, fresh_rows_;  ///< the state's, new ones among them
+  std::array<at::Tensor, 2> next_momentum_, next_rows_;  ///< the state's, new ones among them
+  rule::Moments<at::Tensor> next_moments_;               ///< what the state's become
 };
 
 }  // namespace lora_rite::engine

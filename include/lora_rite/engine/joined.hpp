@@ -11,14 +11,14 @@
 /// What act 2 takes and gives, of several batches of pairs as one: the tensors of these structs are [2, k, …].
 namespace lora_rite::engine {
 
-inline std::array<at::Tensor*, 5> fields_of(rule::Statistics<at::Tensor>& s) {
-  return {&s.coordinates, &s.gram, &s.cross, &s.gradient_gram, &s.plain_gradient_gram};
+inline std::array<at::Tensor*, 6> fields_of(rule::Statistics<at::Tensor>& s) {
+  return {&s.coordinates, &s.gram, &s.cross, &s.gradient_gram, &s.plain_gradient_gram, &s.steps};
 }
 inline std::array<at::Tensor*, 4> fields_of(rule::Moments<at::Tensor>& m) {
   return {&m.second_moment, &m.escaped_mass, &m.inverse_root, &m.step};
 }
-inline std::array<at::Tensor*, 5> fields_of(rule::Unmagnified<at::Tensor>& u) {
-  return {&u.inverse_root, &u.change, &u.gradient_gram, &u.plain_gradient_gram, &u.damping};
+inline std::array<at::Tensor*, 6> fields_of(rule::Unmagnified<at::Tensor>& u) {
+  return {&u.inverse_root, &u.change, &u.gradient_gram, &u.plain_gradient_gram, &u.damping, &u.round_off};
 }
 inline std::array<at::Tensor*, 7> fields_of(rule::Decision<at::Tensor>& d) {
   return {&d.moments.second_moment,

@@ -72,21 +72,13 @@ inline Lanes choose(const Lanes& condition, const Lanes& yes, const Lanes& no) {
   return map_lanes([&](int64_t i) { return condition[i] != 0 ? yes[i] : no[i]; });
 }
 
-/// Doubles that a thread uses again and again: the step allocates only the first time.
+/// Doubles that a thread uses again and again: the step allocates only the first time. Up to 8 MiB of them stay with
+/// the thread; larger ranks, whose arithmetic takes far longer than an allocation, give theirs back.
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t size) : size_(size) {
-    auto& blocks = recycled().blocks;
-    for (size_t i = blocks.size(); i-- > 0;) {
-      if (blocks[i].size_ != size) continue;
-      data_ = std::exchange(blocks[i].data_, nullptr);
-      blocks[i].size_ = 0;
-      std::swap(blocks[i], blocks.back());
-      blocks.pop_back();
-      return;
-    }
-    data_ = static_cast<double*>(::operator new(size * sizeof(double), std::align_val_t(64)));
+  explicit Buffer(size_t size) : data_(recycled().find(size)), size_(size) {
+    if (data_ == nullptr) data_ = static_cast<double*>(::operator new(size * sizeof(double), std::align_val_t(64)));
   }
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   Buffer& operator=(Buffer&& other) noexcept {
@@ -95,30 +87,65 @@ class Buffer {
     return *this;
   }
   ~Buffer() {
-    if (data_ != nullptr) recycled().take(*this);
+    if (data_ != nullptr && !recycled().take(data_, size_)) free(data_);
   }
 
   double* data() const { return data_; }
   size_t size() const { return size_; }
 
- private:
-  struct Recycled {
-    std::vector<Buffer> blocks;
-    bool closed = false;
+  /// What stays with the calling thread.
+  static size_t bytes_kept() { return recycled().size() * sizeof(double); }
 
-    void take(Buffer& buffer) {
-      if (closed || blocks.size() >= kMost) {
-        ::operator delete(std::exchange(buffer.data_, nullptr), std::align_val_t(64));
-        return;
-      }
-      blocks.push_back(std::move(buffer));
-    }
+ private:
+  static void free(double* data) { ::operator delete(data, std::align_val_t(64)); }
+
+  /// Plain arrays, for what is given back must not ask for memory.
+  class Recycled {
+   public:
+    Recycled() = default;
+    Recycled(const Recycled&) = delete;
+    Recycled& operator=(const Recycled&) = delete;
     ~Recycled() {
-      closed = true;
-      for (Buffer& block : blocks) take(block);
+      closed() = true;
+      while (count_ > 0) free(data_[--count_]);
     }
+
+    /// A block of that size, or none.
+    double* find(size_t size) {
+      for (size_t i = closed() ? 0 : count_; i-- > 0;) {
+        if (sizes_[i] != size) continue;
+        double* found = data_[i];
+        --count_;
+        data_[i] = data_[count_];
+        sizes_[i] = sizes_[count_];
+        total_ -= size;
+        return found;
+      }
+      return nullptr;
+    }
+    bool take(double* data, size_t size) {
+      if (closed() || count_ >= kMost || total_ + size > kMostDoubles) return false;
+      data_[count_] = data;
+      sizes_[count_++] = size;
+      total_ += size;
+      return true;
+    }
+
+    size_t size() const { return total_; }
+
+   private:
+    static constexpr size_t kMost = 64, kMostDoubles = size_t{1} << 20;
+
+    /// Is the thread at its end? A buffer may outlive what it would be given back to.
+    static bool& closed() {
+      thread_local bool flag = false;
+      return flag;
+    }
+
+    std::array<double*, kMost> data_;
+    std::array<size_t, kMost> sizes_;
+    size_t count_ = 0, total_ = 0;
   };
-  static constexpr size_t kMost = 64;
 
   static Recycled& recycled() {
     thread_local Recycled own;
@@ -254,6 +281,27 @@ inline LaneMatrix scale_columns(const Transposed& m, const LaneValues& values) {
     return m.matrix().at(j, i, lane) * values.data()[j * kLanes + lane];
   });
 }
+/// diag(S)^{1/2} M
+inline LaneMatrix scale_rows_by_norms(const LaneMatrix& gram, const LaneMatrix& m) {
+  LaneMatrix result(m.rank());
+  for (int64_t i = 0; i < m.rank(); ++i) {
+    const Lanes norm = sqrt(at_least(gram.get(i, i), 0.0));
+    for (int64_t j = 0; j < m.rank(); ++j) result.set(i, j, m.get(i, j) * norm);
+  }
+  return result;
+}
+inline LaneValues squared_column_norms(const LaneMatrix& m) {
+  LaneValues result(m.rank());
+  for (int64_t j = 0; j < m.rank(); ++j) result.set(j, 0.0);
+  for (int64_t i = 0; i < m.rank(); ++i)
+    for (int64_t j = 0; j < m.rank(); ++j) result.set(j, result.get(j) + m.get(i, j) * m.get(i, j));
+  return result;
+}
+inline LaneValues operator*(const LaneValues& a, const LaneValues& b) {
+  LaneValues result(a.rank());
+  for (int64_t i = 0; i < a.rank(); ++i) result.set(i, a.get(i) * b.get(i));
+  return result;
+}
 inline Lanes trace_of(const LaneMatrix& m) {
   return map_lanes([&](int64_t lane) {
     double sum = 0;
@@ -296,6 +344,12 @@ LaneValues map_values(const LaneValues& values, const Function& function) {
   return result;
 }
 
+template <class Function>
+LaneValues map_values(const LaneValues& values, const LaneValues& others, const Function& function) {
+  LaneValues result(values.rank());
+  for (int64_t i = 0; i < values.rank(); ++i) result.set(i, function(values.get(i), others.get(i)));
+  return result;
+}
 inline Lanes largest_difference(const LaneValues& a, const LaneValues& b) {
   Lanes largest = a.get(0) - b.get(0);
   for (int64_t i = 1; i < a.rank(); ++i) largest = at_least(a.get(i) - b.get(i), largest);

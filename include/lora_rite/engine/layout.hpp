@@ -41,6 +41,15 @@ constexpr double kRoundOff = 1e-12;
 /// XᵀY [k, r, r] of tall X and Y.
 inline at::Tensor inner_products(const at::Tensor& x, const at::Tensor& y) { return at::matmul(x.mT(), y); }
 
+/// old ← fresh, both contiguous and of one shape and dtype. On a CPU without an operator, which could ask for memory.
+inline void overwrite(const at::Tensor& old, const at::Tensor& fresh) {
+  if (old.is_cpu() && old.is_contiguous() && fresh.is_contiguous() && old.scalar_type() == fresh.scalar_type()) {
+    std::memcpy(old.data_ptr(), fresh.const_data_ptr(), old.nbytes());
+  } else {
+    old.copy_(fresh);
+  }
+}
+
 /// Copies slice i of `batch` [k, shape] to destinations[i]. One operator call for an accelerator; on a CPU, where such
 /// a call would dispatch for each tensor, the bytes are moved here. Tensors on `meta` have none.
 inline void write_slices(const at::Tensor& batch, const std::vector<at::Tensor>& destinations) {

@@ -88,7 +88,7 @@ inline void apply(float* factor, float* momentum, const float* gradient, const d
   n = updated(momentum, gradient, shape, first, end, maps).cast<float>();
   if (!maps.has_gradient) return;
   auto x = rows_of(factor, shape, first, end);
-  x = (maps.keep * x - maps.rate * n).eval();
+  x = (x - (maps.rate * n + maps.decay * x)).eval();
   remember(factor, momentum, weights, shape, first, end, blocks, sums);
 }
 

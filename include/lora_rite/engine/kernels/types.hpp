@@ -91,11 +91,12 @@ struct RowMoments {
   float* next = nullptr;  ///< [rows] what they become, perhaps in place; null: not kept
 };
 
-/// Act 3's instructions for one factor: N ← N·momentum + G·gradient, X ← keep·X − rate·N.
+/// Act 3's instructions for one factor: N ← N·momentum + G·gradient, X ← X − (rate·N + decay·X). The decay stands by
+/// itself: a float next to 1 does not hold 1 − decay.
 struct Maps {
   const float* momentum;   ///< [p][p]
   const double* gradient;  ///< [p][p]; it weighs up faint directions, where a float is noise
-  float keep, rate;
+  float decay, rate;
   bool has_gradient;                      ///< else X rests and only N is carried along
   const double* wide_momentum = nullptr;  ///< the momentum's map in double, where one in float would lose too much
   RowMoments rows = {};                   ///< where there is a gradient
