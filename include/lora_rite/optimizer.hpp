@@ -140,9 +140,9 @@ class LoraRite : public torch::optim::Optimizer {
                   ", expected a floating one");
       claim(owners, parameters[i], label);
     }
+    const bool ascends = maximize.value_or(static_cast<const LoraRiteOptions&>(defaults()).maximize());
     add_group(parameters, std::make_unique<torch::optim::AdamWOptions>(options));
     owners_ = std::move(owners);
-    const bool ascends = maximize.value_or(static_cast<const LoraRiteOptions&>(defaults()).maximize());
     groups_.push_back({{}, {}, {}, {}, engine::AdamWParameters(std::move(parameters), ascends)});
   }
 
@@ -275,7 +275,7 @@ class LoraRite : public torch::optim::Optimizer {
     check_pair(g, pair);
     Group rest;
     std::map<const void*, std::string> owners = owners_;
-    std::vector<std::vector<PairState>> states(1);
+    std::vector<PairState> states;  // of those that stay
     for (size_t i = 0; i < groups_[g].pairs.size(); ++i) {
       const FactorPair& own = groups_[g].pairs[i];
       for (const auto& factor : {own.a, own.b}) owners.erase(factor.unsafeGetTensorImpl());
@@ -283,11 +283,11 @@ class LoraRite : public torch::optim::Optimizer {
       const std::string label = detail::pair_label(own, g, rest.pairs.size());
       for (const auto& factor : {own.a, own.b}) claim(owners, factor, label);
       rest.pairs.push_back(own);
-      if (groups_[g].place_of(i)) states[0].push_back(pick(g, i));
+      if (groups_[g].place_of(i)) states.push_back(pick(g, i));
     }
-    if (!states[0].empty()) {
+    if (!states.empty()) {
       build_batches(g, rest);
-      restore(rest, states[0]);
+      restore(rest, states);
     }
     // What follows cannot fail.
     auto& tensors = param_groups_[g].params();

@@ -64,7 +64,8 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(double, lr_ratio_b) = 1.0;
   /// After each step scale A and B such that their norms agree, BA unchanged. Only pairs whose factors both moved.
   TORCH_ARG(bool, balance) = false;
-  /// Ascend instead of descend.
+  /// Ascend instead of descend. Groups by AdamW, whose options lack this, do as the optimizer's constructor was told;
+  /// see `LoraRite::add_parameters`.
   TORCH_ARG(bool, maximize) = false;
   /// Keep a float copy of bfloat16 and half factors, so that steps below their resolution add up (4 bytes an element).
   TORCH_ARG(bool, master_weights) = false;
