@@ -141,11 +141,11 @@ TEST(LoadMatching, FindsPairsWithoutNamesByTheirPlaces) {
 }
 
 TEST(LoadMatching, TakesOtherParametersByTheirGroups) {
-  const auto build = [](int64_t heads) {
+  const auto build = [](int64_t heads, bool maximize = true) {
     auto optimizer = std::make_unique<LoraRite<>>(some_pairs(), LoraRiteOptions(1e-2));
     std::vector<torch::Tensor> parameters;
     for (int64_t i = 0; i < heads; ++i) parameters.push_back(torch::ones({3}).requires_grad_());
-    optimizer->add_parameters(parameters, torch::optim::AdamWOptions(1e-2), /*maximize=*/heads == 1);
+    optimizer->add_parameters(parameters, torch::optim::AdamWOptions(1e-2), maximize);
     for (auto& parameter : parameters) parameter.mutable_grad() = torch::ones({3});
     return optimizer;
   };
@@ -154,6 +154,9 @@ TEST(LoadMatching, TakesOtherParametersByTheirGroups) {
   const std::string bytes = saved_bytes(*source);
   EXPECT_EQ(load_matching(*same, bytes).loaded, (Names{"q", "k", "v", "group 1"}));
   EXPECT_EQ(saved_bytes(*same), bytes);
+  const auto descending = build(1, false);  // all but its direction, which is an option and stays
+  load_matching(*descending, bytes);
+  EXPECT_TRUE(saved_bytes(*descending) != bytes);
   LoadReport report = load_matching(*longer, bytes);
   EXPECT_EQ(report.kept, (Names{"group 1"}));
   EXPECT_EQ(report.unused, (Names{"group 1"}));

@@ -310,6 +310,22 @@ TEST(Serialization, SaysOfAMissingEntryThatItIsMissing) {
   }
 }
 
+TEST(Serialization, NamesAnOptionOfAnotherType) {
+  for (const auto& [name, value, words] :
+       {std::tuple{"lr", c10::IValue("fast"), "the saved option lr is fast, expected a double"},
+        std::tuple{"escape", c10::IValue(0.5), "the saved option escape is 0.5, expected true or false"},
+        std::tuple{"betas", c10::IValue("0.9"), "the saved option betas is 0.9, expected two doubles"}}) {
+    torch::serialize::OutputArchive out;
+    out.write(name, value);
+    std::stringstream stream;
+    out.save_to(stream);
+    torch::serialize::InputArchive in;
+    in.load_from(stream);
+    LoraRiteOptions options;
+    EXPECT_TRUE(mentions(error_of([&] { options.serialize(in); }), words));
+  }
+}
+
 TEST(Serialization, RefusesGarbageAndTruncation) {
   const auto pairs = first_group(torch::kFloat);
   LoraRite<> optimizer(pairs);

@@ -97,7 +97,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
       } catch (const c10::Error&) {
         TORCH_CHECK(false, "the saved option ", name, " is ", found, ", expected ",
                     std::is_same_v<Value, bool> ? "true or false"
-                                                : (std::is_same_v<Value, double> ? "a number" : "two numbers"));
+                                                : (std::is_same_v<Value, double> ? "a double" : "two doubles"));
       }
     });
   }
