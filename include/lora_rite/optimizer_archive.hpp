@@ -190,7 +190,10 @@ LoadReport LoraRite<Basis>::load_matching(torch::serialize::InputArchive& archiv
   check_groups();
   struct Found {
     std::string name;  // in the archive
-    torch::serialize::InputArchive entry;
+    std::unique_ptr<torch::serialize::InputArchive> entry;
+  };
+  const auto found_at = [](std::string name, torch::serialize::InputArchive entry) {
+    return Found{std::move(name), std::make_unique<torch::serialize::InputArchive>(std::move(entry))};
   };
   std::map<std::string, Found> pairs;  // by their names here
   std::vector<Found> others;
@@ -202,7 +205,7 @@ LoadReport LoraRite<Basis>::load_matching(torch::serialize::InputArchive& archiv
     torch::serialize::InputArchive group = detail::read_archive(archive, label, std::to_string(g));
     const int64_t size = detail::read_int(group, label, "size");
     if (detail::read_text(group, label, "kind") != kind(Group())) {
-      others.push_back({label, std::move(group)});
+      others.push_back(found_at(label, std::move(group)));
       continue;
     }
     for (int64_t p = 0; p < size / 2; ++p) {
@@ -216,7 +219,7 @@ LoadReport LoraRite<Basis>::load_matching(torch::serialize::InputArchive& archiv
         report.unused.push_back(name);
         continue;
       }
-      const auto [other, is_new] = pairs.emplace(own, Found{name, std::move(entry)});
+      const auto [other, is_new] = pairs.emplace(own, found_at(name, std::move(entry)));
       TORCH_CHECK(is_new, "load: the archive's pairs '", other->second.name, "' and '", name, "' are both '", own,
                   "' here, expected one");
     }
@@ -235,9 +238,9 @@ LoadReport LoraRite<Basis>::load_matching(torch::serialize::InputArchive& archiv
           write_pair(entry, g, p);
           return;
         }
-        const bool stepped = detail::read_bool(found->second.entry, label_of(g, p), "stepped");
+        const bool stepped = detail::read_bool(*found->second.entry, label_of(g, p), "stepped");
         entry.write("stepped", c10::IValue(stepped));
-        if (stepped) read_converted(found->second.entry, g, p).save(entry);
+        if (stepped) read_converted(*found->second.entry, g, p).save(entry);
         pairs.erase(found);
         report.loaded.push_back(own_names.back());
       },
@@ -247,9 +250,9 @@ LoadReport LoraRite<Basis>::load_matching(torch::serialize::InputArchive& archiv
         bool loaded = false;
         if (options.other_parameters && next_others < others.size()) {
           Found& found = others[next_others];
-          const int64_t size = detail::read_int(found.entry, found.name, "size");
+          const int64_t size = detail::read_int(*found.entry, found.name, "size");
           loaded = size == static_cast<int64_t>(tensor_count(groups_[g]));
-          if (loaded) memory = groups_[g].others->read(found.entry, label);
+          if (loaded) memory = groups_[g].others->read(*found.entry, label);
           if (!loaded) report.unused.push_back(found.name);
           ++next_others;
         }
