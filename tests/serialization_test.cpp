@@ -306,7 +306,7 @@ TEST(Serialization, SaysOfAMissingEntryThatItIsMissing) {
         std::pair{"skipped_steps", "the archive has no entry 'skipped_steps'"}, std::pair{"0", "group 0 is missing"},
         std::pair{"kind", "group 0 has no entry 'kind'"}, std::pair{"size", "group 0 has no entry 'size'"},
         std::pair{"options", "group 0, entry 'options' is missing"}}) {
-    EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, archive_up_to(last)); }), words));
+    EXPECT_TRUE(mentions(error_of([&, end = last] { load_bytes(optimizer, archive_up_to(end)); }), words));
   }
 }
 
