@@ -105,6 +105,27 @@ TEST(Diagnostics, UpdateRmsIsThatOfTheStepInTheOrthonormalBasis) {
   EXPECT_NEAR(optimizer.diagnostics()[0].a.update_rms, expected, 1e-9 * expected);
 }
 
+TEST(Diagnostics, AFactorThatIsNotFiniteHasNoConditionNumberAndHidesNoOtherPair) {
+  torch::manual_seed(27);
+  const std::vector<FactorPair> pairs = {random_pair("q", 3, 8, 6), random_pair("k", 3, 8, 6)};
+  LoraRite<> optimizer(pairs);
+  for (const bool stepped : {false, true}) {
+    if (stepped) run_steps(optimizer, pairs, 0, 2);
+    const auto before = pairs[0].b.detach().clone();
+    for (const double value : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+      torch::NoGradGuard no_grad;
+      torch::Tensor(pairs[0].b)[2][1] = value;
+      const auto found = optimizer.diagnostics();
+      EXPECT_EQ(found[0].name, "q");
+      EXPECT_TRUE(std::isnan(found[0].b.condition_number));
+      EXPECT_GT(found[0].a.condition_number, 1);
+      EXPECT_GT(found[1].b.condition_number, 1);
+      EXPECT_EQ(found[0].b.update_rms > 0, stepped);
+      torch::Tensor(pairs[0].b).copy_(before);
+    }
+  }
+}
+
 TEST(Diagnostics, EscapedMassGrowsWhenTheBasisTurnsAndNotWithoutEscape) {
   torch::manual_seed(26);
   for (const bool escape : {true, false}) {

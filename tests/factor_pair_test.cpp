@@ -150,6 +150,26 @@ INSTANTIATE_TEST_SUITE_P(
                    return std::vector<FactorPair>{{"q", shared, leaf({8, 2})}, {"k", shared, leaf({8, 2})}};
                  },
                  {"pair 'k'", "used twice", "pair 'q'"}},
+        BadPairs{"SwappedFactorsOfASquareLayer",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({64, 2}), leaf({2, 64})}};
+                 },
+                 {"pair 'q': the rank 64 is above both sides, in = 2 and out = 2", "[64, 2]", "are a and b swapped?"}},
+        BadPairs{"SwappedFactorsOfAConvolution",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({64, 2, 1, 1}), leaf({2, 64, 3, 3})}};
+                 },
+                 {"the rank 64 is above both sides, in = 2 and out = 18"}},
+        BadPairs{"Expanded",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({1, 8}).expand({2, 8}), leaf({8, 2})}};
+                 },
+                 {"pair 'q': factor a", "strides [0, 1]", "do not overlap"}},
+        BadPairs{"Overlapping",
+                 [] {
+                   return std::vector<FactorPair>{{"q", leaf({2, 8}), leaf({10}).unfold(0, 3, 1)}, {"k", {}, {}}};
+                 },
+                 {"pair 'q'", "[8, 3]"}},
         BadPairs{"SquareTensorAsBothFactors",
                  [] {
                    const auto shared = leaf({2, 2});
@@ -163,6 +183,32 @@ INSTANTIATE_TEST_SUITE_P(
                  {"pair 0 of group 0"}},
         BadPairs{"EmptyList", [] { return std::vector<FactorPair>{}; }, {"empty", "at least one pair"}}),
     [](const auto& info) { return info.param.name; });
+
+TEST(FactorPair, MayHaveOneSideBelowItsRank) {
+  for (const auto& [in, out] : {std::pair{3, 8}, std::pair{8, 3}, std::pair{4, 4}}) {
+    const std::vector<FactorPair> pairs = {testing::random_pair("q", 4, in, out)};
+    LoraRite<> optimizer(pairs);
+    testing::run_steps(optimizer, pairs, 0, 1);
+    EXPECT_TRUE(torch::isfinite(pairs[0].a).all().item<bool>());
+  }
+}
+
+TEST(FactorPair, IsRefusedByTheFirstStepWhereItsDataChangedSinceItWasAdded) {
+  auto pair = testing::random_pair("q", 2, 8, 6);
+  LoraRite<> optimizer(std::vector<FactorPair>{pair});
+  pair.a.set_data(torch::zeros({1, 8}, torch::kDouble).expand({2, 8}));
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "pair 'q': factor a has shape [2, 8] and strides [0, 1]"));
+}
+
+TEST(AlternatingFactors, SayThatTheyAreReadAsPairs) {
+  torch::nn::Sequential model(torch::nn::Linear(8, 8), torch::nn::Linear(8, 4));
+  const std::string hint = "for all parameters of a model give the model itself";
+  EXPECT_TRUE(mentions(error_of([&] { LoraRite<> optimizer(model->parameters()); }), hint));
+  EXPECT_TRUE(mentions(error_of([&] {
+                         LoraRite<> optimizer(std::vector<torch::Tensor>{leaf({8, 2}), leaf({2, 8})});
+                       }),
+                       "pair 0 of group 0: the rank 8 is above both sides"));
+}
 
 TEST(AlternatingFactors, RefuseAnOddNumber) {
   EXPECT_TRUE(mentions(error_of([] {

@@ -225,6 +225,46 @@ TEST(LoraRite, NamesAGroupThatWasTamperedWith) {
   EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, saved); }), "expected LoraRiteOptions"));
 }
 
+TEST(LoraRite, NoticesATensorThatWasPutInTheOthersPlace) {
+  const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4), random_pair("k", 2, 4, 4)};
+  LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2));
+  const std::vector<FactorPair> second = {random_pair("v", 2, 4, 4), random_pair("o", 2, 4, 4)};
+  optimizer.add_pairs(second, LoraRiteOptions(1e-3));
+  const auto head = torch::zeros({3}).requires_grad_();
+  optimizer.add_parameters({head, torch::zeros({2})}, torch::optim::AdamWOptions());
+  set_gradients(pairs, 1);
+  const auto before = clone_pairs(pairs);
+  auto& groups = optimizer.param_groups();
+  const auto expect_error = [&](const std::string& words) {
+    EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), words));
+    EXPECT_TRUE(mentions(error_of([&] { saved_bytes(optimizer); }), words));
+    EXPECT_TRUE(equal_factors(pairs, before));
+  };
+  groups[0].params()[1] = torch::zeros({4, 2}, torch::kDouble);
+  expect_error("group 0: tensor 1 of its list (pair 'q', factor b) is now a tensor that was never added, expected the");
+  groups[0].params()[1] = pairs[0].b;
+  std::swap(groups[0].params()[0], groups[0].params()[2]);
+  expect_error("group 0: tensor 0 of its list (pair 'q', factor a) is now a tensor of pair 'k'");
+  std::swap(groups[0].params()[0], groups[0].params()[2]);
+  std::swap(groups[0], groups[1]);
+  expect_error("group 0: tensor 0 of its list (pair 'q', factor a) is now a tensor of pair 'v'");
+  std::swap(groups[0], groups[1]);
+  groups[2].params()[0] = torch::Tensor();
+  expect_error("group 2: tensor 0 of its list (parameter 0) is now a tensor that was never added");
+  groups[2].params()[0] = head;
+  optimizer.step();
+  EXPECT_FALSE(equal_factors(pairs, before));
+}
+
+TEST(LoraRite, TakesAnotherOptionsObject) {
+  const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4)}, others = clone_pairs(pairs);
+  LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2)), expected(others, LoraRiteOptions(3e-3));
+  optimizer.param_groups()[0].set_options(std::make_unique<LoraRiteOptions>(3e-3));
+  run_steps(optimizer, pairs, 0, 2);
+  run_steps(expected, others, 0, 2);
+  EXPECT_TRUE(equal_factors(pairs, others));
+}
+
 TEST(LoraRite, NamesAGroupThatWasAddedPastIt) {
   LoraRite<> optimizer({random_pair("q", 2, 4, 4)});
   torch::optim::Optimizer& base = optimizer;

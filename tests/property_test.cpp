@@ -128,6 +128,8 @@ struct Case {
     throw std::logic_error("no parameter " + name);
   }
   int64_t size(const std::string& name) const { return static_cast<int64_t>(value(name)); }
+  /// A rank above both sides is refused.
+  int64_t rank() const { return std::min(size("rank"), std::max(size("in"), size("out"))); }
   bool is(const std::string& name) const { return value(name) != 0; }
 
   torch::ScalarType dtype() const { return is("float") ? torch::kFloat : torch::kDouble; }
@@ -142,7 +144,7 @@ struct Case {
 
   /// Where a factor lacks rank QR's root is not unique, and after an edit the moments depend on it.
   bool uses_qr() const {
-    const bool deficient = size("rank") > std::min(size("out"), size("in")) || value("start") != kRandom;
+    const bool deficient = rank() > std::min(size("out"), size("in")) || value("start") != kRandom;
     return is("qr") && !(is("edits") && deficient);
   }
 
@@ -177,8 +179,8 @@ class Run {
       Random random = random_of(c.seed, 1, 0, static_cast<uint64_t>(pair));
       // The second pair has another shape, or the same for a batch of two.
       const int64_t more = pair > 0 && with_chance(random, 0.5) ? 1 : 0;
-      Matrix a = normal(random, c.size("in") + more, c.size("rank"));
-      Matrix b = normal(random, c.size("out"), c.size("rank"));
+      Matrix a = normal(random, c.size("in") + more, c.rank());
+      Matrix b = normal(random, c.size("out"), c.rank());
       if (c.value("start") == kZeroB) b.setZero();
       a = rounded(a, is_float_);
       b = rounded(b, is_float_);

@@ -82,8 +82,32 @@ TEST(WarmupSchedulers, ThatRefuseToLoadKeepTheirPosition) {
   optimizer.add_parameters({torch::zeros({3}).requires_grad_()}, torch::optim::AdamWOptions(0.1));
   torch::serialize::InputArchive in;
   in.load_from(stream);
-  EXPECT_TRUE(mentions(error_of([&] { scheduler.load(in); }), "the optimizer has 3 param groups, expected 2"));
+  EXPECT_TRUE(mentions(error_of([&] { scheduler.load(in); }), "the archive has 2 param groups, expected 3"));
   EXPECT_EQ(scheduler.finished_steps(), 1);
+}
+
+TEST(WarmupSchedulers, ScaleAGroupThatWasAddedLaterByItsOwnRate) {
+  auto optimizer = two_groups(), other = two_groups();
+  WarmupLinear scheduler(optimizer, 4, 12), at_once(other, 4, 12);
+  scheduler.step();
+  at_once.step();
+  for (auto* o : {&optimizer, &other}) {
+    o->add_pairs({random_pair("k", 2, 4, 4)}, LoraRiteOptions(0.2));
+  }
+  at_once.include_new_groups();
+  EXPECT_EQ(rate(optimizer, 2), 0.2);
+  EXPECT_NEAR(rate(other, 2), 0.5 * 0.2, 1e-15);
+  for (const double expected : {0.75, 1.0, 1.0, 0.875}) {
+    scheduler.step();
+    at_once.step();
+    for (auto* o : {&optimizer, &other}) {
+      EXPECT_NEAR(rate(*o, 0), expected, 1e-15);
+      EXPECT_NEAR(rate(*o, 1), 0.1 * expected, 1e-15);
+      EXPECT_NEAR(rate(*o, 2), 0.2 * expected, 1e-15);
+    }
+  }
+  optimizer.param_groups().pop_back();
+  EXPECT_TRUE(mentions(error_of([&] { scheduler.step(); }), "the optimizer has 2 param groups, expected 3 or more"));
 }
 
 TEST(WarmupSchedulers, RefuseImpossibleSchedules) {

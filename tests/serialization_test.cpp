@@ -242,6 +242,90 @@ INSTANTIATE_TEST_SUITE_P(Table, RefusedArchive,
                                                   "load: group 0: lr is -1"}),
                          [](const auto& info) { return info.param.name; });
 
+TEST(Serialization, OfAnArchiveThatIsRefusedChoosesNeitherEngineNorDtype) {
+  const auto pairs = first_group(torch::kFloat);
+  LoraRite<> optimizer(pairs);
+  auto renamed = pairs;
+  renamed[1].name = "x";
+  const std::string bytes = bytes_of(renamed);
+  EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, bytes); }), "pair 'k' is 'x' in the archive"));
+  for (const auto& pair : pairs)
+    for (torch::Tensor factor : {pair.a, pair.b}) {
+      factor.mutable_grad() = torch::Tensor();
+      factor.set_data(factor.data().to(torch::kDouble));
+    }
+  run_steps(optimizer, pairs, 0, 1);
+  EXPECT_EQ(pairs[0].a.scalar_type(), torch::kDouble);
+}
+
+TEST(Serialization, KeepsReferencesToOptionsGood) {
+  const auto pairs = first_group(torch::kFloat);
+  LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2)), other(clone_pairs(pairs), LoraRiteOptions(1e-3));
+  for (auto* o : {&optimizer, &other}) {
+    o->add_parameters({torch::zeros({2})}, torch::optim::AdamWOptions(o == &optimizer ? 1e-2 : 1e-3));
+  }
+  std::vector<const torch::optim::OptimizerOptions*> before;
+  for (const auto& group : optimizer.param_groups()) before.push_back(&group.options());
+  load_bytes(optimizer, saved_bytes(other));
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(&optimizer.param_groups()[i].options(), before[i]);
+    EXPECT_EQ(before[i]->get_lr(), 1e-3);
+  }
+}
+
+/// An archive of nothing but the texts and numbers before `last`.
+std::string archive_up_to(const std::string& last) {
+  const std::vector<std::pair<std::string, c10::IValue>> entries = {{"format", "lora_rite.LoraRite 1"},
+                                                                    {"basis", "polar"},
+                                                                    {"group_count", int64_t{1}},
+                                                                    {"skipped_steps", int64_t{0}}};
+  torch::serialize::OutputArchive archive, group;
+  bool missing = false;
+  for (const auto& [key, value] : entries) {
+    missing = missing || key == last;
+    if (!missing) archive.write(key, value);
+  }
+  if (!missing && last != "0") {
+    const std::vector<std::pair<std::string, c10::IValue>> of_group = {{"kind", "factor pairs"}, {"size", int64_t{6}}};
+    for (const auto& [key, value] : of_group) {
+      missing = missing || key == last;
+      if (!missing) group.write(key, value);
+    }
+    archive.write("0", group);
+  }
+  std::stringstream stream;
+  archive.save_to(stream);
+  return stream.str();
+}
+
+TEST(Serialization, SaysOfAMissingEntryThatItIsMissing) {
+  LoraRite<> optimizer(first_group(torch::kFloat));
+  for (const auto& [last, words] :
+       {std::pair{"format", "has no entry 'format'"}, std::pair{"basis", "the archive has no entry 'basis'"},
+        std::pair{"group_count", "the archive has no entry 'group_count'"},
+        std::pair{"skipped_steps", "the archive has no entry 'skipped_steps'"}, std::pair{"0", "group 0 is missing"},
+        std::pair{"kind", "group 0 has no entry 'kind'"}, std::pair{"size", "group 0 has no entry 'size'"},
+        std::pair{"options", "group 0, entry 'options' is missing"}}) {
+    EXPECT_TRUE(mentions(error_of([&, end = last] { load_bytes(optimizer, archive_up_to(end)); }), words));
+  }
+}
+
+TEST(Serialization, NamesAnOptionOfAnotherType) {
+  for (const auto& [name, value, words] :
+       {std::tuple{"lr", c10::IValue("fast"), "the saved option lr is fast, expected a double"},
+        std::tuple{"escape", c10::IValue(0.5), "the saved option escape is 0.5, expected true or false"},
+        std::tuple{"betas", c10::IValue("0.9"), "the saved option betas is 0.9, expected two doubles"}}) {
+    torch::serialize::OutputArchive out;
+    out.write(name, value);
+    std::stringstream stream;
+    out.save_to(stream);
+    torch::serialize::InputArchive in;
+    in.load_from(stream);
+    LoraRiteOptions options;
+    EXPECT_TRUE(mentions(error_of([&] { options.serialize(in); }), words));
+  }
+}
+
 TEST(Serialization, RefusesGarbageAndTruncation) {
   const auto pairs = first_group(torch::kFloat);
   LoraRite<> optimizer(pairs);

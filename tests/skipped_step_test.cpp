@@ -54,8 +54,8 @@ using Bases = ::testing::Types<lora_rite::PolarBasis, lora_rite::QrBasis>;
 TYPED_TEST_SUITE(SkippedStep, Bases);
 
 TYPED_TEST(SkippedStep, BadValueInAnyParameterSkipsTheWholeStep) {
-  // Ten factors and the head of AdamW, each in its turn.
-  for (size_t place = 0; place < 11; ++place) {
+  // Ten factors and the two parameters of AdamW, each in its turn.
+  for (size_t place = 0; place < 12; ++place) {
     SCOPED_TRACE("parameter " + std::to_string(place));
     expect_no_trace<TypeParam>(torch::kFloat, LoraRiteOptions(0.02), 4, [&](MixedGroups<TypeParam>& setup) {
       setup.bad_step(place, kNaN);

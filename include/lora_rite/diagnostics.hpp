@@ -7,7 +7,8 @@ namespace lora_rite {
 
 /// How one factor X (partner Y) stands, read without disturbing training.
 struct FactorDiagnostics {
-  double condition_number = 0;           ///< σ_max / σ_min of the factor now; infinite where it is rank-deficient
+  /// σ_max / σ_min of the factor now; infinite where it is rank-deficient, NaN where an element is NaN or infinite
+  double condition_number = 0;
   double unmagnified_gradient_norm = 0;  ///< ‖Ḡ‖_F in the last step, before the clip
   double escaped_mass = 0;               ///< ρ
   double effective_rank = 0;             ///< (tr V)² / tr V², between 1 and r; 0 before the first gradient

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <set>
 #include <string>
 #include <utility>
@@ -138,6 +139,44 @@ inline void check_factor_pair(const FactorPair& pair, const std::string& label) 
               ", b is ", pair.b.scalar_type());
   TORCH_CHECK(pair.a.device() == pair.b.device(), label, ": the devices differ: a is on ", pair.a.device(),
               ", b is on ", pair.b.device());
+}
+
+/// May two elements of the tensor lie at one place, as those of an expanded one do? Dimensions that nest do not
+/// overlap; what else does not is too rare to be told apart.
+inline bool may_overlap(const torch::Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) > 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t last = 0;  // the farthest element of the dimensions so far
+  for (const auto& [stride, size] : dimensions) {
+    if (stride <= last) return true;
+    last += stride * (size - 1);
+  }
+  return false;
+}
+
+/// {in, out}: the rows of A and B, seen as [in, r] and [out, r].
+inline std::array<int64_t, 2> rows_of(const FactorPair& pair) {
+  return {pair.a.numel() / pair.a.size(0), pair.b.numel() / pair.b.size(1)};
+}
+
+/// `check_factor_pair`, and that no two elements of a factor share a place, which a step would write twice.
+inline void check_trained_pair(const FactorPair& pair, const std::string& label) {
+  check_factor_pair(pair, label);
+  for (const auto& [which, factor] : {std::pair{"a", pair.a}, std::pair{"b", pair.b}}) {
+    TORCH_CHECK(!may_overlap(factor), label, ": factor ", which, " has shape ", factor.sizes(), " and strides ",
+                factor.strides(), ", expected elements that do not overlap (give it a clone())");
+  }
+}
+
+/// Throws c10::Error naming `label` if the rank is above both sides of the whole pair, `rows` = {in, out}. No layer is
+/// adapted so; what looks like it is mostly a pair in the wrong order.
+inline void check_rank(const FactorPair& pair, const std::array<int64_t, 2>& rows, const std::string& label) {
+  const int64_t rank = pair.a.size(0);
+  TORCH_CHECK(rank <= rows[0] || rank <= rows[1], label, ": the rank ", rank, " is above both sides, in = ", rows[0],
+              " and out = ", rows[1], " (a has shape ", pair.a.sizes(), ", b has shape ", pair.b.sizes(),
+              "); are a and b swapped? Expected a [r, in...] and b [out, r, ...]");
 }
 
 /// `pair.name`, or its place if it has none.

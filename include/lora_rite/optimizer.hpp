@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -24,6 +26,22 @@
 #include "lora_rite/options.hpp"
 
 namespace lora_rite {
+
+/// What `LoraRite::load_matching` takes from an archive.
+struct LoadOptions {
+  /// The name here of a pair of the archive, given its name there; empty to leave it out. By default the same.
+  std::function<std::string(const std::string&)> rename;
+  /// Also what is remembered of the parameters that AdamW steps: the groups of them in their order.
+  bool other_parameters = true;
+};
+
+/// What `LoraRite::load_matching` did, by the names of pairs; groups of other parameters are called "group 1" and so
+/// on.
+struct LoadReport {
+  std::vector<std::string> loaded;  ///< of this optimizer, from the archive
+  std::vector<std::string> kept;    ///< of this optimizer, not in the archive: as they were
+  std::vector<std::string> unused;  ///< of the archive, not in this optimizer
+};
 
 /// LoRA-RITE (Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization",
 /// ICLR 2025) as a torch::optim::Optimizer. Its step moves ΔW = BA in the same way for every factorisation
@@ -47,12 +65,12 @@ class LoraRite : public torch::optim::Optimizer {
  public:
   /// One group of these pairs. Throws c10::Error naming the pair or option if the list is empty, a pair does not fit
   /// together, a tensor appears twice, or an option is out of its range.
-  explicit LoraRite(std::vector<FactorPair> pairs, LoraRiteOptions options = {}) : LoraRite(options) {
-    add_pairs(std::move(pairs), options);
-  }
+  explicit LoraRite(std::vector<FactorPair> pairs, LoraRiteOptions options = {})
+      : LoraRite(std::move(pairs), options, /*parts=*/false) {}
 
   /// All factor pairs of a module (`find_factor_pairs`) in one group, and all its other trainable parameters, if any,
-  /// in a second one by AdamW with `others`. What the module holds under several names is stepped once.
+  /// in a second one by AdamW with `others`. What the module holds under several names is stepped once. With
+  /// `options.maximize()` both groups ascend.
   explicit LoraRite(const torch::nn::Module& module, LoraRiteOptions options, torch::optim::AdamWOptions others)
       : LoraRite(options) {
     std::vector<FactorPair> pairs = find_factor_pairs(module);
@@ -74,7 +92,15 @@ class LoraRite : public torch::optim::Optimizer {
 
   /// a₀, b₀, a₁, b₁, …, as the authors' code takes them.
   explicit LoraRite(std::vector<torch::Tensor> alternating, LoraRiteOptions options = {}) : LoraRite(options) {
-    add_pairs(pair_up(alternating), options);
+    add_alternating(alternating, options);
+  }
+
+  /// LibTorch's param groups, each added by `add_param_group`: those without options have `defaults`, the options of
+  /// the others are taken whole. Throws c10::Error if there are none.
+  explicit LoraRite(const std::vector<torch::optim::OptimizerParamGroup>& groups, LoraRiteOptions defaults = {})
+      : LoraRite(defaults) {
+    TORCH_CHECK(!groups.empty(), "LoraRite: the list of param groups is empty, expected at least one group");
+    for (const auto& group : groups) add_param_group(group);
   }
 
   /// Another group with options of its own. Same errors as the constructor; nothing is added then.
@@ -86,7 +112,8 @@ class LoraRite : public torch::optim::Optimizer {
     std::vector<torch::Tensor> factors;
     for (size_t i = 0; i < pairs.size(); ++i) {
       const std::string label = detail::pair_label(pairs[i], index, i);
-      detail::check_factor_pair(pairs[i], label);
+      detail::check_trained_pair(pairs[i], label);
+      if (!parts_) detail::check_rank(pairs[i], detail::rows_of(pairs[i]), label);
       for (const auto& factor : {pairs[i].a, pairs[i].b}) {
         claim(owners, factor, label);
         factors.push_back(factor);
@@ -97,8 +124,11 @@ class LoraRite : public torch::optim::Optimizer {
     groups_.push_back({std::move(pairs), {}, {}, {}, std::nullopt});
   }
 
-  /// Another group of parameters that are no LoRA factors, stepped by AdamW.
-  void add_parameters(std::vector<torch::Tensor> parameters, torch::optim::AdamWOptions options) {
+  /// Another group of parameters that are no LoRA factors, stepped by AdamW. It ascends with `maximize`, which
+  /// LibTorch's AdamWOptions lack; by default it does what the optimizer was built with (`maximize` of the
+  /// constructor's options).
+  void add_parameters(std::vector<torch::Tensor> parameters, torch::optim::AdamWOptions options,
+                      std::optional<bool> maximize = std::nullopt) {
     const size_t index = param_groups_.size();
     detail::check_options_of_adam(options, "LoraRite, group " + std::to_string(index));
     TORCH_CHECK(!parameters.empty(), "LoraRite, group ", index, ": the list of parameters is empty");
@@ -110,18 +140,19 @@ class LoraRite : public torch::optim::Optimizer {
                   ", expected a floating one");
       claim(owners, parameters[i], label);
     }
+    const bool ascends = maximize.value_or(static_cast<const LoraRiteOptions&>(defaults()).maximize());
     add_group(parameters, std::make_unique<torch::optim::AdamWOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({{}, {}, {}, {}, engine::AdamWParameters(std::move(parameters))});
+    groups_.push_back({{}, {}, {}, {}, engine::AdamWParameters(std::move(parameters), ascends)});
   }
 
   /// LibTorch's way to add a group: alternating factors with LoraRiteOptions (or none: the defaults), or other
   /// parameters with AdamWOptions.
   void add_param_group(const torch::optim::OptimizerParamGroup& group) {
     if (!group.has_options()) {
-      add_pairs(pair_up(group.params()), static_cast<const LoraRiteOptions&>(defaults()));
+      add_alternating(group.params(), static_cast<const LoraRiteOptions&>(defaults()));
     } else if (const auto* rite = dynamic_cast<const LoraRiteOptions*>(&group.options())) {
-      add_pairs(pair_up(group.params()), *rite);
+      add_alternating(group.params(), *rite);
     } else if (const auto* adamw = dynamic_cast<const torch::optim::AdamWOptions*>(&group.options())) {
       add_parameters(group.params(), *adamw);
     } else {
@@ -141,18 +172,10 @@ class LoraRite : public torch::optim::Optimizer {
       loss = closure();
     }
     at::NoGradGuard no_grad;
-    std::vector<bool> had_batches;
-    for (const Group& group : groups_) had_batches.push_back(!group.places.empty());
-    try {
-      build_batches();
+    with_batches([&] {
       check_inputs();
       move_factors();
-    } catch (...) {
-      // A first step that failed did not take place: the module may still be moved or converted.
-      for (size_t i = 0; i < groups_.size(); ++i)
-        if (!had_batches[i]) groups_[i].forget_batches();
-      throw;
-    }
+    });
     return loss;
   }
 
@@ -190,100 +213,122 @@ class LoraRite : public torch::optim::Optimizer {
     return result;
   }
 
+  /// What is remembered of a pair, as copies: the answer to `state()` of LibTorch's optimizers. Nothing before the
+  /// first step with a gradient of one of its factors. Reads from the device. Throws c10::Error if there is no such
+  /// pair, or several of that name.
+  std::optional<StateOfPair> state_of(const std::string& name) const {
+    const auto [group, pair] = find_pair(name);
+    return state_of(group, pair);
+  }
+  /// The same by the pair's place in its group.
+  std::optional<StateOfPair> state_of(size_t group, size_t pair) const {
+    check_pair(group, pair);
+    if (groups_[group].places.empty()) return std::nullopt;
+    TORCH_CHECK(groups_[group].places[pair], label_of(group, pair), ": its state is kept by another process");
+    return pick(group, pair).told();
+  }
+
+  /// Forgets what is remembered of a pair (momenta, second moments, escaped mass, numbers of steps), as one does after
+  /// factors were merged and drawn anew (ReLoRA) or a task begins: its next step is the first one of a new optimizer.
+  /// Where all pairs begin anew, `reset_state()` is cheaper. A recorded step must be recorded again. Throws c10::Error
+  /// if there is no such pair, or several of that name.
+  void reset_state(const std::string& name) {
+    const auto [group, pair] = find_pair(name);
+    reset_state(group, pair);
+  }
+  /// The same by the pair's place in its group.
+  void reset_state(size_t group, size_t pair) {
+    at::NoGradGuard no_grad;
+    check_pair(group, pair);
+    const auto place = groups_[group].place_of(pair);
+    if (!place) return;  // nothing is remembered, at least not here
+    engine::Batch& batch = *groups_[group].batches[place->batch];
+    std::vector<PairState> states;
+    for (int64_t i = 0; i < batch.count(); ++i)
+      states.push_back(i == place->index ? read_state(nullptr, group, pair) : batch.pick(i));
+    batch.restore(states);
+  }
+  /// Forgets all that is remembered, also of parameters that AdamW steps, and the number of skipped steps: the next
+  /// step is the first one of a new optimizer.
+  void reset_state() {
+    for (Group& group : groups_) {
+      group.forget_batches();
+      if (group.others) group.others->forget();
+    }
+    skipped_ = at::Tensor();
+  }
+
+  /// Takes a pair out of its group and its param group; all others go on as if it had no gradients. A group whose last
+  /// pair went stays, empty, so that groups keep their numbers, and schedulers and rates their places. Pairs behind it
+  /// move up by one place. A recorded step must be recorded again. Throws c10::Error if there is no such pair, or
+  /// several of that name, or several processes share the work; nothing is changed then.
+  void remove_pair(const std::string& name) {
+    const auto [group, pair] = find_pair(name);
+    remove_pair(group, pair);
+  }
+  /// The same by the pair's place in its group.
+  void remove_pair(size_t g, size_t pair) {
+    at::NoGradGuard no_grad;
+    TORCH_CHECK(can_remove_pairs(), "LoraRite: a pair cannot be taken out where several processes share the work, ",
+                "expected a new optimizer without it");
+    check_groups();
+    check_pair(g, pair);
+    Group rest;
+    std::map<const void*, std::string> owners = owners_;
+    std::vector<PairState> states;  // of those that stay
+    for (size_t i = 0; i < groups_[g].pairs.size(); ++i) {
+      const FactorPair& own = groups_[g].pairs[i];
+      for (const auto& factor : {own.a, own.b}) owners.erase(factor.unsafeGetTensorImpl());
+      if (i == pair) continue;
+      const std::string label = detail::pair_label(own, g, rest.pairs.size());
+      for (const auto& factor : {own.a, own.b}) claim(owners, factor, label);
+      rest.pairs.push_back(own);
+      if (groups_[g].place_of(i)) states.push_back(pick(g, i));
+    }
+    if (!states.empty()) {
+      build_batches(g, rest);
+      restore(rest, states);
+    }
+    // What follows cannot fail.
+    auto& tensors = param_groups_[g].params();
+    const auto first = tensors.begin() + static_cast<std::ptrdiff_t>(2 * pair);
+    tensors.erase(first, first + 2);
+    groups_[g] = std::move(rest);
+    owners_ = std::move(owners);
+  }
+
   /// Writes options and state of all groups, by group and place and never by address: a freshly built optimizer over
   /// the same pairs resumes bit for bit. The factors themselves are the module's to save.
-  void save(torch::serialize::OutputArchive& archive) const override {
-    check_groups();
-    archive.write("format", c10::IValue(std::string(kFormat)));
-    archive.write("basis", c10::IValue(std::string(Basis::name())));
-    archive.write("skipped_steps", c10::IValue(skipped_steps()));
-    archive.write("group_count", c10::IValue(static_cast<int64_t>(groups_.size())));
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      const Group& group = groups_[i];
-      torch::serialize::OutputArchive group_archive(archive.compilation_unit());
-      torch::serialize::OutputArchive options(archive.compilation_unit());
-      param_groups_[i].options().serialize(options);
-      group_archive.write("options", options);
-      group_archive.write("kind", c10::IValue(std::string(kind(group))));
-      group_archive.write("size", c10::IValue(static_cast<int64_t>(param_groups_[i].params().size())));
-      if (group.others) group.others->save(group_archive);
-      for (size_t p = 0; p < group.pairs.size(); ++p) {
-        torch::serialize::OutputArchive entry(archive.compilation_unit());
-        entry.write("name", c10::IValue(group.pairs[p].name));
-        entry.write("stepped", c10::IValue(!group.places.empty()));
-        if (!group.places.empty()) save_state(entry, i, p);
-        group_archive.write(std::to_string(p), entry);
-      }
-      archive.write(std::to_string(i), group_archive);
-    }
-  }
+  void save(torch::serialize::OutputArchive& archive) const override;
 
-  /// Takes over what `save` wrote. Throws c10::Error that names the first thing that does not fit (basis, number or
-  /// kind of groups, a pair's name, an entry's shape or dtype, an option out of range); nothing is changed then.
-  void load(torch::serialize::InputArchive& archive) override {
-    at::NoGradGuard no_grad;
-    build_batches();
-    const auto text = [](const c10::IValue& value) { return value.isString() ? value.toStringRef() : ""; };
-    c10::IValue value;
-    TORCH_CHECK(archive.try_read("format", value) && text(value) == kFormat,
-                "load: the archive holds no LoraRite optimizer (entry 'format' is '", text(value), "', expected '",
-                kFormat, "')");
-    archive.try_read("basis", value);
-    TORCH_CHECK(text(value) == Basis::name(), "load: the archive's basis is '", text(value), "', expected '",
-                Basis::name(), "'");
-    const int64_t skipped = read_int(archive, "skipped_steps");
-    const int64_t count = read_int(archive, "group_count");
-    TORCH_CHECK(count == static_cast<int64_t>(groups_.size()), "load: the archive has ", count,
-                " param groups, expected ", groups_.size());
+  /// Takes over what `save` wrote. Options are assigned in place: references to them stay good. Throws c10::Error that
+  /// names the first thing that does not fit (basis, number or kind of groups, a pair's name, an entry's shape or
+  /// dtype, an option out of range); nothing is changed then, and a `load` before the first step fixes neither engine
+  /// nor dtypes.
+  void load(torch::serialize::InputArchive& archive) override;
 
-    // Everything is read and checked before anything is changed.
-    std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> options;
-    std::vector<std::vector<PairState>> pair_states(groups_.size());
-    std::vector<std::vector<engine::AdamWParameters::State>> other_states(groups_.size());
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      const Group& group = groups_[i];
-      const std::string label = "group " + std::to_string(i);
-      torch::serialize::InputArchive group_archive, options_archive;
-      TORCH_CHECK(archive.try_read(std::to_string(i), group_archive), "load: ", label, " is missing in the archive");
-      group_archive.try_read("kind", value);
-      TORCH_CHECK(text(value) == kind(group), "load: ", label, " holds '", text(value), "', expected '", kind(group),
-                  "'");
-      const int64_t size = read_int(group_archive, "size");
-      TORCH_CHECK(size == static_cast<int64_t>(param_groups_[i].params().size()), "load: ", label, " has ", size,
-                  " parameters in the archive, expected ", param_groups_[i].params().size());
-      TORCH_CHECK(group_archive.try_read("options", options_archive), "load: ", label, " has no options");
-      options.push_back(param_groups_[i].options().clone());
-      options.back()->serialize(options_archive);
-      if (group.others) {
-        detail::check_options_of_adam(static_cast<const torch::optim::AdamWOptions&>(*options.back()),
-                                      "load: " + label);
-        other_states[i] = group.others->read(group_archive, label);
-        continue;
-      }
-      detail::check_options(static_cast<const LoraRiteOptions&>(*options.back()), "load: " + label);
-      for (size_t p = 0; p < group.pairs.size(); ++p) {
-        pair_states[i].push_back(group.places[p] ? read_pair(group_archive, group, i, p) : PairState());
-      }
-    }
-
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      param_groups_[i].set_options(std::move(options[i]));
-      Group& group = groups_[i];
-      if (group.others) group.others->restore(std::move(other_states[i]));
-      for (size_t b = 0; b < group.batches.size(); ++b) {
-        std::vector<PairState> states(group.batches[b]->count());
-        for (size_t p = 0; p < group.pairs.size(); ++p) {
-          const auto& place = group.places[p];
-          if (place && place->batch == b) states[place->index] = std::move(pair_states[i][p]);
-        }
-        group.batches[b]->restore(states);
-      }
-    }
-    skipped_ = at::tensor(skipped, at::kLong);
-  }
+  /// Takes over what `save` wrote of the pairs that this optimizer has as well, by name, in whatever group they are
+  /// there: for other prefixes, a part of the pairs, or factors of another dtype. A pair without a name is called
+  /// "pair 2 of group 0", there and here. Momenta are converted; factors that were rounded since count as edited.
+  /// Everything else stays as it is: options (rates among them), skipped steps, pairs and groups that the archive
+  /// lacks. Throws c10::Error that names what does not fit (basis, a shape, two pairs renamed alike), or both sides'
+  /// names if no pair is in both; nothing is changed then.
+  LoadReport load_matching(torch::serialize::InputArchive& archive, const LoadOptions& options = {});
 
  protected:
+  /// With `parts` the factors are what one of several processes holds of them, and their sides are known in the first
+  /// step.
+  LoraRite(std::vector<FactorPair> pairs, LoraRiteOptions options, bool parts) : LoraRite(options) {
+    parts_ = parts;
+    add_pairs(std::move(pairs), options);
+  }
+
   // What one of several processes does otherwise than one alone: `ShardedLoraRite` overrides it.
+
+  /// Before anything else is asked of groups that are new.
+  virtual void agree_on_groups() {}
+  /// Is the division of the work such that a pair can go?
+  virtual bool can_remove_pairs() const { return true; }
 
   /// Does this process keep the state of pair `pair` and move its factors?
   virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }
@@ -305,6 +350,8 @@ class LoraRite : public torch::optim::Optimizer {
   }
 
   size_t group_count() const { return groups_.size(); }
+  /// Of a group of other parameters.
+  bool ascends(size_t group) const { return groups_[group].others->maximize(); }
   const std::vector<FactorPair>& pairs_of(size_t group) const { return groups_[group].pairs; }
   std::string label_of(size_t group, size_t pair) const {
     return detail::pair_label(groups_[group].pairs[pair], group, pair);
@@ -322,7 +369,7 @@ class LoraRite : public torch::optim::Optimizer {
   struct Group {
     std::vector<FactorPair> pairs;
     std::vector<std::unique_ptr<engine::Batch>> batches;
-    std::vector<std::vector<int64_t>> numbers;                  ///< of a batch's pairs among those of all groups
+    std::vector<std::vector<int64_t>> numbers;                  ///< of a batch's pairs among those of the group
     std::vector<std::optional<engine::Batches::Place>> places;  ///< of the pairs; empty before the first step
     std::optional<engine::AdamWParameters> others;
 
@@ -341,12 +388,20 @@ class LoraRite : public torch::optim::Optimizer {
 
   static const char* kind(const Group& group) { return group.others ? "other parameters" : "factor pairs"; }
 
-  static std::vector<FactorPair> pair_up(const std::vector<torch::Tensor>& alternating) {
-    TORCH_CHECK(alternating.size() % 2 == 0, "LoraRite: the list of alternating factors a0, b0, a1, b1, … has ",
-                alternating.size(), " tensors, expected an even number");
+  /// `add_pairs` with a₀, b₀, a₁, b₁, …; errors say that the list is read so, for it may be a list of something else.
+  void add_alternating(const std::vector<torch::Tensor>& factors, const LoraRiteOptions& options) {
+    constexpr const char* kHint =
+        "; a list of tensors is read as a0, b0, a1, b1, …: for all parameters of a model give the model itself, for "
+        "other parameters torch::optim::AdamWOptions";
+    TORCH_CHECK(factors.size() % 2 == 0, "LoraRite: the list of alternating factors a0, b0, a1, b1, … has ",
+                factors.size(), " tensors, expected an even number", kHint);
     std::vector<FactorPair> pairs;
-    for (size_t i = 0; i < alternating.size(); i += 2) pairs.push_back({"", alternating[i], alternating[i + 1]});
-    return pairs;
+    for (size_t i = 0; i < factors.size(); i += 2) pairs.push_back({"", factors[i], factors[i + 1]});
+    try {
+      add_pairs(std::move(pairs), options);
+    } catch (const c10::Error& error) {
+      TORCH_CHECK(false, error.what_without_backtrace(), kHint);
+    }
   }
 
   /// Enters a tensor as owned by `label`; throws if it has an owner already.
@@ -372,53 +427,89 @@ class LoraRite : public torch::optim::Optimizer {
     return static_cast<const torch::optim::AdamWOptions&>(param_groups_[group].options());
   }
 
-  /// Batches are built with the first step, not before: until then a module may still be moved or converted.
-  void build_batches() {
-    check_groups();
-    int64_t first_pair = 0;
-    for (size_t g = 0; g < groups_.size(); first_pair += static_cast<int64_t>(groups_[g].pairs.size()), ++g) {
-      Group& group = groups_[g];
-      if (group.others || !group.places.empty()) continue;
-      // Pairs whose factors are shards share a batch only where all processes can: by the shapes of the whole.
-      std::map<std::array<int64_t, 4>, std::vector<size_t>> members;
-      for (size_t i = 0; i < group.pairs.size(); ++i) {
-        detail::check_factor_pair(group.pairs[i], label_of(g, i));
-        const auto shards = row_shards(g, i);
-        std::array<int64_t, 4> key = {};
-        if (shards) key = {shards->rows[0], shards->rows[1], shards->sharded[0], shards->sharded[1]};
-        if (keeps(g, i)) members[key].push_back(i);
-      }
-      const LoraRiteOptions& options = rite_options(g);
-      std::vector<std::unique_ptr<engine::Batch>> batches;
-      std::vector<std::vector<int64_t>> numbers;
-      std::vector<std::optional<engine::Batches::Place>> places(group.pairs.size());
-      for (const auto& [key, indices] : members) {
-        std::vector<FactorPair> pairs;
-        std::vector<std::string> labels;
-        for (const size_t i : indices) {
-          pairs.push_back(group.pairs[i]);
-          labels.push_back(label_of(g, i));
-        }
-        const auto shards = row_shards(g, indices[0]);
-        const bool needs_device = options.capturable() || shards;
-        engine::Batches made =
-            engine::make_batches<Basis>(pairs, labels, needs_device ? Engine::Device : options.engine());
-        for (size_t k = 0; k < indices.size(); ++k) {
-          const size_t batch = batches.size() + made.places[k].batch;
-          places[indices[k]] = {batch, made.places[k].index};
-          // Pairs of a batch are in the order in which they were given.
-          numbers.resize(std::max(numbers.size(), batch + 1));
-          numbers[batch].push_back(first_pair + static_cast<int64_t>(indices[k]));
-        }
-        for (auto& batch : made.all) {
-          if (shards) batch->set_row_shards(*shards);
-          batches.push_back(std::move(batch));
-        }
-      }
-      group.batches = std::move(batches);
-      group.numbers = std::move(numbers);
-      group.places = std::move(places);
+  /// Calls the function with batches built. If it throws, those that are new are forgotten: what failed did not take
+  /// place, and the module may still be moved or converted.
+  template <class Function>
+  void with_batches(const Function& function) {
+    std::vector<bool> had_batches;
+    for (const Group& group : groups_) had_batches.push_back(!group.places.empty());
+    try {
+      check_groups();
+      // Batches are built with the first step, not before: until then a module may still be moved or converted.
+      for (size_t g = 0; g < groups_.size(); ++g)
+        if (!groups_[g].others && groups_[g].places.empty()) build_batches(g, groups_[g]);
+      function();
+    } catch (...) {
+      for (size_t i = 0; i < groups_.size(); ++i)
+        if (!had_batches[i]) groups_[i].forget_batches();
+      throw;
     }
+  }
+
+  /// Builds the batches of a group that is, or will be, number `g`.
+  void build_batches(size_t g, Group& group) {
+    const auto label = [&](size_t i) { return detail::pair_label(group.pairs[i], g, i); };
+    // Pairs whose factors are shards share a batch only where all processes can: by the shapes of the whole.
+    std::map<std::array<int64_t, 4>, std::vector<size_t>> members;
+    for (size_t i = 0; i < group.pairs.size(); ++i) {
+      detail::check_trained_pair(group.pairs[i], label(i));
+      const auto shards = row_shards(g, i);
+      detail::check_rank(group.pairs[i], shards ? shards->rows : detail::rows_of(group.pairs[i]), label(i));
+      std::array<int64_t, 4> key = {};
+      if (shards) key = {shards->rows[0], shards->rows[1], shards->sharded[0], shards->sharded[1]};
+      if (keeps(g, i)) members[key].push_back(i);
+    }
+    const LoraRiteOptions& options = rite_options(g);
+    std::vector<std::unique_ptr<engine::Batch>> batches;
+    std::vector<std::vector<int64_t>> numbers;
+    std::vector<std::optional<engine::Batches::Place>> places(group.pairs.size());
+    for (const auto& [key, indices] : members) {
+      std::vector<FactorPair> pairs;
+      std::vector<std::string> labels;
+      for (const size_t i : indices) {
+        pairs.push_back(group.pairs[i]);
+        labels.push_back(label(i));
+      }
+      const auto shards = row_shards(g, indices[0]);
+      const bool needs_device = options.capturable() || shards;
+      engine::Batches made =
+          engine::make_batches<Basis>(pairs, labels, needs_device ? Engine::Device : options.engine());
+      for (size_t k = 0; k < indices.size(); ++k) {
+        const size_t batch = batches.size() + made.places[k].batch;
+        places[indices[k]] = {batch, made.places[k].index};
+        // Pairs of a batch are in the order in which they were given.
+        numbers.resize(std::max(numbers.size(), batch + 1));
+        numbers[batch].push_back(static_cast<int64_t>(indices[k]));
+      }
+      for (auto& batch : made.all) {
+        if (shards) batch->set_row_shards(*shards);
+        batches.push_back(std::move(batch));
+      }
+    }
+    group.batches = std::move(batches);
+    group.numbers = std::move(numbers);
+    group.places = std::move(places);
+  }
+
+  /// Hands the states of a group's pairs, in their order, to its batches.
+  static void restore(Group& group, const std::vector<PairState>& of_pairs) {
+    for (size_t b = 0; b < group.batches.size(); ++b) {
+      std::vector<PairState> states(static_cast<size_t>(group.batches[b]->count()));
+      for (size_t p = 0; p < group.pairs.size(); ++p) {
+        const auto& place = group.places[p];
+        if (place && place->batch == b) states[static_cast<size_t>(place->index)] = of_pairs[p];
+      }
+      group.batches[b]->restore(states);
+    }
+  }
+
+  /// The tensor that was added at this place of a param group.
+  static const at::Tensor& tensor_at(const Group& group, size_t place) {
+    if (group.others) return group.others->parameters()[place];
+    return place % 2 == 0 ? group.pairs[place / 2].a : group.pairs[place / 2].b;
+  }
+  static size_t tensor_count(const Group& group) {
+    return group.others ? group.others->parameters().size() : 2 * group.pairs.size();
   }
 
   /// Are the groups what they were when they were added, their options of this optimizer's class?
@@ -430,16 +521,67 @@ class LoraRite : public torch::optim::Optimizer {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const Group& group = groups_[i];
       const std::string label = "LoraRite, group " + std::to_string(i);
-      const size_t expected = group.others ? group.others->size() : 2 * group.pairs.size();
+      const size_t expected = tensor_count(group);
       TORCH_CHECK(param_groups_[i].params().size() == expected, label, ": the list of parameters has ",
                   param_groups_[i].params().size(), " tensors, expected ", expected,
-                  " as when the group was added; use add_pairs or add_parameters for more");
+                  " as when the group was added; use add_pairs or add_parameters for more, remove_pair for less");
+      for (size_t place = 0; place < expected; ++place)
+        if (!param_groups_[i].params()[place].is_same(tensor_at(group, place))) refuse_tensor(i, place);
       const auto& options = param_groups_[i].options();
       const bool right_options = group.others ? dynamic_cast<const torch::optim::AdamWOptions*>(&options) != nullptr
                                               : dynamic_cast<const LoraRiteOptions*>(&options) != nullptr;
       TORCH_CHECK(right_options, label, " was given options of another optimizer, expected ",
                   group.others ? "torch::optim::AdamWOptions" : "LoraRiteOptions");
     }
+  }
+
+  /// Throws: a tensor of a param group is not the one that was added.
+  [[noreturn]] void refuse_tensor(size_t g, size_t place) const {
+    const at::Tensor& found = param_groups_[g].params()[place];
+    const auto owner = owners_.find(found.unsafeGetTensorImpl());
+    const std::string wanted = groups_[g].others
+                                   ? "parameter " + std::to_string(place)
+                                   : label_of(g, place / 2) + (place % 2 == 0 ? ", factor a" : ", factor b");
+    C10_THROW_ERROR(
+        Error, c10::str("LoraRite, group ", g, ": tensor ", place, " of its list (", wanted, ") is now ",
+                        owner != owners_.end() ? "a tensor of " + owner->second : "a tensor that was never added",
+                        ", expected the one that was added; give it new values by copy_ or set_data, change options "
+                        "instead of groups, or build the optimizer anew"));
+  }
+
+  /// The group and place of a pair by its name.
+  std::pair<size_t, size_t> find_pair(const std::string& name) const {
+    std::vector<std::pair<size_t, size_t>> found;
+    std::vector<std::string> names;
+    for (size_t g = 0; g < groups_.size(); ++g)
+      for (size_t p = 0; p < groups_[g].pairs.size(); ++p) {
+        names.push_back(name_of(g, p));
+        if (names.back() == name) found.emplace_back(g, p);
+      }
+    TORCH_CHECK(!found.empty(), "LoraRite has no pair '", name, "', expected one of ", listed(names));
+    TORCH_CHECK(found.size() == 1, "LoraRite has ", found.size(), " pairs '", name,
+                "', expected one; give the group and the place in it");
+    return found[0];
+  }
+
+  void check_pair(size_t group, size_t pair) const {
+    TORCH_CHECK(group < groups_.size(), "LoraRite has no group ", group, ", expected a number below ", groups_.size());
+    TORCH_CHECK(pair < groups_[group].pairs.size(), "LoraRite, group ", group, " has no pair ", pair,
+                ", expected a number below ", groups_[group].pairs.size());
+  }
+
+  /// A pair's name, or its place if it has none.
+  std::string name_of(size_t group, size_t pair) const {
+    const std::string& name = groups_[group].pairs[pair].name;
+    return name.empty() ? label_of(group, pair) : name;
+  }
+
+  /// The first of some names, quoted, for a message.
+  static std::string listed(const std::vector<std::string>& names) {
+    constexpr size_t kMost = 5;
+    std::string result = names.empty() ? "none" : "";
+    for (size_t i = 0; i < std::min(names.size(), kMost); ++i) result += (i == 0 ? "'" : ", '") + names[i] + "'";
+    return names.size() > kMost ? result + ", … (" + std::to_string(names.size()) + ")" : result;
   }
 
   /// Options, factors and gradients, before anything is changed.
@@ -461,10 +603,12 @@ class LoraRite : public torch::optim::Optimizer {
       const LoraRiteOptions* options;
       engine::Batch* batch;
       const std::vector<int64_t>* numbers;
+      int64_t first_pair;  // of the batch's group among the pairs of all groups
     };
     std::vector<Work> work;
     std::vector<at::Tensor> finite;
-    for (size_t i = 0; i < groups_.size(); ++i) {
+    int64_t first_pair = 0;
+    for (size_t i = 0; i < groups_.size(); first_pair += static_cast<int64_t>(groups_[i].pairs.size()), ++i) {
       if (groups_[i].others) {
         for (auto& flag : groups_[i].others->finite()) finite.push_back(flag);
         continue;
@@ -472,7 +616,7 @@ class LoraRite : public torch::optim::Optimizer {
       for (size_t b = 0; b < groups_[i].batches.size(); ++b) {
         const auto& batch = groups_[i].batches[b];
         if (!batch->observe(rite_options(i))) continue;
-        work.push_back({&rite_options(i), batch.get(), &groups_[i].numbers[b]});
+        work.push_back({&rite_options(i), batch.get(), &groups_[i].numbers[b], first_pair});
         finite.push_back(batch->finite());
       }
     }
@@ -484,12 +628,12 @@ class LoraRite : public torch::optim::Optimizer {
     // Act 2, decide: the partner's bases, the norm of all unmagnified gradients, the maps for the rows.
     std::vector<at::Tensor> norms_squared;  // of the pairs of a batch
     std::vector<int64_t> order;             // their places among the pairs of all groups
-    for (const auto& [options, batch, numbers] : work) {
-      norms_squared.push_back(batch->unmagnify(engine::on_device(proceed, batch->device())));
-      order.insert(order.end(), numbers->begin(), numbers->end());
+    for (const Work& w : work) {
+      norms_squared.push_back(w.batch->unmagnify(engine::on_device(proceed, w.batch->device())));
+      for (const int64_t number : *w.numbers) order.push_back(w.first_pair + number);
     }
     const at::Tensor norm = total(in_order(norms_squared, order, home)).sum().sqrt();
-    for (const auto& [options, batch, numbers] : work) {
+    for (const auto& [options, batch, numbers, first] : work) {
       const double bound = options->clip_unmagnified_norm();
       const at::Tensor clip_factor = bound > 0 ? (bound / norm).clamp_max(1.0) : at::ones_like(norm);
       batch->prepare(*options, engine::on_device(clip_factor, batch->device()),
@@ -533,26 +677,17 @@ class LoraRite : public torch::optim::Optimizer {
     return result.index_copy(0, order_, at::cat(to_device(of_batches, home)));
   }
 
-  static int64_t read_int(torch::serialize::InputArchive& archive, const std::string& key) {
-    c10::IValue value;
-    TORCH_CHECK(archive.try_read(key, value) && value.isInt(), "load: the archive has no number '", key, "'");
-    return value.toInt();
-  }
-
-  PairState read_pair(torch::serialize::InputArchive& group_archive, const Group& group, size_t g, size_t p) const {
-    const std::string label = label_of(g, p);
-    torch::serialize::InputArchive entry;
-    c10::IValue name, stepped;
-    TORCH_CHECK(group_archive.try_read(std::to_string(p), entry), "load: ", label, " is missing in the archive");
-    TORCH_CHECK(
-        entry.try_read("name", name) && name.isString() && entry.try_read("stepped", stepped) && stepped.isBool(),
-        "load: ", label, " has no entries 'name' and 'stepped'");
-    TORCH_CHECK(name.toStringRef() == group.pairs[p].name, "load: ", label, " is '", name.toStringRef(),
-                "' in the archive, expected '", group.pairs[p].name, "'");
-    return read_state(stepped.toBool() ? &entry : nullptr, g, p);
-  }
+  // In optimizer_archive.hpp, with `save` and `load`.
+  using WritePair = std::function<void(torch::serialize::OutputArchive& entry, size_t group, size_t pair)>;
+  using WriteOthers = std::function<void(torch::serialize::OutputArchive& group_archive, size_t group)>;
+  void write(torch::serialize::OutputArchive& archive, const WritePair& pair_to, const WriteOthers& others_to) const;
+  void write_pair(torch::serialize::OutputArchive& entry, size_t group, size_t pair) const;
+  static int64_t read_header(torch::serialize::InputArchive& archive);
+  PairState read_pair(torch::serialize::InputArchive& group_archive, size_t group, size_t pair) const;
+  PairState read_converted(torch::serialize::InputArchive& entry, size_t group, size_t pair) const;
 
   std::vector<Group> groups_;
+  bool parts_ = false;                         ///< are the factors one process's parts?
   std::map<const void*, std::string> owners_;  ///< every tensor of every group, and whose it is
   std::vector<int64_t> known_order_;
   at::Tensor order_;    ///< the same, on the device
@@ -560,3 +695,5 @@ class LoraRite : public torch::optim::Optimizer {
 };
 
 }  // namespace lora_rite
+
+#include "lora_rite/optimizer_archive.hpp"

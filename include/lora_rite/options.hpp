@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 namespace lora_rite {
 
@@ -26,7 +27,8 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   using betas_t = std::tuple<double, double>;
 
   LoraRiteOptions() = default;
-  explicit LoraRiteOptions(double lr) : lr_(lr) {}
+  /// Implicit, as those of torch::optim are: `LoraRite<>(pairs, 1e-3)`.
+  LoraRiteOptions(double lr) : lr_(lr) {}  // NOLINT(google-explicit-constructor)
 
   /// The arithmetic of the authors' published code: no escaped mass, clip at 1, ε = 1e-6 outside and ε² under the root.
   static LoraRiteOptions reference(double lr) {
@@ -62,7 +64,8 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(double, lr_ratio_b) = 1.0;
   /// After each step scale A and B such that their norms agree, BA unchanged. Only pairs whose factors both moved.
   TORCH_ARG(bool, balance) = false;
-  /// Ascend instead of descend.
+  /// Ascend instead of descend. Groups by AdamW, whose options lack this, do as the optimizer's constructor was told;
+  /// see `LoraRite::add_parameters`.
   TORCH_ARG(bool, maximize) = false;
   /// Keep a float copy of bfloat16 and half factors, so that steps below their resolution add up (4 bytes an element).
   TORCH_ARG(bool, master_weights) = false;
@@ -86,8 +89,16 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
 
   void serialize(torch::serialize::InputArchive& archive) override {
     for_each_saved(*this, [&](const char* name, auto& value) {
+      using Value = std::decay_t<decltype(value)>;
       c10::IValue found;
-      if (archive.try_read(name, found)) value = found.to<std::decay_t<decltype(value)>>();
+      if (!archive.try_read(name, found)) return;  // an option that is newer than the archive
+      try {
+        value = found.to<Value>();
+      } catch (const c10::Error&) {
+        TORCH_CHECK(false, "the saved option ", name, " is ", found, ", expected ",
+                    std::is_same_v<Value, bool> ? "true or false"
+                                                : (std::is_same_v<Value, double> ? "a double" : "two doubles"));
+      }
     });
   }
 

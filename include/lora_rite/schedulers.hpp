@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -15,11 +16,12 @@ namespace lora_rite {
 /// (the one it has when the scheduler is built) times a factor f(k) of the number k of finished steps:
 /// k < warmup_steps: (k + 1) / warmup_steps; after that `decay(p)` of the progress p = (k − warm-up) / (total −
 /// warm-up), from 1 at p = 0 to `min_ratio` at p = 1 and beyond. The constructor sets f(0); call `step()` after each
-/// optimizer step.
+/// optimizer step. A group that is added to the optimizer later has as base rate the one that it has when
+/// `include_new_groups()` or the next `step()` finds it.
 class WarmupScheduler : public torch::optim::LRScheduler {
  public:
   /// 0 ≤ warmup_steps ≤ total_steps, total_steps ≥ 1, min_ratio in [0, 1]; else c10::Error. The optimizer must outlive
-  /// the scheduler, and groups added later are not known to it.
+  /// the scheduler.
   WarmupScheduler(torch::optim::Optimizer& optimizer, int64_t warmup_steps, int64_t total_steps, double min_ratio)
       : LRScheduler(optimizer),
         optimizer_(optimizer),
@@ -31,6 +33,16 @@ class WarmupScheduler : public torch::optim::LRScheduler {
     TORCH_CHECK(warmup_steps >= 0 && warmup_steps <= total_steps, "scheduler: warmup_steps is ", warmup_steps,
                 ", expected 0 to total_steps (", total_steps, ")");
     TORCH_CHECK(min_ratio >= 0 && min_ratio <= 1, "scheduler: min_ratio is ", min_ratio, ", expected 0 to 1");
+  }
+
+  /// To be called after groups were added to the optimizer, so that they are scaled from now on and not from the next
+  /// `step()`: takes their rates as base rates and sets those of now. Throws c10::Error if the optimizer has fewer
+  /// groups than before.
+  void include_new_groups() {
+    const size_t known = base_lrs_.size();
+    find_new_groups();
+    const auto wanted = rates(finished_steps());
+    for (size_t i = known; i < wanted.size(); ++i) optimizer_.param_groups()[i].options().set_lr(wanted[i]);
   }
 
   /// Number of finished steps k.
@@ -48,9 +60,9 @@ class WarmupScheduler : public torch::optim::LRScheduler {
     TORCH_CHECK(archive.try_read("finished_steps", steps) && steps.isInt() && archive.try_read("base_lrs", lrs) &&
                     lrs.isDoubleList(),
                 "scheduler: the archive holds no scheduler (entries 'finished_steps' and 'base_lrs')");
-    TORCH_CHECK(lrs.toDoubleVector().size() == base_lrs_.size(), "scheduler: the archive has ",
-                lrs.toDoubleVector().size(), " param groups, expected ", base_lrs_.size());
-    check_groups();
+    const size_t groups = optimizer_.param_groups().size();
+    TORCH_CHECK(lrs.toDoubleVector().size() == groups, "scheduler: the archive has ", lrs.toDoubleVector().size(),
+                " param groups, expected ", groups, " as the optimizer has");
     base_lrs_ = lrs.toDoubleVector();
     step_count_ = static_cast<unsigned>(steps.toInt());
     set_rates(finished_steps());
@@ -67,7 +79,10 @@ class WarmupScheduler : public torch::optim::LRScheduler {
 
  private:
   // LibTorch counts after it has asked: while the k-th step is being finished, step_count_ is still k − 1.
-  std::vector<double> get_lrs() override { return rates(finished_steps() + 1); }
+  std::vector<double> get_lrs() override {
+    find_new_groups();
+    return rates(finished_steps() + 1);
+  }
 
   std::vector<double> rates(int64_t finished) const {
     double factor = 0;
@@ -83,13 +98,14 @@ class WarmupScheduler : public torch::optim::LRScheduler {
     return result;
   }
 
-  void check_groups() const {
-    TORCH_CHECK(base_lrs_.size() == optimizer_.param_groups().size(), "scheduler: the optimizer has ",
-                optimizer_.param_groups().size(), " param groups, expected ", base_lrs_.size());
+  void find_new_groups() {
+    const std::vector<double> now = get_current_lrs();
+    TORCH_CHECK(now.size() >= base_lrs_.size(), "scheduler: the optimizer has ", now.size(), " param groups, expected ",
+                base_lrs_.size(), " or more; build a new scheduler when groups were taken out");
+    base_lrs_.insert(base_lrs_.end(), now.begin() + static_cast<std::ptrdiff_t>(base_lrs_.size()), now.end());
   }
 
   void set_rates(int64_t finished) {
-    check_groups();
     const auto wanted = rates(finished);
     for (size_t i = 0; i < wanted.size(); ++i) optimizer_.param_groups()[i].options().set_lr(wanted[i]);
   }

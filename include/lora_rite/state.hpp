@@ -7,12 +7,32 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "lora_rite/rule.hpp"
 
 namespace lora_rite {
+
+/// What is remembered of one factor X [n, r] (partner Y), as copies, for people. Symbols are those of
+/// `LoraRiteOptions`.
+struct FactorState {
+  int64_t steps = 0;    ///< t, the steps in which it had a gradient
+  at::Tensor momentum;  ///< N in the factor's shape, float or double: a step of rate 1 subtracts it from the factor
+                        ///< (before decay and bounds); undefined before the first gradient
+  at::Tensor second_moment;  ///< V [r, r], double, in the basis Y R⁺
+  at::Tensor inverse_root;   ///< R⁺ of Y [r, r], double
+  double escaped_mass = 0;   ///< ρ
+  at::Tensor rows;           ///< second moments of the rows [n], float or double; undefined without row_equilibration
+  at::Tensor master;         ///< float copy of a half-type factor; undefined without master_weights
+};
+
+/// The same of both factors of a pair.
+struct StateOfPair {
+  FactorState a;
+  FactorState b;
+};
 
 /// What is remembered of k pairs whose factors agree in shape. Dimension 0 of size 2 is the side: A, then B; moments of
 /// a side are those of that factor, in the basis of the other. One momentum as large as the factors and O(r²) beside
@@ -56,6 +76,25 @@ struct PairState {
     state.previous_scale = small(previous_scale);
     state.previous_rate = small(previous_rate);
     return state;
+  }
+
+  /// A single pair's state (k = 1) for people; nothing if neither factor had a gradient yet. Reads from the device; the
+  /// tensors are parts of these here.
+  std::optional<StateOfPair> told() const {
+    StateOfPair result;
+    for (const size_t side : {0, 1}) {
+      FactorState& factor = side == 0 ? result.a : result.b;
+      const auto s = static_cast<int64_t>(side);
+      factor.steps = moments.step[s].item<int64_t>();
+      factor.second_moment = moments.second_moment[s][0];
+      factor.inverse_root = moments.inverse_root[s][0];
+      factor.escaped_mass = moments.escaped_mass[s].item<double>();
+      if (factor.steps > 0 && momentum[side].defined()) factor.momentum = momentum[side][0];
+      if (rows[side].defined()) factor.rows = rows[side][0];
+      if (master[side].defined()) factor.master = master[side][0];
+    }
+    if (result.a.steps == 0 && result.b.steps == 0) return std::nullopt;
+    return result;
   }
 
   /// One state of all the given ones, in their order. Where only some have a momentum, the others' is
@@ -110,20 +149,23 @@ struct PairState {
   }
 
   /// Reads a single pair's state (k = 1) that must fit factors of these shapes; throws c10::Error that names `label`,
-  /// the entry, what was found and what was expected. Tensors come to `device`.
+  /// the entry, what was found and what was expected. Tensors come to `device`; with `convert` those that are as large
+  /// as factors may have another floating dtype.
   static PairState load(torch::serialize::InputArchive& archive, const std::string& label,
                         const std::array<std::vector<int64_t>, 2>& sizes, int64_t rank, at::ScalarType wide_dtype,
-                        at::Device device) {
+                        at::Device device, bool convert = false) {
     const auto read = [&](const std::string& key, const std::vector<int64_t>& expected, at::ScalarType dtype,
                           bool required) {
       at::Tensor tensor;
       const bool found = archive.try_read(key, tensor, /*is_buffer=*/true);
       TORCH_CHECK(found || !required, "load: ", label, " has no entry '", key, "'");
       if (!found) return at::Tensor();
-      TORCH_CHECK(tensor.defined() && tensor.sizes() == at::IntArrayRef(expected) && tensor.scalar_type() == dtype,
-                  "load: ", label, ": entry '", key, "' has shape ", tensor.sizes(), " and dtype ",
-                  tensor.scalar_type(), ", expected shape ", at::IntArrayRef(expected), " and dtype ", dtype);
-      return tensor.to(device);
+      const bool right_dtype =
+          tensor.scalar_type() == dtype || (convert && !required && at::isFloatingType(tensor.scalar_type()));
+      TORCH_CHECK(tensor.defined() && tensor.sizes() == at::IntArrayRef(expected) && right_dtype, "load: ", label,
+                  ": entry '", key, "' has shape ", tensor.sizes(), " and dtype ", tensor.scalar_type(),
+                  ", expected shape ", at::IntArrayRef(expected), " and dtype ", dtype);
+      return tensor.to(device, dtype);
     };
     PairState state;
     const at::Tensor scalars = read("scalars", {4, 2, 1, 1, 1}, at::kDouble, true);

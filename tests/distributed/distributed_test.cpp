@@ -268,6 +268,45 @@ TEST(RowShardedLoraRite, StepsAreThoseOfTheWholeFactors) {
   }
 }
 
+const Scenario short_parts("short parts", [](const Process& process) {
+  torch::manual_seed(8);
+  const std::vector<FactorPair> whole_pairs = {random_pair("short", 4, 6, 6), random_pair("long", 4, 30, 20)};
+  const auto parts = parts_of(whole_pairs, process.rank, process.size, mixed);
+  const auto started = clone_pairs(parts);
+  RowShardedLoraRite<> rows(process.group, parts, some_options());
+  LoraRite<> whole(whole_pairs, some_options().engine(Engine::Device));
+  for (int64_t i = 0; i < 3; ++i) {
+    step_both(rows, parts, whole, whole_pairs, process, i);
+    EXPECT_LT(distance(parts, whole_pairs, process), 1e-12);
+  }
+  EXPECT_FALSE(equal_factors(parts, started));
+  // What one process knows of a pair it tells, forgets and takes over as it would alone.
+  EXPECT_TRUE(rows.state_of("short"));
+  EXPECT_TRUE(mentions(error_of([&] { rows.remove_pair("short"); }), "several processes share the work"));
+  const std::string bytes = saved_bytes(whole);
+  auto renamed = clone_pairs(parts);
+  renamed[0].name = "other";
+  RowShardedLoraRite<> resumed(process.group, renamed, some_options());
+  resumed.add_pairs({random_pair("new", 4, 6, 6)}, some_options());
+  std::stringstream stream(bytes);
+  torch::serialize::InputArchive archive;
+  archive.load_from(stream);
+  EXPECT_EQ(resumed.load_matching(archive).loaded, std::vector<std::string>{"long"});
+  EXPECT_TRUE(at::equal(resumed.state_of("long")->a.momentum,
+                        part_of(whole.state_of("long")->a.momentum, 0, process.rank, process.size)));
+  rows.reset_state("short");
+  whole.reset_state("short");
+  step_both(rows, parts, whole, whole_pairs, process, 3);
+  EXPECT_LT(distance(parts, whole_pairs, process), 1e-12);
+  // The rank is above both sides of the whole pair.
+  RowShardedLoraRite<> refused(process.group, {random_pair("swapped", 40, 2, 3)}, some_options());
+  EXPECT_TRUE(mentions(error_of([&] { refused.step(); }), "pair 'swapped': the rank 40 is above both sides, in = "));
+});
+
+TEST(RowShardedLoraRite, TakesPartsThatAreShorterThanTheRank) {
+  expect_success("short parts", 2, fresh_folder("short"));
+}
+
 const Scenario rows_bytes("rows bytes", [](const Process& process) {
   std::map<int64_t, int64_t> bytes;  // of ten steps, by the factors' width
   for (const int64_t width : {32, 64, 512}) {
@@ -319,6 +358,11 @@ const Scenario differences("differences", [](const Process& process) {
     with_head.add_parameters({head}, torch::optim::AdamWOptions(1e-3).weight_decay(last ? 0.1 : 0));
     set_gradients(pairs, 1);
     expect_error(process, "group 1: weight_decay 0.1", [&] { with_head.step(); });
+  }
+  {
+    ShardedLoraRite<> with_head(process.group, pairs, some_options());
+    with_head.add_parameters({torch::zeros({3})}, torch::optim::AdamWOptions(1e-3), /*maximize=*/last);
+    expect_error(process, "group 1: maximize 1", [&] { with_head.step(); });
   }
   {
     // Pairs of one shape that are divided differently are refused, however often it is tried.

@@ -11,11 +11,11 @@
 namespace lora_rite_test {
 
 /// Two groups of pairs (two of the same shape, so that they share a batch, and another) and a head that
-/// AdamW steps.
+/// AdamW steps, of a float and a half parameter.
 template <class Basis>
 struct MixedGroups {
   std::vector<lora_rite::FactorPair> first, second;
-  torch::Tensor head;
+  torch::Tensor head, half_head;
   std::unique_ptr<lora_rite::LoraRite<Basis>> optimizer;
 
   MixedGroups(torch::ScalarType dtype, const lora_rite::LoraRiteOptions& options) {
@@ -30,9 +30,10 @@ struct MixedGroups {
     add(second, 8, 6, 3);
     add(second, 7, 7, 4);
     head = torch::randn({5}).requires_grad_();
+    half_head = torch::randn({4}).to(torch::kHalf).requires_grad_();
     optimizer = std::make_unique<lora_rite::LoraRite<Basis>>(first, options);
     optimizer->add_pairs(second, lora_rite::LoraRiteOptions(0.03).escape(false));
-    optimizer->add_parameters({head}, torch::optim::AdamWOptions(0.01));
+    optimizer->add_parameters({head, half_head}, torch::optim::AdamWOptions(0.01));
   }
 
   std::vector<torch::Tensor> parameters() const {
@@ -40,7 +41,7 @@ struct MixedGroups {
     for (const auto* group : {&first, &second}) {
       for (const auto& pair : *group) result.insert(result.end(), {pair.a, pair.b});
     }
-    result.push_back(head);
+    result.insert(result.end(), {head, half_head});
     return result;
   }
 

@@ -39,10 +39,12 @@ class DistributedLoraRite : public LoraRite<Basis> {
   int64_t bytes_sent() const { return collectives_.bytes(); }
 
  protected:
-  DistributedLoraRite(ProcessGroup group, std::vector<FactorPair> pairs, LoraRiteOptions options)
-      : LoraRite<Basis>(std::move(pairs), options),
+  DistributedLoraRite(ProcessGroup group, std::vector<FactorPair> pairs, LoraRiteOptions options, bool parts = false)
+      : LoraRite<Basis>(std::move(pairs), options, parts),
         collectives_(std::move(group)),
         device_(this->pairs_of(0)[0].a.device()) {}
+
+  bool can_remove_pairs() const override { return false; }
 
   /// Lines that all processes must have in common, beside the options.
   virtual std::string describe(const FactorPair& pair) const = 0;
@@ -60,7 +62,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
   }
 
   /// Compares groups, pairs and options with those of process 0. Throws in all processes, naming the first difference.
-  void agree_on_groups() {
+  void agree_on_groups() override {
     if (this->group_count() == agreed_groups_) return;
     std::ostringstream text;
     text << "basis " << Basis::name() << "\n" << this->group_count() << " groups\n";
@@ -79,7 +81,8 @@ class DistributedLoraRite : public LoraRite<Basis> {
         text << place << "betas " << std::get<0>(adamw.betas()) << " " << std::get<1>(adamw.betas()) << "\n"
              << place << "eps " << adamw.eps() << "\n"
              << place << "weight_decay " << adamw.weight_decay() << "\n"
-             << place << "amsgrad " << adamw.amsgrad() << "\n";
+             << place << "amsgrad " << adamw.amsgrad() << "\n"
+             << place << "maximize " << this->ascends(g) << "\n";
         for (const auto& parameter : group.params())
           text << place << "a parameter " << parameter.scalar_type() << parameter.sizes() << "\n";
       }

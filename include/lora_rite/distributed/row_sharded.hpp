@@ -40,7 +40,7 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
   RowShardedLoraRite(
       ProcessGroup group, std::vector<FactorPair> pairs, LoraRiteOptions options = {},
       std::function<RowSharding(const FactorPair&)> sharding = [](const FactorPair&) { return RowSharding(); })
-      : detail::DistributedLoraRite<Basis>(std::move(group), std::move(pairs), options),
+      : detail::DistributedLoraRite<Basis>(std::move(group), std::move(pairs), options, /*parts=*/true),
         sharding_(std::move(sharding)) {
     this->agree_on_groups();
   }

@@ -19,14 +19,22 @@
 namespace lora_rite::engine {
 
 /// AdamW for the parameters that are no LoRA factors (heads, norms, biases), by torch's fused kernel. It exists because
-/// torch::optim::AdamW steps tensor by tensor and cannot leave a step out on the device.
+/// torch::optim::AdamW steps tensor by tensor, cannot leave a step out on the device, and cannot ascend.
+///
+/// Moments and arithmetic are double for double parameters and float for all others. Gradients are taken in that dtype:
+/// half would lose what `GradScaler::unscale_` leaves as float. A bfloat16 or half parameter is stepped as a float copy
+/// that is made for the step and written back rounded, so that steps below its resolution are lost, as with torch's
+/// own.
 class AdamWParameters {
  public:
-  explicit AdamWParameters(std::vector<at::Tensor> parameters) : parameters_(std::move(parameters)) {
+  /// With `maximize` the steps ascend.
+  explicit AdamWParameters(std::vector<at::Tensor> parameters, bool maximize = false)
+      : parameters_(std::move(parameters)), maximize_(maximize) {
     state_.resize(parameters_.size());
   }
 
-  size_t size() const { return parameters_.size(); }
+  const std::vector<at::Tensor>& parameters() const { return parameters_; }
+  bool maximize() const { return maximize_; }
 
   /// Throws c10::Error naming the option, or the parameter (by its place in `label`), if an option is out of its range,
   /// a parameter is not what it was in its first step, or its gradient cannot be used. The fused kernel looks at none
@@ -39,10 +47,10 @@ class AdamWParameters {
                   " and strides ", parameter.strides(), ", expected elements without gaps or overlaps");
       TORCH_CHECK(
           !mean.defined() || (mean.sizes() == parameter.sizes() && mean.strides() == parameter.strides() &&
-                              mean.scalar_type() == parameter.scalar_type() && mean.device() == parameter.device()),
+                              mean.scalar_type() == wide_dtype(parameter) && mean.device() == parameter.device()),
           label, ": parameter ", i, " is now ", parameter.scalar_type(), parameter.sizes(), " with strides ",
-          parameter.strides(), " on ", parameter.device(), ", expected ", mean.scalar_type(), mean.sizes(),
-          " with strides ", mean.strides(), " on ", mean.device(),
+          parameter.strides(), " on ", parameter.device(), ", expected ", mean.sizes(), " with strides ",
+          mean.strides(), " on ", mean.device(), ", of a dtype that is stepped in ", mean.scalar_type(),
           " as in its first step; build the optimizer after moving or converting the module");
       if (!gradient.defined()) continue;
       TORCH_CHECK(gradient.layout() == at::kStrided, label, ": the gradient of parameter ", i, " has layout ",
@@ -53,12 +61,13 @@ class AdamWParameters {
     }
   }
 
-  /// Are all gradients finite? One scalar a device; empty if no parameter has a gradient.
+  /// Are all gradients finite, in the dtype in which they are used? One scalar a device and dtype; empty if no
+  /// parameter has a gradient.
   std::vector<at::Tensor> finite() const {
     std::vector<at::Tensor> result;
     for (const auto& [device_and_dtype, indices] : with_gradient()) {
       std::vector<at::Tensor> gradients;
-      for (const size_t i : indices) gradients.push_back(parameters_[i].grad());
+      for (const size_t i : indices) gradients.push_back(laid_out_as(parameters_[i], parameters_[i].grad()));
       // The largest absolute value: a sum of squares could overflow on finite gradients.
       const auto norms = at::_foreach_norm(gradients, std::numeric_limits<double>::infinity());
       result.push_back(is_finite(at::stack(norms)).all());
@@ -75,15 +84,20 @@ class AdamWParameters {
       Call call;
       for (const size_t i : indices) {
         State& state = next_[i];
+        const at::Tensor& parameter = parameters_[i];
         if (!state.mean.defined()) {
-          state.step = at::zeros({}, parameters_[i].options().dtype(at::kFloat).requires_grad(false));
-          state.mean = at::zeros_like(parameters_[i]);
-          state.square = at::zeros_like(parameters_[i]);
+          const auto options = parameter.options().requires_grad(false);
+          state.step = at::zeros({}, options.dtype(at::kFloat));
+          state.mean = at::zeros_like(parameter, options.dtype(wide_dtype(parameter)));
+          state.square = at::zeros_like(state.mean);
         }
         if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();
-        call.parameters.push_back(parameters_[i]);
-        // `GradScaler` leaves float gradients of half parameters.
-        call.gradients.push_back(laid_out_as(parameters_[i], parameters_[i].grad()));
+        call.parameters.push_back(laid_out_as(parameter, parameter));
+        if (parameter.scalar_type() != wide_dtype(parameter)) {
+          call.copies.push_back(call.parameters.back());
+          call.rounded.push_back(parameter);
+        }
+        call.gradients.push_back(laid_out_as(parameter, parameter.grad()));
         call.means.push_back(state.mean);
         call.squares.push_back(state.square);
         if (options.amsgrad()) call.largest_squares.push_back(state.largest_square);
@@ -109,8 +123,9 @@ class AdamWParameters {
       at::_foreach_add_(call.steps, call.counted);
       at::_fused_adamw_(call.parameters, call.gradients, call.means, call.squares, call.largest_squares, call.steps,
                         call.lr, std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
-                        options.eps(), options.amsgrad(),
-                        /*maximize=*/false, /*grad_scale=*/{}, /*found_inf=*/call.skip);
+                        options.eps(), options.amsgrad(), maximize_, /*grad_scale=*/{}, /*found_inf=*/call.skip);
+      // A step that is left out writes back what was read.
+      for (size_t i = 0; i < call.copies.size(); ++i) call.rounded[i].copy_(call.copies[i]);
     }
     state_ = std::move(next_);
     calls_.clear();
@@ -121,16 +136,6 @@ class AdamWParameters {
     for (auto& [device, rate] : rates_) rate.upload({options.lr()}, at::Device(device));
   }
 
-  void save(torch::serialize::OutputArchive& archive) const {
-    for (size_t i = 0; i < parameters_.size(); ++i) {
-      torch::serialize::OutputArchive entry(archive.compilation_unit());
-      for_each_entry(state_[i], [&](const std::string& key, const at::Tensor& tensor) {
-        if (tensor.defined()) entry.write(key, tensor, /*is_buffer=*/true);
-      });
-      archive.write(std::to_string(i), entry);
-    }
-  }
-
   struct State {
     at::Tensor step;            ///< scalar float on the parameter's device, so that a step can be left out there
     at::Tensor mean;            ///< running mean of the gradient
@@ -138,9 +143,34 @@ class AdamWParameters {
     at::Tensor largest_square;  ///< AMSGrad only
   };
 
-  /// Reads what `save` wrote; throws c10::Error naming the first misfit. Nothing is changed before `restore`.
-  std::vector<State> read(torch::serialize::InputArchive& archive, const std::string& label) const {
-    std::vector<State> states;
+  /// All that a checkpoint keeps.
+  struct Memory {
+    bool maximize = false;
+    std::vector<State> states;  ///< of the parameters, in their order
+
+    void save(torch::serialize::OutputArchive& archive) const {
+      archive.write("maximize", c10::IValue(maximize));
+      for (size_t i = 0; i < states.size(); ++i) {
+        torch::serialize::OutputArchive entry(archive.compilation_unit());
+        for_each_entry(states[i], [&](const std::string& key, const at::Tensor& tensor) {
+          if (tensor.defined()) entry.write(key, tensor, /*is_buffer=*/true);
+        });
+        archive.write(std::to_string(i), entry);
+      }
+    }
+  };
+
+  void save(torch::serialize::OutputArchive& archive) const { Memory{maximize_, state_}.save(archive); }
+
+  /// Reads what `Memory::save` wrote, in any floating dtype; throws c10::Error naming the first misfit. Nothing is
+  /// changed before `restore`.
+  Memory read(torch::serialize::InputArchive& archive, const std::string& label) const {
+    Memory memory;
+    c10::IValue maximize;
+    if (archive.try_read("maximize", maximize)) {  // earlier versions always descended
+      TORCH_CHECK(maximize.isBool(), "load: ", label, ": entry 'maximize' is ", maximize, ", expected true or false");
+      memory.maximize = maximize.toBool();
+    }
     for (size_t i = 0; i < parameters_.size(); ++i) {
       const std::string place = label + ", parameter " + std::to_string(i);
       torch::serialize::InputArchive entry;
@@ -150,25 +180,38 @@ class AdamWParameters {
         at::Tensor found;
         if (!entry.try_read(key, found, /*is_buffer=*/true)) return;
         const auto expected = key == "step" ? at::IntArrayRef() : parameters_[i].sizes();
-        TORCH_CHECK(found.sizes() == expected, "load: ", place, ": entry '", key, "' has shape ", found.sizes(),
-                    ", expected ", expected);
+        TORCH_CHECK(found.sizes() == expected && at::isFloatingType(found.scalar_type()), "load: ", place, ": entry '",
+                    key, "' has shape ", found.sizes(), " and dtype ", found.scalar_type(), ", expected shape ",
+                    expected, " and a floating dtype");
         tensor = key == "step" ? found.to(parameters_[i].device(), at::kFloat) : laid_out_as(parameters_[i], found);
       });
       TORCH_CHECK(state.step.defined() == state.mean.defined() && state.mean.defined() == state.square.defined(),
                   "load: ", place, " is incomplete, expected 'step', 'mean' and 'square', or none of them");
-      states.push_back(std::move(state));
+      memory.states.push_back(std::move(state));
     }
-    return states;
+    return memory;
   }
 
-  void restore(std::vector<State> states) { state_ = std::move(states); }
+  void restore(Memory memory) {
+    maximize_ = memory.maximize;
+    state_ = std::move(memory.states);
+  }
+
+  /// As before the first step.
+  void forget() { state_.assign(parameters_.size(), State()); }
 
  private:
-  /// The tensor with the parameter's dtype, device and strides, as the fused kernel wants it.
+  /// The dtype in which a parameter is stepped.
+  static at::ScalarType wide_dtype(const at::Tensor& parameter) {
+    return parameter.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  }
+
+  /// The tensor in the parameter's wide dtype, with its device and strides, as the fused kernel wants it.
   static at::Tensor laid_out_as(const at::Tensor& parameter, const at::Tensor& tensor) {
-    at::Tensor converted = tensor.to(parameter.device(), parameter.scalar_type());
+    const at::ScalarType dtype = wide_dtype(parameter);
+    at::Tensor converted = tensor.to(parameter.device(), dtype);
     if (converted.strides() == parameter.strides()) return converted;
-    return at::empty_like(parameter, parameter.options().requires_grad(false)).copy_(converted);
+    return at::empty_like(parameter, parameter.options().dtype(dtype).requires_grad(false)).copy_(converted);
   }
 
   /// The entries of a State and their keys in an archive.
@@ -182,12 +225,12 @@ class AdamWParameters {
 
   using DeviceAndDtype = std::pair<std::string, at::ScalarType>;
 
-  /// Indices of the parameters with a gradient; the fused kernel wants one device and dtype a call.
+  /// Indices of the parameters with elements and a gradient; the fused kernel wants one device and dtype a call.
   std::map<DeviceAndDtype, std::vector<size_t>> with_gradient() const {
     std::map<DeviceAndDtype, std::vector<size_t>> result;
     for (size_t i = 0; i < parameters_.size(); ++i) {
-      if (!parameters_[i].grad().defined()) continue;
-      result[{parameters_[i].device().str(), parameters_[i].scalar_type()}].push_back(i);
+      if (!parameters_[i].grad().defined() || parameters_[i].numel() == 0) continue;
+      result[{parameters_[i].device().str(), wide_dtype(parameters_[i])}].push_back(i);
     }
     return result;
   }
@@ -195,11 +238,13 @@ class AdamWParameters {
   /// What one call of the fused kernel takes.
   struct Call {
     std::vector<at::Tensor> parameters, gradients, means, squares, largest_squares, steps;
-    std::vector<at::Tensor> counted;  ///< what is added to the steps, 1 or 0
+    std::vector<at::Tensor> copies, rounded;  ///< those of `parameters` that are copies, and what they are copies of
+    std::vector<at::Tensor> counted;          ///< what is added to the steps, 1 or 0
     at::Tensor lr, skip;
   };
 
   std::vector<at::Tensor> parameters_;
+  bool maximize_;
   std::vector<State> state_;
   std::map<std::string, DeviceNumbers> rates_;  ///< by device
 

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/choose.hpp"
 #include "lora_rite/diagnostics.hpp"
 #include "lora_rite/engine/layout.hpp"
 #include "lora_rite/factor_pair.hpp"
@@ -122,7 +123,7 @@ class Batch {
     state_ = PairState::join(states, absent);
   }
 
-  /// Reads to the host; for people, not for the step.
+  /// Reads to the host; for people, not for the step. What a value that is not finite leaves unknown is NaN.
   PairDiagnostics diagnose(int64_t index) const {
     PairDiagnostics result;
     result.name = pairs_[index].name;
@@ -131,12 +132,7 @@ class Batch {
       FactorDiagnostics& factor = side == 0 ? result.a : result.b;
       const int64_t s = static_cast<int64_t>(side);
       const at::Tensor x = wide(tall(factor_of(index, side).detach().unsqueeze(0), side)).squeeze(0).cpu();
-      const at::Tensor singular = at::linalg_svdvals(x);
-      const double largest = singular[0].item<double>();
-      // A factor with fewer rows than r has a null space by its shape.
-      const double smallest = x.size(0) < rank_ ? 0.0 : singular[-1].item<double>();
-      const double round_off = std::numeric_limits<double>::epsilon() * static_cast<double>(x.size(0)) * largest;
-      factor.condition_number = smallest > round_off ? largest / smallest : std::numeric_limits<double>::infinity();
+      factor.condition_number = condition_number(x);
       factor.unmagnified_gradient_norm = unmagnified_norm_[s][index].item<double>();
       factor.escaped_mass = state_.moments.escaped_mass[s][index].item<double>();
       const at::Tensor v = state_.moments.second_moment[s][index];
@@ -145,8 +141,10 @@ class Batch {
       if (state_.momentum[side].defined()) {
         // M = N Rᵀ, R being the pseudo-inverse of what is stored.
         const at::Tensor n = wide(tall(state_.momentum[side].narrow(0, index, 1), side)).squeeze(0);
-        const at::Tensor root = at::linalg_pinv(state_.moments.inverse_root[s][index]);
-        factor.update_rms = at::matmul(n, root.mT()).square().mean().sqrt().item<double>();
+        const at::Tensor inverse = state_.moments.inverse_root[s][index];
+        factor.update_rms = has_only_finite(inverse)
+                                ? at::matmul(n, at::linalg_pinv(inverse).mT()).square().mean().sqrt().item<double>()
+                                : kUnknown;
       }
     }
     return result;
@@ -160,6 +158,22 @@ class Batch {
 
   const at::Tensor& factor_of(int64_t index, size_t side) const {
     return side == 0 ? pairs_[index].a : pairs_[index].b;
+  }
+
+  static constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+
+  /// No singular values of what is not finite: ATen would throw.
+  static bool has_only_finite(const at::Tensor& x) { return is_finite(x).all().item<bool>(); }
+
+  /// σ_max / σ_min of a tall factor [n, r].
+  double condition_number(const at::Tensor& x) const {
+    if (!has_only_finite(x)) return kUnknown;
+    const at::Tensor singular = at::linalg_svdvals(x);
+    const double largest = singular[0].item<double>();
+    // A factor with fewer rows than r has a null space by its shape.
+    const double smallest = x.size(0) < rank_ ? 0.0 : singular[-1].item<double>();
+    const double round_off = std::numeric_limits<double>::epsilon() * static_cast<double>(x.size(0)) * largest;
+    return smallest > round_off ? largest / smallest : std::numeric_limits<double>::infinity();
   }
 
   std::vector<FactorPair> pairs_;
