@@ -146,6 +146,7 @@ class LoraRite : public torch::optim::Optimizer {
     try {
       build_batches();
       check_inputs();
+      checked();
       move_factors();
     } catch (...) {
       // A first step that failed did not take place: the module may still be moved or converted.
@@ -266,6 +267,7 @@ class LoraRite : public torch::optim::Optimizer {
       }
     }
 
+    checked();
     for (size_t i = 0; i < groups_.size(); ++i) {
       param_groups_[i].set_options(std::move(options[i]));
       Group& group = groups_[i];
@@ -285,6 +287,9 @@ class LoraRite : public torch::optim::Optimizer {
  protected:
   // What one of several processes does otherwise than one alone: `ShardedLoraRite` overrides it.
 
+  /// Called by `step` and `load` when all that they refuse was looked at and nothing was changed: where processes
+  /// agree.
+  virtual void checked() {}
   /// Does this process keep the state of pair `pair` and move its factors?
   virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }
   /// The other rows of a pair, where this process holds only some.
@@ -302,6 +307,31 @@ class LoraRite : public torch::optim::Optimizer {
   virtual PairState read_state(torch::serialize::InputArchive* archive, size_t group, size_t pair) const {
     const auto& place = *groups_[group].places[pair];
     return groups_[group].batches[place.batch]->read(archive, place.index);
+  }
+
+  /// Without groups yet.
+  explicit LoraRite(const LoraRiteOptions& defaults)
+      : Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::make_unique<LoraRiteOptions>(defaults)) {}
+
+  /// Are the groups what they were when they were added, their options of this optimizer's class?
+  void check_groups() const {
+    TORCH_CHECK(param_groups_.size() == groups_.size(), "LoraRite has ", param_groups_.size(),
+                " param groups, expected ", groups_.size(),
+                ": one was added through torch::optim::Optimizer, whose add_param_group is not virtual; ",
+                "call that of LoraRite, add_pairs or add_parameters");
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const Group& group = groups_[i];
+      const std::string label = "LoraRite, group " + std::to_string(i);
+      const size_t expected = group.others ? group.others->size() : 2 * group.pairs.size();
+      TORCH_CHECK(param_groups_[i].params().size() == expected, label, ": the list of parameters has ",
+                  param_groups_[i].params().size(), " tensors, expected ", expected,
+                  " as when the group was added; use add_pairs or add_parameters for more");
+      const auto& options = param_groups_[i].options();
+      const bool right_options = group.others ? dynamic_cast<const torch::optim::AdamWOptions*>(&options) != nullptr
+                                              : dynamic_cast<const LoraRiteOptions*>(&options) != nullptr;
+      TORCH_CHECK(right_options, label, " was given options of another optimizer, expected ",
+                  group.others ? "torch::optim::AdamWOptions" : "LoraRiteOptions");
+    }
   }
 
   size_t group_count() const { return groups_.size(); }
@@ -335,9 +365,6 @@ class LoraRite : public torch::optim::Optimizer {
       places.clear();
     }
   };
-
-  explicit LoraRite(const LoraRiteOptions& defaults)
-      : Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::make_unique<LoraRiteOptions>(defaults)) {}
 
   static const char* kind(const Group& group) { return group.others ? "other parameters" : "factor pairs"; }
 
@@ -418,27 +445,6 @@ class LoraRite : public torch::optim::Optimizer {
       group.batches = std::move(batches);
       group.numbers = std::move(numbers);
       group.places = std::move(places);
-    }
-  }
-
-  /// Are the groups what they were when they were added, their options of this optimizer's class?
-  void check_groups() const {
-    TORCH_CHECK(param_groups_.size() == groups_.size(), "LoraRite has ", param_groups_.size(),
-                " param groups, expected ", groups_.size(),
-                ": one was added through torch::optim::Optimizer, whose add_param_group is not virtual; ",
-                "call that of LoraRite, add_pairs or add_parameters");
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      const Group& group = groups_[i];
-      const std::string label = "LoraRite, group " + std::to_string(i);
-      const size_t expected = group.others ? group.others->size() : 2 * group.pairs.size();
-      TORCH_CHECK(param_groups_[i].params().size() == expected, label, ": the list of parameters has ",
-                  param_groups_[i].params().size(), " tensors, expected ", expected,
-                  " as when the group was added; use add_pairs or add_parameters for more");
-      const auto& options = param_groups_[i].options();
-      const bool right_options = group.others ? dynamic_cast<const torch::optim::AdamWOptions*>(&options) != nullptr
-                                              : dynamic_cast<const LoraRiteOptions*>(&options) != nullptr;
-      TORCH_CHECK(right_options, label, " was given options of another optimizer, expected ",
-                  group.others ? "torch::optim::AdamWOptions" : "LoraRiteOptions");
     }
   }
 

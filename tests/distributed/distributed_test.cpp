@@ -420,6 +420,8 @@ TEST(Distributed, AnOptimizerThatWasMovedStepsOn) {
 
 // --- Errors --------------------------------------------------------------------------------------------------------
 
+void expect_mention(const std::string& message, const std::string& text) { EXPECT_TRUE(mentions(message, text)); }
+
 void expect_error(const Process&, const std::string& expected, const std::function<void()>& body) {
   EXPECT_TRUE(mentions(error_of(body), expected));
 }
@@ -465,8 +467,10 @@ const Scenario differences("differences", [](const Process& process) {
   set_gradients(pairs, 1);
   at::Tensor b = pairs[2].b;
   if (last) b.mutable_grad() = at::Tensor();
-  expect_error(process, "process 1 has 'pair 'q2': a Float[4, 24] on cpu, b Float[16, 4] on cpu without a gradient",
-               [&] { optimizer.step(); });
+  expect_error(
+      process,
+      "process 1 has 'pair 'q2': factor a Float[4, 24] on cpu, factor b Float[16, 4] on cpu without a gradient",
+      [&] { optimizer.step(); });
   set_gradients(pairs, 1);
   if (last) optimizer.param_groups()[0].options().set_lr(5e-3);
   expect_error(process, "process 1 has 'group 0: lr 0.005' where process 0 has 'group 0: lr 0.01'",
@@ -503,8 +507,10 @@ void one_refuses(const Process& process) {
     if (last) spoil();
     const std::string message = error_of([&] { optimizer.step(); });
     for (const std::string& text : expected) EXPECT_TRUE(mentions(message, text));
-    if (!last) EXPECT_TRUE(mentions(message, c10::str("process ", process.size - 1)));
-    if (last) mend();
+    if (last)
+      mend();
+    else
+      expect_mention(message, c10::str("process ", process.size - 1));
     EXPECT_TRUE(equal_factors(pairs, before)) << expected[0];
     EXPECT_TRUE(head.equal(head_before)) << expected[0];
     EXPECT_EQ(saved_bytes(optimizer), state) << expected[0];
@@ -592,6 +598,32 @@ void one_refuses(const Process& process) {
                          });
                        }),
                        last ? "the batch is empty" : "process 1: the batch is empty"));
+  // One in which the averaging refuses.
+  EXPECT_TRUE(mentions(error_of([&] {
+                         optimizer.step([&]() -> torch::Tensor {
+                           if (last) a.mutable_grad() = a.grad().to_sparse();
+                           average_gradients(optimizer, process.group);
+                           return torch::zeros({});
+                         });
+                       }),
+                       last ? "average_gradients" : "process 1: average_gradients"));
+  // One whose backward breaks off beside an averager, which is told before the optimizer is.
+  {
+    GradientAverager averager(optimizer, process.group);
+    EXPECT_TRUE(mentions(error_of([&] {
+                           optimizer.step([&]() -> torch::Tensor {
+                             try {
+                               TORCH_CHECK(!last, "broken off");
+                             } catch (...) {
+                               averager.reset();
+                               throw;
+                             }
+                             averager.finish();
+                             return torch::zeros({});
+                           });
+                         }),
+                         last ? "broken off" : "given up by reset()"));
+  }
   // Different calls.
   EXPECT_TRUE(mentions(error_of([&] {
                          if (last) return void(saved_bytes(optimizer));
