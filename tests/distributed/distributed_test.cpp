@@ -462,6 +462,16 @@ const Scenario differences("differences", [](const Process& process) {
     for (int i = 0; i < 2; ++i)
       expect_error(process, "have the same shape and are divided differently", [&] { rows.step(); });
   }
+  {
+    // A part that changed its shape before the first step: its rows are not those that the others were told.
+    const FactorPair pair = random_pair("x", 4, 24, 16, torch::kFloat);
+    RowShardedLoraRite<> rows(process.group, {pair}, some_options());
+    at::Tensor a = pair.a;
+    if (last) a.set_data(a.detach().narrow(1, 0, 10).clone());
+    set_gradients({pair}, 1);
+    expect_error(process, "pair 'x' has factors of shapes [4, 10] and [16, 4], expected 24 and 16 rows",
+                 [&] { rows.step(); });
+  }
   ShardedLoraRite<> optimizer(process.group, pairs, some_options());
   const auto before = clone_pairs(pairs);
   set_gradients(pairs, 1);
