@@ -66,7 +66,9 @@ class LoraRite : public torch::optim::Optimizer {
   /// One group of these pairs. Throws c10::Error naming the pair or option if the list is empty, a pair does not fit
   /// together, a tensor appears twice, or an option is out of its range.
   explicit LoraRite(std::vector<FactorPair> pairs, LoraRiteOptions options = {})
-      : LoraRite(std::move(pairs), options, /*parts=*/false) {}
+      : LoraRite(options) {
+    add_pairs(std::move(pairs), options);
+  }
 
   /// All factor pairs of a module (`find_factor_pairs`) in one group, and all its other trainable parameters, if any,
   /// in a second one by AdamW with `others`. What the module holds under several names is stepped once. With
@@ -174,6 +176,7 @@ class LoraRite : public torch::optim::Optimizer {
     at::NoGradGuard no_grad;
     with_batches([&] {
       check_inputs();
+      checked();
       move_factors();
     });
     return loss;
@@ -316,19 +319,15 @@ class LoraRite : public torch::optim::Optimizer {
   LoadReport load_matching(torch::serialize::InputArchive& archive, const LoadOptions& options = {});
 
  protected:
-  /// With `parts` the factors are what one of several processes holds of them, and their sides are known in the first
-  /// step.
-  LoraRite(std::vector<FactorPair> pairs, LoraRiteOptions options, bool parts) : LoraRite(options) {
-    parts_ = parts;
-    add_pairs(std::move(pairs), options);
-  }
-
   // What one of several processes does otherwise than one alone: `ShardedLoraRite` overrides it.
 
   /// Before anything else is asked of groups that are new.
   virtual void agree_on_groups() {}
   /// Is the division of the work such that a pair can go?
   virtual bool can_remove_pairs() const { return true; }
+  /// Called by `step` and `load` when all that they refuse was looked at and nothing was changed: where processes
+  /// agree.
+  virtual void checked() {}
 
   /// Does this process keep the state of pair `pair` and move its factors?
   virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }
@@ -347,6 +346,35 @@ class LoraRite : public torch::optim::Optimizer {
   virtual PairState read_state(torch::serialize::InputArchive* archive, size_t group, size_t pair) const {
     const auto& place = *groups_[group].places[pair];
     return groups_[group].batches[place.batch]->read(archive, place.index);
+  }
+
+  /// Without groups yet. With `parts` the factors are what one of several processes holds of them, and their sides are
+  /// known in the first step.
+  explicit LoraRite(const LoraRiteOptions& defaults, bool parts = false)
+      : Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::make_unique<LoraRiteOptions>(defaults)),
+        parts_(parts) {}
+
+  /// Are the groups what they were when they were added, their options of this optimizer's class?
+  void check_groups() const {
+    TORCH_CHECK(param_groups_.size() == groups_.size(), "LoraRite has ", param_groups_.size(),
+                " param groups, expected ", groups_.size(),
+                ": one was added through torch::optim::Optimizer, whose add_param_group is not virtual; ",
+                "call that of LoraRite, add_pairs or add_parameters");
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const Group& group = groups_[i];
+      const std::string label = "LoraRite, group " + std::to_string(i);
+      const size_t expected = tensor_count(group);
+      TORCH_CHECK(param_groups_[i].params().size() == expected, label, ": the list of parameters has ",
+                  param_groups_[i].params().size(), " tensors, expected ", expected,
+                  " as when the group was added; use add_pairs or add_parameters for more, remove_pair for less");
+      for (size_t place = 0; place < expected; ++place)
+        if (!param_groups_[i].params()[place].is_same(tensor_at(group, place))) refuse_tensor(i, place);
+      const auto& options = param_groups_[i].options();
+      const bool right_options = group.others ? dynamic_cast<const torch::optim::AdamWOptions*>(&options) != nullptr
+                                              : dynamic_cast<const LoraRiteOptions*>(&options) != nullptr;
+      TORCH_CHECK(right_options, label, " was given options of another optimizer, expected ",
+                  group.others ? "torch::optim::AdamWOptions" : "LoraRiteOptions");
+    }
   }
 
   size_t group_count() const { return groups_.size(); }
@@ -382,9 +410,6 @@ class LoraRite : public torch::optim::Optimizer {
       places.clear();
     }
   };
-
-  explicit LoraRite(const LoraRiteOptions& defaults)
-      : Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::make_unique<LoraRiteOptions>(defaults)) {}
 
   static const char* kind(const Group& group) { return group.others ? "other parameters" : "factor pairs"; }
 
@@ -510,29 +535,6 @@ class LoraRite : public torch::optim::Optimizer {
   }
   static size_t tensor_count(const Group& group) {
     return group.others ? group.others->parameters().size() : 2 * group.pairs.size();
-  }
-
-  /// Are the groups what they were when they were added, their options of this optimizer's class?
-  void check_groups() const {
-    TORCH_CHECK(param_groups_.size() == groups_.size(), "LoraRite has ", param_groups_.size(),
-                " param groups, expected ", groups_.size(),
-                ": one was added through torch::optim::Optimizer, whose add_param_group is not virtual; ",
-                "call that of LoraRite, add_pairs or add_parameters");
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      const Group& group = groups_[i];
-      const std::string label = "LoraRite, group " + std::to_string(i);
-      const size_t expected = tensor_count(group);
-      TORCH_CHECK(param_groups_[i].params().size() == expected, label, ": the list of parameters has ",
-                  param_groups_[i].params().size(), " tensors, expected ", expected,
-                  " as when the group was added; use add_pairs or add_parameters for more, remove_pair for less");
-      for (size_t place = 0; place < expected; ++place)
-        if (!param_groups_[i].params()[place].is_same(tensor_at(group, place))) refuse_tensor(i, place);
-      const auto& options = param_groups_[i].options();
-      const bool right_options = group.others ? dynamic_cast<const torch::optim::AdamWOptions*>(&options) != nullptr
-                                              : dynamic_cast<const LoraRiteOptions*>(&options) != nullptr;
-      TORCH_CHECK(right_options, label, " was given options of another optimizer, expected ",
-                  group.others ? "torch::optim::AdamWOptions" : "LoraRiteOptions");
-    }
   }
 
   /// Throws: a tensor of a param group is not the one that was added.

@@ -153,6 +153,7 @@ void LoraRite<Basis>::load(torch::serialize::InputArchive& archive) {
     }
     at::Tensor skipped_steps = at::tensor(skipped, at::kLong);
 
+    checked();
     for (size_t i = 0; i < groups_.size(); ++i) restore(groups_[i], pair_states[i]);
     for (size_t i = 0; i < groups_.size(); ++i) {
       torch::optim::OptimizerOptions& own = param_groups_[i].options();

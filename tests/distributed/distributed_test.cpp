@@ -59,6 +59,111 @@ TEST(AverageGradients, AreMeansAndMissingOnesCountAsZero) {
   for (const int size : {2, 4}) expect_success("average", size, fresh_folder("average"));
 }
 
+/// What `error_of(body)` says, and nothing of the gradients has changed.
+void expect_refusal(const std::vector<torch::Tensor>& parameters, const std::vector<std::string>& expected,
+                    const std::function<void()>& body) {
+  std::vector<torch::Tensor> before;
+  for (const auto& parameter : parameters)
+    before.push_back(parameter.grad().defined() ? parameter.grad().clone() : torch::Tensor());
+  const std::string message = error_of(body);
+  for (const std::string& text : expected) EXPECT_TRUE(mentions(message, text));
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const at::Tensor& gradient = parameters[i].grad();
+    ASSERT_EQ(gradient.defined(), before[i].defined()) << i;
+    if (!gradient.defined() || gradient.is_sparse()) continue;
+    EXPECT_TRUE(gradient.scalar_type() == before[i].scalar_type() && gradient.equal(before[i])) << i;
+  }
+}
+
+/// Half parameters, of which GradScaler leaves float gradients.
+std::vector<torch::Tensor> half_parameters() {
+  return {torch::zeros({4}, torch::kHalf).requires_grad_(), torch::zeros({3, 2}, torch::kHalf).requires_grad_()};
+}
+
+const Scenario average_dtypes("average dtypes", [](const Process& process) {
+  const bool last = process.rank == process.size - 1;
+  auto parameters = half_parameters();
+  GradientAverager averager(parameters, process.group);
+  const auto averagings = {std::function<void()>([&] { average_gradients(parameters, process.group); }),
+                           std::function<void()>([&] { averager.finish(); })};
+  const auto full = [](at::IntArrayRef sizes, double value, torch::Dtype dtype) {
+    return torch::full(sizes, value, dtype);
+  };
+  for (const auto& average : averagings) {
+    // A value that no half has: it must travel as the float that it is.
+    const double value = 1 + std::ldexp(1.0, -20);
+    // One process alone has a gradient, and a float one; or all have float ones.
+    for (const bool all : {false, true}) {
+      parameters[0].mutable_grad() = all || last ? full({4}, value, torch::kFloat) : at::Tensor();
+      parameters[1].mutable_grad() = full({3, 2}, 0.5 + process.rank, torch::kHalf);
+      average();
+      EXPECT_EQ(parameters[0].grad().scalar_type(), torch::kFloat);
+      EXPECT_TRUE(parameters[0].grad().equal(full({4}, all ? value : value / process.size, torch::kFloat)));
+      EXPECT_EQ(parameters[1].grad().scalar_type(), torch::kHalf);
+      EXPECT_TRUE(parameters[1].grad().equal(full({3, 2}, process.size / 2.0, torch::kHalf)));
+    }
+    // Different types: one of them is scaled, perhaps, and the other is not.
+    parameters[1].mutable_grad() = full({3, 2}, 1, last ? torch::kFloat : torch::kHalf);
+    expect_refusal(parameters, {"parameter 1", "Float in process 1", "Half in process 0"}, average);
+    // What nobody can average, in one process.
+    parameters[1].mutable_grad() = last ? full({2, 3}, 1, torch::kHalf) : full({3, 2}, 1, torch::kHalf);
+    expect_refusal(parameters, {"parameter 1", "[2, 3]", "[3, 2]"}, average);
+    parameters[1].mutable_grad() = last ? full({3, 2}, 1, torch::kInt) : full({3, 2}, 1, torch::kHalf);
+    expect_refusal(parameters, {"parameter 1", "Int"}, average);
+    // Strides are nobody's business.
+    const at::Tensor values = torch::arange(6).to(torch::kHalf).view({3, 2});
+    parameters[1].mutable_grad() = last ? values.t().contiguous().t() : values.clone();
+    average();
+    EXPECT_TRUE(parameters[1].grad().equal(values));
+  }
+});
+
+TEST(AverageGradients, ProcessesAgreeOnDtypesAndShapesBeforeTheySend) {
+  expect_success("average dtypes", 2, fresh_folder("dtypes"), /*timeout_seconds=*/10);
+}
+
+const Scenario average_layouts("average layouts", [](const Process& process) {
+  const bool last = process.rank == process.size - 1;
+  const auto with_gradients = [](std::vector<torch::Tensor> parameters) {
+    for (torch::Tensor& parameter : parameters) parameter.mutable_grad() = torch::ones_like(parameter);
+    return parameters;
+  };
+  const auto both = with_gradients({torch::zeros({4}), torch::zeros({3})});
+  const auto refuses = [&](const std::vector<torch::Tensor>& parameters, int64_t bucket_bytes,
+                           const std::vector<std::string>& expected) {
+    expect_refusal(parameters, expected, [&] { average_gradients(parameters, process.group, bucket_bytes); });
+    expect_refusal(parameters, expected, [&] { GradientAverager(parameters, process.group, bucket_bytes); });
+  };
+  refuses(last ? std::vector<torch::Tensor>{both[0]} : both, 64, {"parameter 1", "process 1"});
+  refuses(last ? std::vector<torch::Tensor>{} : both, 64, {"parameter 0", "process 1"});
+  refuses(with_gradients({torch::zeros({last ? 5 : 4})}), 64, {"[5]", "[4]"});
+  refuses(with_gradients({torch::zeros({4}, last ? torch::kDouble : torch::kFloat)}), 64, {"Double", "Float"});
+  refuses(both, last ? 8 : 64, {"bucket"});
+  // A parameter that one process's constructor refuses.
+  expect_refusal(both, {last ? "the result of a computation" : "process 1: GradientAverager: parameter 1"}, [&] {
+    GradientAverager({both[0], last ? both[1].detach().requires_grad_() * 2 : both[1]}, process.group);
+  });
+  // Two processes in different calls.
+  expect_refusal(both, {"call", "average_gradients", "check_same"}, [&] {
+    if (last) return check_same("a", process.group);
+    average_gradients(both, process.group);
+  });
+  // The other collective functions.
+  for (const auto& tensor : {torch::ones({last ? 3 : 2}), torch::ones({2}, last ? torch::kDouble : torch::kFloat),
+                             last ? torch::Tensor() : torch::ones({2}), last ? both[0].to_sparse() : torch::ones({4})})
+    error_of([&] { sum_over_processes(tensor, process.group); });
+  const at::Tensor values = torch::arange(6).to(torch::kFloat).view({3, 2});
+  const at::Tensor summed = last ? values.t().contiguous().t() : values.clone();
+  sum_over_processes(summed, process.group);
+  EXPECT_TRUE(summed.equal(values * process.size));
+  average_gradients(both, process.group);
+  EXPECT_TRUE(both[1].grad().equal(torch::ones({3})));
+});
+
+TEST(AverageGradients, ParametersThatDifferAreToldInsteadOfSent) {
+  expect_success("average layouts", 2, fresh_folder("layouts"), /*timeout_seconds=*/10);
+}
+
 /// 200 steps divided, beside the same steps undivided in every process; leaves a checkpoint of step 100.
 template <class Compare>
 void divided_run(const Process& process, torch::Dtype dtype, const Compare& compare) {
@@ -325,7 +430,36 @@ const Scenario rows_bytes("rows bytes", [](const Process& process) {
 
 TEST(RowShardedLoraRite, MessagesDoNotGrowWithTheFactors) { expect_success("rows bytes", 2, fresh_folder("bytes")); }
 
+/// Steps, moves the optimizer twice, and steps on, beside one that stays where it is.
+template <class Optimizer>
+void moved_run(const Process& process) {
+  const auto pairs = some_pairs(torch::kFloat), other_pairs = clone_pairs(pairs);
+  auto first = std::make_unique<Optimizer>(process.group, pairs, some_options());
+  Optimizer stays(process.group, other_pairs, some_options());
+  run_steps(*first, pairs, 0, 3);
+  Optimizer second(std::move(*first));
+  first.reset();
+  run_steps(second, pairs, 3, 6);
+  Optimizer third(process.group, clone_pairs(pairs), some_options());
+  third = std::move(second);
+  run_steps(third, pairs, 6, 9);
+  run_steps(stays, other_pairs, 0, 9);
+  EXPECT_TRUE(equal_factors(pairs, other_pairs));
+  EXPECT_EQ(saved_bytes(third), saved_bytes(stays));
+}
+
+const Scenario moved("moved", [](const Process& process) {
+  moved_run<ShardedLoraRite<>>(process);
+  moved_run<RowShardedLoraRite<>>(process);
+});
+
+TEST(Distributed, AnOptimizerThatWasMovedStepsOn) {
+  expect_success("moved", 2, fresh_folder("moved"), /*timeout_seconds=*/20);
+}
+
 // --- Errors --------------------------------------------------------------------------------------------------------
+
+void expect_mention(const std::string& message, const std::string& text) { EXPECT_TRUE(mentions(message, text)); }
 
 void expect_error(const Process&, const std::string& expected, const std::function<void()>& body) {
   EXPECT_TRUE(mentions(error_of(body), expected));
@@ -372,19 +506,233 @@ const Scenario differences("differences", [](const Process& process) {
     for (int i = 0; i < 2; ++i)
       expect_error(process, "have the same shape and are divided differently", [&] { rows.step(); });
   }
+  {
+    // A part that changed its shape before the first step: its rows are not those that the others were told.
+    const FactorPair pair = random_pair("x", 4, 24, 16, torch::kFloat);
+    RowShardedLoraRite<> rows(process.group, {pair}, some_options());
+    at::Tensor a = pair.a;
+    if (last) a.set_data(a.detach().narrow(1, 0, 10).clone());
+    set_gradients({pair}, 1);
+    expect_error(process, "pair 'x' has factors of shapes [4, 10] and [16, 4], expected 24 and 16 rows",
+                 [&] { rows.step(); });
+  }
   ShardedLoraRite<> optimizer(process.group, pairs, some_options());
   const auto before = clone_pairs(pairs);
   set_gradients(pairs, 1);
   at::Tensor b = pairs[2].b;
   if (last) b.mutable_grad() = at::Tensor();
-  expect_error(process, "pair 'q2', factor b is 0 in process 1", [&] { optimizer.step(); });
+  expect_error(
+      process,
+      "process 1 has 'pair 'q2': factor a Float[4, 24] on cpu, factor b Float[16, 4] on cpu without a gradient",
+      [&] { optimizer.step(); });
   set_gradients(pairs, 1);
   if (last) optimizer.param_groups()[0].options().set_lr(5e-3);
-  expect_error(process, "learning rate of group 0 is 0.005", [&] { optimizer.step(); });
+  expect_error(process, "process 1 has 'group 0: lr 0.005' where process 0 has 'group 0: lr 0.01'",
+               [&] { optimizer.step(); });
   EXPECT_TRUE(equal_factors(pairs, before));
 });
 
 TEST(Distributed, ProcessesThatDifferAreTold) { expect_success("differences", 2, fresh_folder("differences")); }
+
+/// Something is wrong in the last process only: all throw at once, and nothing is changed in any of them.
+template <class Optimizer>
+void one_refuses(const Process& process) {
+  const bool last = process.rank == process.size - 1;
+  const auto pairs = some_pairs(torch::kFloat);
+  const torch::Tensor head = torch::ones({3}).requires_grad_();
+  Optimizer optimizer(process.group, pairs, some_options());
+  optimizer.add_parameters({head}, torch::optim::AdamWOptions(1e-3));
+  const auto step = [&] {
+    set_gradients(pairs, 7);
+    torch::Tensor parameter = head;
+    parameter.mutable_grad() = torch::ones({3});
+    optimizer.step();
+  };
+
+  // `spoil` is undone by `mend`; before the first step, and after it.
+  const auto refuses = [&](const std::vector<std::string>& expected, const std::function<void()>& spoil,
+                           const std::function<void()>& mend) {
+    const auto before = clone_pairs(pairs);
+    const std::string state = saved_bytes(optimizer);
+    const at::Tensor head_before = head.detach().clone();
+    set_gradients(pairs, 3);
+    torch::Tensor parameter = head;
+    parameter.mutable_grad() = torch::ones({3});
+    if (last) spoil();
+    const std::string message = error_of([&] { optimizer.step(); });
+    for (const std::string& text : expected) EXPECT_TRUE(mentions(message, text));
+    if (last)
+      mend();
+    else
+      expect_mention(message, c10::str("process ", process.size - 1));
+    EXPECT_TRUE(equal_factors(pairs, before)) << expected[0];
+    EXPECT_TRUE(head.equal(head_before)) << expected[0];
+    EXPECT_EQ(saved_bytes(optimizer), state) << expected[0];
+  };
+  LoraRiteOptions& options = static_cast<LoraRiteOptions&>(optimizer.param_groups()[0].options());
+  const LoraRiteOptions right = options;
+  const auto restore_options = [&] { options = right; };
+  const auto nothing = [] {};
+  at::Tensor a = pairs[1].a, b = pairs[4].b, other_head = head;
+  const auto all_refusals = [&] {
+    refuses(
+        {"'q1'", "factor a", "[2, 3]"},
+        [&] {
+          a.mutable_grad() = torch::zeros({2, 3});
+        },
+        nothing);
+    refuses(
+        {"'wide'", "factor b", "Sparse"}, [&] { b.mutable_grad() = b.grad().to_sparse(); }, nothing);
+    refuses(
+        {"group 1", "parameter 0", "[2]"}, [&] { other_head.mutable_grad() = torch::zeros({2}); }, nothing);
+    refuses(
+        {"lr", "-1"}, [&] { options.lr(-1); }, restore_options);
+    refuses(
+        {"betas"},
+        [&] {
+          options.betas({0.5, 2.0});
+        },
+        restore_options);
+    // In their range, but not those of the others; also where the sixth digit is the same.
+    refuses(
+        {"betas", "0.5"},
+        [&] {
+          options.betas({0.5, 0.999});
+        },
+        restore_options);
+    refuses(
+        {"clip_unmagnified_norm", "2"}, [&] { options.clip_unmagnified_norm(2); }, restore_options);
+    refuses(
+        {"weight_decay"}, [&] { options.weight_decay(0.01 * (1 + 1e-12)); }, restore_options);
+    refuses(
+        {"capturable"}, [&] { options.capturable(true); }, restore_options);
+    auto& adamw = static_cast<torch::optim::AdamWOptions&>(optimizer.param_groups()[1].options());
+    refuses(
+        {"group 1", "weight_decay", "0.3"}, [&] { adamw.weight_decay(0.3); }, [&] { adamw.weight_decay(1e-2); });
+    refuses(
+        {"group 1", "eps"}, [&] { adamw.eps(1e-8 * (1 + 1e-9)); }, [&] { adamw.eps(1e-8); });
+    refuses(
+        {"param groups"},
+        [&] {
+          optimizer.torch::optim::Optimizer::add_param_group(torch::optim::OptimizerParamGroup({torch::zeros({2})}));
+        },
+        [&] { optimizer.param_groups().pop_back(); });
+  };
+  all_refusals();
+  step();
+  all_refusals();
+  // Another dtype: the group is divided by now.
+  refuses(
+      {"'q1'", "Double"},
+      [&] {
+        a.set_data(a.detach().to(torch::kDouble));
+        a.mutable_grad() = torch::zeros_like(a);
+      },
+      [&] {
+        a.mutable_grad() = torch::Tensor();
+        a.set_data(a.detach().to(torch::kFloat));
+      });
+
+  // A closure.
+  const auto before = clone_pairs(pairs);
+  set_gradients(pairs, 3);
+  EXPECT_TRUE(mentions(error_of([&] {
+                         optimizer.step([&]() -> torch::Tensor {
+                           TORCH_CHECK(!last, "the batch is empty");
+                           return torch::zeros({});
+                         });
+                       }),
+                       last ? "the batch is empty" : "process 1: the batch is empty"));
+  // One that averages, and never comes to it in one process.
+  EXPECT_TRUE(mentions(error_of([&] {
+                         optimizer.step([&]() -> torch::Tensor {
+                           TORCH_CHECK(!last, "the batch is empty");
+                           average_gradients(optimizer, process.group);
+                           return torch::zeros({});
+                         });
+                       }),
+                       last ? "the batch is empty" : "process 1: the batch is empty"));
+  // One in which the averaging refuses.
+  EXPECT_TRUE(mentions(error_of([&] {
+                         optimizer.step([&]() -> torch::Tensor {
+                           if (last) a.mutable_grad() = a.grad().to_sparse();
+                           average_gradients(optimizer, process.group);
+                           return torch::zeros({});
+                         });
+                       }),
+                       last ? "average_gradients" : "process 1: average_gradients"));
+  // One whose backward breaks off beside an averager, which is told before the optimizer is.
+  {
+    GradientAverager averager(optimizer, process.group);
+    EXPECT_TRUE(mentions(error_of([&] {
+                           optimizer.step([&]() -> torch::Tensor {
+                             try {
+                               TORCH_CHECK(!last, "broken off");
+                             } catch (...) {
+                               averager.reset();
+                               throw;
+                             }
+                             averager.finish();
+                             return torch::zeros({});
+                           });
+                         }),
+                         last ? "broken off" : "given up by reset()"));
+  }
+  // Different calls.
+  EXPECT_TRUE(mentions(error_of([&] {
+                         if (last) return void(saved_bytes(optimizer));
+                         optimizer.step();
+                       }),
+                       "'call: save'"));
+  // An archive that one process refuses.
+  const std::string state = saved_bytes(optimizer);
+  Optimizer other(process.group, clone_pairs(pairs), some_options().weight_decay(0.02));
+  const std::string other_state = saved_bytes(other);
+  EXPECT_TRUE(mentions(error_of([&] { load_bytes(other, last ? state : other_state); }), "param groups"));
+  EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, last ? other_state : state); }), "param groups"));
+  EXPECT_EQ(saved_bytes(optimizer), state);
+  EXPECT_TRUE(equal_factors(pairs, before));
+
+  // A constructor, and a group that only one process adds.
+  std::vector<FactorPair> unfit = clone_pairs(pairs);
+  if (last) unfit[2].b = torch::zeros({16, 5});
+  EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, unfit, some_options()); }), "'q2'"));
+  EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, pairs, some_options().eps(last ? -1 : 1)); }), "eps"));
+  EXPECT_TRUE(
+      mentions(error_of([&] { Optimizer(process.group, last ? std::vector<FactorPair>() : pairs, some_options()); }),
+               "list of pairs is empty"));
+  // And on.
+  step();
+  EXPECT_FALSE(equal_factors(pairs, before));
+  if (std::is_same_v<Optimizer, ShardedLoraRite<>>) expect_same_everywhere(process, pairs);
+  if (last) optimizer.add_pairs({random_pair("new", 4, 24, 16, torch::kFloat)}, some_options());
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "3 groups"));
+}
+
+const Scenario one_refuses_pairs("one refuses pairs", &one_refuses<ShardedLoraRite<>>);
+const Scenario one_refuses_rows("one refuses rows", &one_refuses<RowShardedLoraRite<>>);
+
+TEST(Distributed, WhatOneProcessRefusesAllRefuseAtOnce) {
+  for (const char* scenario : {"one refuses pairs", "one refuses rows"})
+    expect_success(scenario, 2, fresh_folder("refuses"), /*timeout_seconds=*/10);
+}
+
+const Scenario step_bytes("step bytes", [](const Process& process) {
+  std::map<int, int64_t> bytes;
+  for (const int count : {1, 20}) {
+    std::vector<FactorPair> pairs;
+    for (int i = 0; i < count; ++i) pairs.push_back(random_pair("p" + std::to_string(i), 2, 4, 4, torch::kFloat));
+    ShardedLoraRite<> optimizer(process.group, pairs);
+    run_steps(optimizer, pairs, 0, 1);
+    const int64_t before = optimizer.bytes_sent();
+    run_steps(optimizer, pairs, 1, 2);
+    bytes[count] = optimizer.bytes_sent() - before - count * 2 * 8 * 4 - count * 8;  // moved factors, norms
+  }
+  EXPECT_EQ(bytes[1], bytes[20]);
+  EXPECT_LE(bytes[1], 64);
+});
+
+TEST(ShardedLoraRite, WhatIsComparedInAStepIsAFewBytes) { expect_success("step bytes", 2, fresh_folder("bytes")); }
 
 const Scenario killed("killed", [](const Process& process) {
   const auto pairs = some_pairs(torch::kFloat);
@@ -552,7 +900,7 @@ const Scenario overlapped_errors("overlapped errors", [](const Process& process)
   } else {
     loss.backward();
     const auto own = gradients_of(parameters);
-    expect_error(process, c10::str("1 of ", process.size, " processes gave this step up"), [&] { averager.finish(); });
+    expect_error(process, "process 1: GradientAverager: this step was given up", [&] { averager.finish(); });
     expect_gradients(parameters, own);
   }
 
@@ -568,8 +916,8 @@ const Scenario overlapped_errors("overlapped errors", [](const Process& process)
       parameter.mutable_grad() = parameter.grad().to_sparse();
     }
     const std::string expected = process.rank == 1 ? "the gradient of parameter 0 has layout Sparse"
-                                 : overlapped      ? "processes gave this step up"
-                                                   : "processes have a gradient that is not dense";
+                                 : overlapped      ? "process 1: GradientAverager: the gradient of parameter 0"
+                                                   : "process 1: average_gradients: the gradient of parameter 0";
     expect_error(process, expected, [&] {
       if (overlapped) return averager.finish();
       average_gradients(parameters, process.group);

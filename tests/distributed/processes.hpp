@@ -88,9 +88,10 @@ inline Outcome run_processes(const std::string& scenario, int size, const std::f
   return outcome;
 }
 
-/// Expects that a scenario ends well in all processes.
-inline void expect_success(const std::string& scenario, int size, const std::filesystem::path& folder) {
-  const Outcome outcome = run_processes(scenario, size, folder);
+/// Expects that a scenario ends well in all processes, none of which waits for another longer than the timeout.
+inline void expect_success(const std::string& scenario, int size, const std::filesystem::path& folder,
+                           int timeout_seconds = 60) {
+  const Outcome outcome = run_processes(scenario, size, folder, timeout_seconds);
   for (size_t rank = 0; rank < outcome.status.size(); ++rank)
     EXPECT_EQ(outcome.status[rank], 0) << scenario << ", process " << rank << ": " << outcome.output[rank];
 }

@@ -5,10 +5,12 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/optim/optimizer.h>
 
+#include <algorithm>
 #include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -21,19 +23,17 @@ namespace detail {
 
 inline constexpr const char* kAveraging = "averaging gradients";
 
-inline void check_dense(const char* who, size_t parameter, const at::Tensor& gradient) {
-  TORCH_CHECK(!gradient.defined() || gradient.layout() == at::kStrided, who, ": the gradient of parameter ", parameter,
-              " has layout ", gradient.layout(), ", expected a dense one");
-}
-
-/// What check_dense throws for one of these, kept until the other processes, which wait for this one, have its message.
-inline std::exception_ptr complaint_of(const char* who, const std::vector<torch::Tensor>& parameters) {
-  try {
-    for (size_t i = 0; i < parameters.size(); ++i) check_dense(who, i, parameters[i].grad());
-  } catch (const c10::Error&) {
-    return std::current_exception();
-  }
-  return nullptr;
+inline void check_gradient(const char* who, size_t place, const at::Tensor& parameter) {
+  TORCH_CHECK(parameter.defined(), who, ": parameter ", place, " is undefined, expected a tensor");
+  const at::Tensor& gradient = parameter.grad();
+  if (!gradient.defined()) return;
+  TORCH_CHECK(gradient.layout() == at::kStrided, who, ": the gradient of parameter ", place, " has layout ",
+              gradient.layout(), ", expected a dense one; the gradients are as they were");
+  TORCH_CHECK(gradient.sizes() == parameter.sizes() && gradient.device() == parameter.device(), who,
+              ": the gradient of parameter ", place, " has shape ", gradient.sizes(), " on ", gradient.device(),
+              ", expected ", parameter.sizes(), " on ", parameter.device(), "; the gradients are as they were");
+  TORCH_CHECK(!at::isIntegralType(gradient.scalar_type(), /*includeBool=*/true), who, ": the gradient of parameter ",
+              place, " is ", gradient.scalar_type(), ", expected a floating type; the gradients are as they were");
 }
 
 inline std::vector<torch::Tensor> parameters_of(const torch::optim::Optimizer& optimizer) {
@@ -43,19 +43,74 @@ inline std::vector<torch::Tensor> parameters_of(const torch::optim::Optimizer& o
   return parameters;
 }
 
-/// Sums over the processes of small numbers, such as 1 for every parameter that has a gradient.
-inline std::vector<int> total_counts(const std::vector<int>& own, at::Device device, Collectives& collectives) {
-  const at::Tensor counts = at::tensor(own, at::kInt).to(device);
-  collectives.reduce(counts, kAveraging);
-  const at::Tensor totals = counts.cpu();
-  const int* begin = totals.const_data_ptr<int>();
-  return {begin, begin + own.size()};
+/// What all processes must have in common before they send gradients.
+inline std::string describe(const char* call, const std::vector<at::Tensor>& parameters, int64_t bucket_bytes) {
+  std::string lines = c10::str("call: ", call, "\nbuckets of ", bucket_bytes, " bytes\n");
+  Descriptions descriptions;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    lines += "parameter " + std::to_string(i) + ": ";
+    descriptions.append(lines, parameters[i]);
+    lines += '\n';
+  }
+  return lines;
+}
+
+/// The dtype in which each parameter's gradient is averaged: the one it has in all processes that have it, Undefined
+/// where none has. Throws in all processes if one of them has `complaint` or they do not agree.
+inline std::vector<at::ScalarType> agree_on_gradients(const char* who, const std::string& lines,
+                                                      const std::exception_ptr& complaint,
+                                                      const std::vector<at::Tensor>& parameters,
+                                                      Collectives& collectives) {
+  std::vector<at::ScalarType> dtypes(parameters.size(), at::ScalarType::Undefined);
+  for (size_t i = 0; i < parameters.size(); ++i)
+    if (parameters[i].defined() && parameters[i].grad().defined()) dtypes[i] = parameters[i].grad().scalar_type();
+  const at::Device device = device_of(parameters);
+  std::vector<uint8_t> own;
+  for (const at::ScalarType dtype : dtypes) own.push_back(static_cast<uint8_t>(dtype));
+  if (collectives.agree(lines, device, complaint, std::string(own.begin(), own.end()))) return dtypes;
+  // Most often nothing differs, and this message is not needed.
+  const auto all = collectives.gather(at::tensor(own, at::kByte).to(device), kAveraging);
+  std::vector<size_t> owner(parameters.size());
+  std::fill(dtypes.begin(), dtypes.end(), at::ScalarType::Undefined);
+  for (size_t process = 0; process < all.size(); ++process) {
+    const at::Tensor codes = all[process].cpu();
+    for (size_t i = 0; i < dtypes.size(); ++i) {
+      const auto dtype = static_cast<at::ScalarType>(codes.const_data_ptr<uint8_t>()[i]);
+      if (dtype == at::ScalarType::Undefined || dtype == dtypes[i]) continue;
+      // Two types of one gradient mean that processes have done different things to it, such as unscaling.
+      TORCH_CHECK(dtypes[i] == at::ScalarType::Undefined, who, ": the gradient of parameter ", i, " is ", dtype,
+                  " in process ", process, " and ", dtypes[i], " in process ", owner[i],
+                  ", expected one type in all processes that have it; the gradients are as they were");
+      dtypes[i] = dtype;
+      owner[i] = process;
+    }
+  }
+  return dtypes;
 }
 
 /// The gradient of a parameter that some process has one of: zeros, from now on, where this process has none.
-inline at::Tensor gradient_or_zeros(const at::Tensor& parameter) {
-  if (!parameter.grad().defined()) parameter.mutable_grad() = at::zeros_like(parameter);
+inline at::Tensor gradient_or_zeros(const at::Tensor& parameter, at::ScalarType dtype) {
+  if (!parameter.grad().defined())
+    parameter.mutable_grad() = at::zeros_like(parameter, parameter.options().dtype(dtype).requires_grad(false));
   return parameter.grad();
+}
+
+/// Replaces tensors, which agree in everything but values, by their means over the processes.
+inline void average(const std::vector<at::Tensor>& tensors, int64_t bucket_bytes, Collectives& collectives) {
+  struct Message {
+    at::Tensor sum;
+    Collectives::Pending pending;
+  };
+  const auto parts = buckets(tensors, bucket_bytes);
+  std::vector<Message> messages;
+  for (const auto& bucket : parts) {
+    const at::Tensor sum = flat(bucket);
+    messages.push_back({sum, collectives.start_reduce(sum, kAveraging)});
+  }
+  for (size_t i = 0; i < parts.size(); ++i) {
+    collectives.finish(messages[i].pending, kAveraging);
+    copy_back(messages[i].sum.div_(collectives.size()), parts[i]);
+  }
 }
 
 }  // namespace detail
@@ -63,39 +118,26 @@ inline at::Tensor gradient_or_zeros(const at::Tensor& parameter) {
 /// Replaces every gradient by its mean over the processes: what data-parallel training does between `backward` and
 /// `step`. Collective; the parameters are the same, in the same order, everywhere. A gradient that only some processes
 /// have counts as zero in the others; one that none has stays undefined. All messages of about `bucket_bytes` are under
-/// way at once. The result is the same bit for bit in all processes. Throws c10::Error if a gradient is sparse or a
-/// process does not answer.
+/// way at once. The result is the same bit for bit in all processes. Throws c10::Error in all processes, with the
+/// gradients as they were, if parameters differ in number, shape, dtype or kind of device, a gradient has two dtypes in
+/// two processes, or one is sparse, of another shape or device than its parameter or of an integral type; and if a
+/// process does not answer. An empty list needs a group that takes messages on a CPU.
 inline void average_gradients(const std::vector<torch::Tensor>& parameters, const ProcessGroup& group,
                               int64_t bucket_bytes = kBucketBytes) {
   at::NoGradGuard no_grad;
-  if (parameters.empty()) return;
   detail::Collectives collectives(group);
-  const std::exception_ptr complaint = detail::complaint_of("average_gradients", parameters);
-  // Who has a gradient, and behind that who has one that cannot be used.
-  std::vector<int> own;
-  for (const at::Tensor& parameter : parameters) own.push_back(parameter.grad().defined() ? 1 : 0);
-  own.push_back(complaint ? 1 : 0);
-  const auto counts = detail::total_counts(own, parameters[0].device(), collectives);
-  if (complaint) std::rethrow_exception(complaint);
-  TORCH_CHECK(counts.back() == 0, "average_gradients: ", counts.back(), " of ", collectives.size(),
-              " processes have a gradient that is not dense, expected none; the gradients are as they were");
+  const char* who = "average_gradients";
+  std::string lines;
+  const auto complaint = detail::complaint_of([&] {
+    for (size_t i = 0; i < parameters.size(); ++i) detail::check_gradient(who, i, parameters[i]);
+    lines = detail::describe(who, parameters, bucket_bytes);
+  });
+  const auto dtypes = detail::agree_on_gradients(who, lines, complaint, parameters, collectives);
   std::vector<at::Tensor> gradients;
   for (size_t i = 0; i < parameters.size(); ++i)
-    if (counts[i] > 0) gradients.push_back(detail::gradient_or_zeros(parameters[i]));
-  struct Message {
-    at::Tensor sum;
-    detail::Collectives::Pending pending;
-  };
-  const auto buckets = detail::buckets(gradients, bucket_bytes);
-  std::vector<Message> messages;
-  for (const auto& bucket : buckets) {
-    const at::Tensor sum = detail::flat(bucket);
-    messages.push_back({sum, collectives.start_reduce(sum, detail::kAveraging)});
-  }
-  for (size_t i = 0; i < buckets.size(); ++i) {
-    collectives.finish(messages[i].pending, detail::kAveraging);
-    detail::copy_back(messages[i].sum.div_(collectives.size()), buckets[i]);
-  }
+    if (dtypes[i] != at::ScalarType::Undefined)
+      gradients.push_back(detail::gradient_or_zeros(parameters[i], dtypes[i]));
+  detail::average(gradients, bucket_bytes, collectives);
 }
 
 /// The same for all parameters of an optimizer.
@@ -123,23 +165,20 @@ inline void average_gradients(const std::vector<FactorPair>& pairs, const Proces
 /// each calls `finish` or `reset` once a step. Gradients are not changed between backward and `finish`.
 class GradientAverager {
  public:
-  /// The parameters are leaves, the same, in the same order, everywhere. Throws c10::Error if one is no leaf, is listed
-  /// twice, or has a post-accumulate hook, of which LibTorch keeps one a tensor.
+  /// Collective. The parameters are leaves, the same, in the same order, everywhere. Throws c10::Error in all processes
+  /// if they differ, or in one of them a parameter is no leaf, is listed twice, or has a post-accumulate hook, of which
+  /// LibTorch keeps one a tensor.
   GradientAverager(std::vector<torch::Tensor> parameters, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
-      : parameters_(std::move(parameters)), collectives_(std::move(group)) {
+      : parameters_(std::move(parameters)), bucket_bytes_(bucket_bytes), collectives_(std::move(group)) {
     std::map<const void*, size_t> places;
-    for (size_t i = 0; i < parameters_.size(); ++i) {
-      const at::Tensor& parameter = parameters_[i];
-      TORCH_CHECK(parameter.defined() && parameter.is_leaf(), "GradientAverager: parameter ", i, " is ",
-                  parameter.defined() ? "the result of a computation" : "undefined", ", expected a leaf");
-      TORCH_CHECK(torch::autograd::impl::post_acc_grad_hooks(parameter) == nullptr, "GradientAverager: parameter ", i,
-                  " has a post-accumulate hook, expected none");
-      const auto [other, is_new] = places.emplace(parameter.unsafeGetTensorImpl(), i);
-      TORCH_CHECK(is_new, "GradientAverager: parameters ", other->second, " and ", i,
-                  " are the same tensor, expected each once");
-    }
+    std::string lines;
+    const auto complaint = detail::complaint_of([&] {
+      places = checked_places();
+      lines = detail::describe(kWho, parameters_, bucket_bytes_);
+    });
+    collectives_.agree(lines, detail::device_of(parameters_), complaint);
     bucket_of_.resize(parameters_.size());
-    for (const auto& bucket : detail::buckets(parameters_, bucket_bytes)) {
+    for (const auto& bucket : detail::buckets(parameters_, bucket_bytes_)) {
       members_.emplace_back();
       for (const at::Tensor& parameter : bucket) {
         members_.back().push_back(places.at(parameter.unsafeGetTensorImpl()));
@@ -175,18 +214,37 @@ class GradientAverager {
     GradientAverager& averager_;
   };
 
-  /// Waits, and replaces every gradient by its mean, as average_gradients does. Throws c10::Error, with the gradients
-  /// as they were, if another process gave the step up or does not answer.
-  void finish() { complete(/*gives_up=*/false); }
+  /// Waits, and replaces every gradient by its mean, as average_gradients does, with its errors; throws also if another
+  /// process gave the step up.
+  void finish() {
+    complete(detail::complaint_of([&] {
+      for (size_t i = 0; i < parameters_.size(); ++i) detail::check_gradient(kWho, i, parameters_[i]);
+    }));
+  }
 
   /// In place of `finish` after a backward that threw: drops this step's messages; `finish` then throws in the other
   /// processes, and all can go on with another step.
-  void reset() { complete(/*gives_up=*/true); }
+  void reset() {
+    try {
+      complete(std::make_exception_ptr(GivenUp()));
+    } catch (const GivenUp&) {
+    }
+  }
 
   /// Messages that are under way: how much of the averaging backward has started.
   size_t messages_under_way() const { return messages_.size(); }
 
  private:
+  static constexpr const char* kWho = "GradientAverager";
+
+  /// What `reset` has to say to the other processes.
+  struct GivenUp : std::exception {
+    const char* what() const noexcept override {
+      return "GradientAverager: this step was given up by reset(), expected finish() in all processes; the gradients "
+             "are as they were";
+    }
+  };
+
   struct Hook final : torch::autograd::PostAccumulateGradHook {
     Hook(GradientAverager& owner, size_t place) : averager(owner), parameter(place) {}
     void operator()(const torch::autograd::Variable& /*tensor*/) override { averager.arrive(parameter); }
@@ -215,50 +273,64 @@ class GradientAverager {
   /// In the same order in all processes, whatever the order in which gradients arrive.
   size_t next_bucket() const { return members_.size() - 1 - messages_.size(); }
 
-  /// Of a step that is given up only the length counts.
-  void send(bool gives_up = false) {
+  std::map<const void*, size_t> checked_places() const {
+    std::map<const void*, size_t> places;
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      const at::Tensor& parameter = parameters_[i];
+      TORCH_CHECK(parameter.defined() && parameter.is_leaf(), "GradientAverager: parameter ", i, " is ",
+                  parameter.defined() ? "the result of a computation" : "undefined", ", expected a leaf");
+      TORCH_CHECK(torch::autograd::impl::post_acc_grad_hooks(parameter) == nullptr, "GradientAverager: parameter ", i,
+                  " has a post-accumulate hook, expected none");
+      const auto [other, is_new] = places.emplace(parameter.unsafeGetTensorImpl(), i);
+      TORCH_CHECK(is_new, "GradientAverager: parameters ", other->second, " and ", i,
+                  " are the same tensor, expected each once");
+    }
+    return places;
+  }
+
+  /// Messages leave before processes can agree on gradients, so their layout is that of the parameters, whatever the
+  /// gradients are. What does not fit counts as zero until `complete`, which looks at it.
+  void send() {
     const at::NoGradGuard no_grad;
     const size_t bucket = next_bucket();
     std::vector<at::Tensor> gradients;
     for (const size_t i : members_[bucket]) {
-      const at::Tensor& gradient = parameters_[i].grad();
-      if (!gives_up) detail::check_dense("GradientAverager", i, gradient);
-      gradients.push_back(gradient.defined() && !gives_up ? gradient : at::zeros_like(parameters_[i]));
+      const at::Tensor &parameter = parameters_[i], &gradient = parameter.grad();
+      const bool fits = gradient.defined() && gradient.layout() == at::kStrided &&
+                        gradient.sizes() == parameter.sizes() && gradient.device() == parameter.device() &&
+                        gradient.scalar_type() == parameter.scalar_type();
+      gradients.push_back(fits ? gradient : at::zeros_like(parameter));
     }
     const at::Tensor sum = detail::flat(gradients);
     messages_.push_back({bucket, sum, collectives_.start_reduce(sum, detail::kAveraging)});
   }
 
-  void complete(bool gives_up) {
+  void complete(const std::exception_ptr& complaint) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const at::NoGradGuard no_grad;
-    if (parameters_.empty()) return;
     struct Restart {
       GradientAverager& averager;
       ~Restart() { averager.restart(); }
     } const restart_at_the_end{*this};
-    const std::exception_ptr complaint = gives_up ? nullptr : detail::complaint_of("GradientAverager", parameters_);
-    gives_up = gives_up || complaint != nullptr;
-    while (messages_.size() < members_.size()) send(gives_up);
-    // Who has a gradient, and behind that who gave up.
-    std::vector<int> own;
-    for (const at::Tensor& parameter : parameters_) own.push_back(parameter.grad().defined() ? 1 : 0);
-    own.push_back(gives_up ? 1 : 0);
-    const auto counts = detail::total_counts(own, parameters_[0].device(), collectives_);
+    while (messages_.size() < members_.size()) send();
     for (const Message& message : messages_) collectives_.finish(message.pending, detail::kAveraging);
-    if (complaint) std::rethrow_exception(complaint);
-    if (gives_up) return;
-    TORCH_CHECK(counts.back() == 0, "GradientAverager: ", counts.back(), " of ", collectives_.size(),
-                " processes gave this step up, by reset() or with an error, expected finish() in all; ",
-                "the gradients are as they were");
+    const auto dtypes = detail::agree_on_gradients(kWho, "call: GradientAverager, finish or reset\n", complaint,
+                                                   parameters_, collectives_);
     for (const Message& message : messages_) {
       std::vector<at::Tensor> targets;
       for (const size_t i : members_[message.bucket]) {
         const at::Tensor& parameter = parameters_[i];
-        targets.push_back(counts[i] > 0 ? detail::gradient_or_zeros(parameter) : at::empty_like(parameter));
+        targets.push_back(dtypes[i] == parameter.scalar_type() ? detail::gradient_or_zeros(parameter, dtypes[i])
+                                                               : at::empty_like(parameter));
       }
       detail::copy_back(message.sum.div_(collectives_.size()), targets);
     }
+    // Gradients of another type than their parameter's, such as GradScaler's.
+    std::vector<at::Tensor> others;
+    for (size_t i = 0; i < parameters_.size(); ++i)
+      if (dtypes[i] != at::ScalarType::Undefined && dtypes[i] != parameters_[i].scalar_type())
+        others.push_back(detail::gradient_or_zeros(parameters_[i], dtypes[i]));
+    detail::average(others, bucket_bytes_, collectives_);
   }
 
   void restart() {
@@ -269,6 +341,7 @@ class GradientAverager {
   }
 
   std::vector<torch::Tensor> parameters_;
+  int64_t bucket_bytes_;
   detail::Collectives collectives_;
   std::vector<std::vector<size_t>> members_;  ///< parameters by bucket
   std::vector<size_t> bucket_of_;             ///< by parameter

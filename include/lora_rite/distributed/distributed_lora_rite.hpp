@@ -2,8 +2,13 @@
 
 #include <ATen/ATen.h>
 
-#include <sstream>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -12,42 +17,83 @@
 
 namespace lora_rite::detail {
 
-/// What `ShardedLoraRite` and `RowShardedLoraRite` share: the processes agree on groups, gradients and skipped steps.
+/// As few digits as tell a number from its neighbours.
+inline std::string text_of(double value) {
+  char text[32];
+  for (int digits = 15; digits <= 17; ++digits) {
+    std::snprintf(text, sizeof(text), "%.*g", digits, value);
+    if (std::strtod(text, nullptr) == value) break;
+  }
+  return text;
+}
+inline std::string text_of(bool value) { return value ? "true" : "false"; }
+inline std::string text_of(const std::tuple<double, double>& value) {
+  return "(" + text_of(std::get<0>(value)) + ", " + text_of(std::get<1>(value)) + ")";
+}
+
+/// What `ShardedLoraRite` and `RowShardedLoraRite` share: the processes agree on groups, options, gradients and skipped
+/// steps, and what one of them refuses all refuse. Objects may be moved: nothing that is handed out knows their
+/// address.
 template <class Basis>
 class DistributedLoraRite : public LoraRite<Basis> {
  public:
   torch::Tensor step(torch::optim::Optimizer::LossClosure closure = nullptr) override {
     torch::Tensor loss;
-    if (closure) {
-      at::AutoGradMode enable_grad(true);
-      loss = closure();
-    }
-    at::NoGradGuard no_grad;
-    agree_on_groups();
-    check_gradients();
-    LoraRite<Basis>::step();
-    publish();
+    together("step", [&] {
+      if (closure) {
+        at::AutoGradMode enable_grad(true);
+        loss = closure();
+      }
+      at::NoGradGuard no_grad;
+      agree_on_groups();
+      LoraRite<Basis>::step();
+      publish();
+    });
     return loss;
   }
 
+  void save(torch::serialize::OutputArchive& archive) const override {
+    std::string lines;
+    const auto complaint = complaint_of([&] { lines = describe_groups("save"); });
+    collectives_->agree(lines, device_, complaint);
+    LoraRite<Basis>::save(archive);
+  }
+
   void load(torch::serialize::InputArchive& archive) override {
-    agree_on_groups();
-    LoraRite<Basis>::load(archive);
+    together("load", [&] {
+      agree_on_groups();
+      LoraRite<Basis>::load(archive);
+    });
+  }
+
+  LoadReport load_matching(torch::serialize::InputArchive& archive, const LoadOptions& options = {}) {
+    LoadReport report;
+    together("load_matching", [&] { report = LoraRite<Basis>::load_matching(archive, options); });
+    return report;
   }
 
   /// Bytes that this process handed to collective calls so far.
-  int64_t bytes_sent() const { return collectives_.bytes(); }
+  int64_t bytes_sent() const { return collectives_->bytes(); }
 
  protected:
-  DistributedLoraRite(ProcessGroup group, std::vector<FactorPair> pairs, LoraRiteOptions options, bool parts = false)
-      : LoraRite<Basis>(std::move(pairs), options, parts),
-        collectives_(std::move(group)),
-        device_(this->pairs_of(0)[0].a.device()) {}
+  /// Without groups: `start` adds the first, when the derived object is there, which describes it.
+  DistributedLoraRite(ProcessGroup group, const std::vector<FactorPair>& pairs, const LoraRiteOptions& options,
+                      bool parts = false)
+      : LoraRite<Basis>(options, parts),
+        collectives_(std::make_shared<Collectives>(std::move(group))),
+        device_(device_of(alternating_factors(pairs))) {}
+
+  void start(std::vector<FactorPair> pairs, const LoraRiteOptions& options) {
+    together("constructor", [&] {
+      this->add_pairs(std::move(pairs), options);
+      agree_on_groups();
+    });
+  }
 
   bool can_remove_pairs() const override { return false; }
 
-  /// Lines that all processes must have in common, beside the options.
-  virtual std::string describe(const FactorPair& pair) const = 0;
+  /// Which dimension of a factor is divided over the processes; −1 if none is.
+  virtual std::array<int64_t, 2> divided_dimensions(const FactorPair& /*pair*/) const { return {-1, -1}; }
   /// Once the processes agree on the groups: who does what.
   virtual void divide() = 0;
   /// After a step.
@@ -57,76 +103,106 @@ class DistributedLoraRite : public LoraRite<Basis> {
     at::Tensor flag =
         proceed.defined() ? proceed.to(at::kInt) : at::ones({}, at::TensorOptions(at::kInt).device(device_));
     flag = flag.reshape({1});
-    collectives_.reduce(flag, "agreeing on a step", c10d::ReduceOp::MIN);
+    collectives_->reduce(flag, "agreeing on a step", c10d::ReduceOp::MIN);
     return flag.to(at::kBool).squeeze();
   }
 
-  /// Compares groups, pairs and options with those of process 0. Throws in all processes, naming the first difference.
-  void agree_on_groups() override {
-    if (this->group_count() == agreed_groups_) return;
-    std::ostringstream text;
-    text << "basis " << Basis::name() << "\n" << this->group_count() << " groups\n";
-    for (size_t g = 0; g < this->group_count(); ++g) {
-      const auto& group = this->param_groups()[g];
-      const std::string place = "group " + std::to_string(g) + ": ";
-      if (const auto* options = dynamic_cast<const LoraRiteOptions*>(&group.options())) {
-        LoraRiteOptions::for_each_saved(*options, [&](const char* name, const auto& value) {
-          text << place << name << " " << c10::IValue(value) << "\n";
-        });
-        text << place << this->pairs_of(g).size() << " pairs\n";
-        for (size_t p = 0; p < this->pairs_of(g).size(); ++p)
-          text << this->label_of(g, p) << ": " << describe(this->pairs_of(g)[p]) << "\n";
-      } else {
-        const auto& adamw = static_cast<const torch::optim::AdamWOptions&>(group.options());
-        text << place << "betas " << std::get<0>(adamw.betas()) << " " << std::get<1>(adamw.betas()) << "\n"
-             << place << "eps " << adamw.eps() << "\n"
-             << place << "weight_decay " << adamw.weight_decay() << "\n"
-             << place << "amsgrad " << adamw.amsgrad() << "\n"
-             << place << "maximize " << this->ascends(g) << "\n";
-        for (const auto& parameter : group.params())
-          text << place << "a parameter " << parameter.scalar_type() << parameter.sizes() << "\n";
-      }
-    }
-    collectives_.check_same(text.str(), device_);
-    divide();
-    agreed_groups_ = this->group_count();
+  void checked() override {
+    const std::string lines = describe_groups(call_);
+    is_waited_for_ = false;
+    collectives_->agree(lines, device_);
   }
 
-  detail::Collectives& collectives() const { return collectives_; }
+  /// New groups: are they the same everywhere? Then they are divided.
+  void agree_on_groups() override {
+    if (this->group_count() == agreed_groups_) return;
+    checked();
+    divide();
+    agreed_groups_ = this->group_count();
+    is_waited_for_ = true;
+  }
+
+  Collectives& collectives() const { return *collectives_; }
+  /// For what outlives a move of this object.
+  const std::shared_ptr<Collectives>& shared_collectives() const { return collectives_; }
   at::Device device() const { return device_; }
 
  private:
-  /// Who has a gradient, and each group's rate, must be the same everywhere.
-  void check_gradients() {
-    std::vector<double> facts;
-    std::vector<std::string> names;
-    for (size_t g = 0; g < this->group_count(); ++g) {
-      const auto& group = this->param_groups()[g];
-      facts.push_back(group.options().get_lr());
-      names.push_back(c10::str("the learning rate of group ", g));
-      for (size_t i = 0; i < group.params().size(); ++i) {
-        facts.push_back(group.params()[i].grad().defined() ? 1 : 0);
-        names.push_back(c10::str("the number of gradients of ",
-                                 this->pairs_of(g).empty()
-                                     ? c10::str("parameter ", i, " of group ", g)
-                                     : this->label_of(g, i / 2) + (i % 2 == 0 ? ", factor a" : ", factor b")));
-      }
-    }
-    const at::Tensor own = at::tensor(facts, at::kDouble).to(device_);
-    const auto all = collectives_.gather(own, "comparing the processes' gradients");
-    for (size_t process = 1; process < all.size(); ++process) {
-      const at::Tensor first = all[0].cpu(), other = all[process].cpu();
-      for (size_t i = 0; i < facts.size(); ++i) {
-        const double expected = first.const_data_ptr<double>()[i], found = other.const_data_ptr<double>()[i];
-        TORCH_CHECK(found == expected, "distributed: ", names[i], " is ", found, " in process ", process, " and ",
-                    expected, " in process 0, expected the same in all processes (see average_gradients)");
-      }
-    }
+  /// Runs `function`, in which `checked` or `agree_on_groups` compares the processes before anything is sent or
+  /// changed. What it throws before that is told to the others, which wait there, and they throw as well.
+  template <class Function>
+  void together(const char* call, const Function& function) {
+    call_ = call;
+    is_waited_for_ = true;
+    const int64_t failures = collectives_->failures();
+    const std::exception_ptr complaint = complaint_of(function);
+    // A closure's own calls, such as average_gradients, may have told it.
+    if (complaint && is_waited_for_ && collectives_->failures() == failures)
+      collectives_->agree("", device_, complaint);
+    if (complaint) std::rethrow_exception(complaint);
   }
 
-  mutable detail::Collectives collectives_;
+  /// Lines that all processes must have in common: in which call they are, the groups with their options, the tensors,
+  /// and in a step who has a gradient.
+  std::string describe_groups(const std::string& call) const {
+    this->check_groups();
+    std::string text =
+        "call: " + call + "\nbasis " + Basis::name() + "\n" + std::to_string(this->group_count()) + " groups\n";
+    const bool is_step = call == "step";
+    Descriptions descriptions;
+    const auto append = [&](const at::Tensor& tensor, int64_t divided_dimension) {
+      descriptions.append(text, tensor, divided_dimension);
+      if (!is_step) return;
+      const at::Tensor& gradient = tensor.grad();
+      if (!gradient.defined())
+        text += " without a gradient (see average_gradients)";
+      else if (gradient.layout() != at::kStrided || gradient.sizes() != tensor.sizes())
+        text += c10::str(" with a gradient ", gradient.layout(), gradient.sizes());
+    };
+    for (size_t g = 0; g < this->group_count(); ++g) {
+      const auto& group = this->param_groups()[g];
+      const std::string place = "group " + std::to_string(g) + ": ";
+      const auto option = [&](const char* name, const auto& value) {
+        text += place + name + " " + text_of(value) + "\n";
+      };
+      if (const auto* options = dynamic_cast<const LoraRiteOptions*>(&group.options())) {
+        LoraRiteOptions::for_each_saved(*options, option);
+        option("capturable", options->capturable());  // a little other arithmetic; the engine is each process's own
+        const auto& pairs = this->pairs_of(g);
+        text += place + std::to_string(pairs.size()) + " pairs\n";
+        for (size_t p = 0; p < pairs.size(); ++p) {
+          const auto divided = divided_dimensions(pairs[p]);
+          text += this->label_of(g, p) + ": factor a ";
+          append(pairs[p].a, divided[0]);
+          text += ", factor b ";
+          append(pairs[p].b, divided[1]);
+          text += '\n';
+        }
+      } else {
+        const auto& adamw = static_cast<const torch::optim::AdamWOptions&>(group.options());
+        option("lr", adamw.lr());
+        option("betas", adamw.betas());
+        option("eps", adamw.eps());
+        option("weight_decay", adamw.weight_decay());
+        option("amsgrad", adamw.amsgrad());
+        option("maximize", this->ascends(g));
+        for (size_t i = 0; i < group.params().size(); ++i) {
+          text += place + "parameter " + std::to_string(i) + ": ";
+          append(group.params()[i], -1);
+          text += '\n';
+        }
+      }
+    }
+    return text;
+  }
+
+  std::shared_ptr<Collectives> collectives_;
   at::Device device_;
   size_t agreed_groups_ = 0;
+
+  // Of the call that is under way.
+  const char* call_ = "";
+  bool is_waited_for_ = false;  ///< do the other processes wait to hear of an error of this one?
 };
 
 }  // namespace lora_rite::detail

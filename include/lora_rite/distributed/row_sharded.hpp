@@ -8,7 +8,6 @@
 #include <map>
 #include <numeric>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,27 +39,15 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
   RowShardedLoraRite(
       ProcessGroup group, std::vector<FactorPair> pairs, LoraRiteOptions options = {},
       std::function<RowSharding(const FactorPair&)> sharding = [](const FactorPair&) { return RowSharding(); })
-      : detail::DistributedLoraRite<Basis>(std::move(group), std::move(pairs), options, /*parts=*/true),
+      : detail::DistributedLoraRite<Basis>(std::move(group), pairs, options, /*parts=*/true),
         sharding_(std::move(sharding)) {
-    this->agree_on_groups();
+    this->start(std::move(pairs), options);
   }
 
  protected:
-  std::string describe(const FactorPair& pair) const override {
+  std::array<int64_t, 2> divided_dimensions(const FactorPair& pair) const override {
     const RowSharding sharding = sharding_(pair);
-    const auto shape = [](const at::Tensor& factor, int64_t row_dimension, bool is_sharded) {
-      std::ostringstream text;
-      for (int64_t d = 0; d < factor.dim(); ++d) {
-        text << (d == 0 ? "[" : ", ");
-        if (d == row_dimension && is_sharded)
-          text << "divided";
-        else
-          text << factor.size(d);
-      }
-      return text.str() + "]";
-    };
-    return c10::str("a ", pair.a.scalar_type(), shape(pair.a, 1, sharding.a), ", b ", pair.b.scalar_type(),
-                    shape(pair.b, 0, sharding.b));
+    return {sharding.a ? 1 : -1, sharding.b ? 0 : -1};
   }
 
   /// Every process tells its rows. Where they do not fit nothing is remembered, in any process.
@@ -108,7 +95,14 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
   }
 
   std::optional<engine::RowShards> row_shards(size_t group, size_t pair) const override {
-    const RowSharding sharding = sharding_(this->pairs_of(group)[pair]);
+    const FactorPair& factors = this->pairs_of(group)[pair];
+    const RowSharding sharding = sharding_(factors);
+    const auto rank = static_cast<size_t>(this->collectives().rank());
+    const std::array<int64_t, 2> told = {rows_[group][pair][0][rank], rows_[group][pair][1][rank]};
+    TORCH_CHECK(factors.a.size(1) == told[0] && factors.b.size(0) == told[1], this->label_of(group, pair),
+                " has factors of shapes ", factors.a.sizes(), " and ", factors.b.sizes(), ", expected ", told[0],
+                " and ", told[1],
+                " rows as the other processes were told; build the optimizer after changing the module");
     const auto total = [&](size_t side, bool is_sharded) {
       const auto& rows = rows_[group][pair][side];
       return is_sharded ? std::accumulate(rows.begin(), rows.end(), int64_t{0}) : rows[0];
@@ -117,12 +111,13 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
       const auto& rows = rows_[group][pair][side];
       return is_sharded ? std::accumulate(rows.begin(), rows.begin() + this->collectives().rank(), int64_t{0}) : 0;
     };
-    return engine::RowShards{
-        {sharding.a, sharding.b},
-        {begin(0, sharding.a), begin(1, sharding.b)},
-        {total(0, sharding.a), total(1, sharding.b)},
-        [this](at::Tensor& sums) { this->collectives().reduce(sums, "adding up the processes' rows"); },
-        this->collectives().rank() == 0};
+    return engine::RowShards{{sharding.a, sharding.b},
+                             {begin(0, sharding.a), begin(1, sharding.b)},
+                             {total(0, sharding.a), total(1, sharding.b)},
+                             [collectives = this->shared_collectives()](at::Tensor& sums) {
+                               collectives->reduce(sums, "adding up the processes' rows");
+                             },
+                             this->collectives().rank() == 0};
   }
 
   void save_state(torch::serialize::OutputArchive& archive, size_t group, size_t pair) const override {

@@ -22,27 +22,24 @@ namespace lora_rite {
 ///
 /// All processes call constructor, `step`, `save` and `load` together. `save` writes the whole state in every process,
 /// in the format of `LoraRite`: a checkpoint of N processes resumes in M, or in one without this class. `diagnostics`
-/// of a pair that another process keeps has its condition numbers only. The constructor, and the first step after
-/// `add_pairs`, throw c10::Error in all processes if their groups, pairs or options differ, and `step` if learning
-/// rates or the presence of gradients do; all calls throw if a process leaves. Then the factors may be those of before
-/// or after the step: go on from a checkpoint.
+/// of a pair that another process keeps has its condition numbers only. Each call throws c10::Error in all processes,
+/// before anything is changed, if groups, pairs, options or calls differ, in `step` also if the presence of gradients
+/// does, or if one process refuses its input or its closure throws: that process throws its own error, the others one
+/// that names it. All calls throw if a process leaves. Then the factors may be those of before or after the step: go
+/// on from a checkpoint. May be moved.
 template <class Basis = PolarBasis>
 class ShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
  public:
   /// As LoraRite's. The pairs have the same values in all processes.
   ShardedLoraRite(ProcessGroup group, std::vector<FactorPair> pairs, LoraRiteOptions options = {})
-      : detail::DistributedLoraRite<Basis>(std::move(group), std::move(pairs), options) {
-    this->agree_on_groups();
+      : detail::DistributedLoraRite<Basis>(std::move(group), pairs, options) {
+    this->start(std::move(pairs), options);
   }
 
   /// The process that keeps a pair.
   int owner(size_t group, size_t pair) const { return owners_[group][pair]; }
 
  protected:
-  std::string describe(const FactorPair& pair) const override {
-    return c10::str("a ", pair.a.scalar_type(), pair.a.sizes(), ", b ", pair.b.scalar_type(), pair.b.sizes());
-  }
-
   bool keeps(size_t group, size_t pair) const override { return owner(group, pair) == this->collectives().rank(); }
 
   at::Tensor total(const at::Tensor& norms_squared) override {
