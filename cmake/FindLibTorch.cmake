@@ -78,11 +78,14 @@ if(LibTorch_CONFIG_DIR)
       message(STATUS "LibTorch is a CUDA build without CUDA's libraries (${_missing} is missing): linking what runs on a CPU")
       set(_libraries "\"${_lib}torch_cpu.so\" \"${_lib}c10.so\"")
     endif()
+    # The wheels of 2.6 have the C++ ABI of before GCC 5, which the compiler must be told; TorchConfig.cmake has the word.
+    file(STRINGS "${LibTorch_CONFIG_DIR}/TorchConfig.cmake" _abi REGEX "set\\(TORCH_CXX_FLAGS .*_GLIBCXX_USE_CXX11_ABI=[01]")
+    string(REGEX MATCH "_GLIBCXX_USE_CXX11_ABI=[01]" _abi "${_abi}")
     find_package(Threads REQUIRED)
     set_target_properties(Threads::Threads PROPERTIES IMPORTED_GLOBAL TRUE)
     set_target_properties(LibTorch::torch PROPERTIES
       INTERFACE_INCLUDE_DIRECTORIES "${_root}/include;${_root}/include/torch/csrc/api/include"
-      INTERFACE_COMPILE_DEFINITIONS "USE_DISTRIBUTED;USE_C10D_GLOO;USE_RPC;USE_TENSORPIPE" # as in Caffe2Targets.cmake
+      INTERFACE_COMPILE_DEFINITIONS "USE_DISTRIBUTED;USE_C10D_GLOO;USE_RPC;USE_TENSORPIPE;${_abi}" # as in Caffe2Targets.cmake
       INTERFACE_LINK_OPTIONS "LINKER:--allow-shlib-undefined;LINKER:-rpath,${_root}/lib"
       INTERFACE_LINK_LIBRARIES "-Wl,--no-as-needed -lstdc++ ${_libraries} -Wl,--as-needed;Threads::Threads")
   endif()

@@ -19,7 +19,7 @@ def requirement_of(library: str, requirements: list[str]) -> str:
     """The part of the requirements that brings a library, without its environment markers."""
     name = re.sub(r"^lib|\.so.*$", "", library).lower()
     for requirement in requirements:
-        requirement = requirement.split(";")[0].strip()
+        requirement = re.sub(r"[() ]", "", requirement.split(";")[0])  # "name (==1.2)" in wheels of 2.6
         toolkit = re.fullmatch(r"cuda-toolkit\[([\w,-]+)\](.*)", requirement)
         if toolkit and name in toolkit[1].split(","):
             return f"cuda-toolkit[{name}]{toolkit[2]}"
