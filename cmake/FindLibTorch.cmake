@@ -1,10 +1,13 @@
 # Provides the target LibTorch::torch, LibTorch_CONFIG_DIR (where its TorchConfig.cmake lies) and LibTorch_HAS_CUDA (is it
-# a CUDA build?).
+# a CUDA build, with the libraries that it needs?).
 #
-# Why not simply find_package(Torch)? It fails on two common machines:
+# Why not simply find_package(Torch)? It fails on three common machines:
 # - LibTorch came with `pip install torch`, whose CMake files lie on no path that CMake searches: python3 is asked.
 # - The wheel is a CUDA build and the CUDA toolkit is not there, or in part. TorchConfig.cmake then stops with a fatal
 #   error, although code that needs no nvcc compiles and links well. For CUDA builds the target is made by hand.
+# - The wheel is a CUDA build and came without CUDA's own libraries (cuBLAS, cuDNN, ...: some GB), as `pip install
+#   --no-deps torch` leaves it and scripts/setup does where there is no GPU. libtorch.so and libtorch_cuda.so then do not
+#   load, but libtorch_cpu.so does, and is all that a CPU needs: the target links no more than that.
 # A project that wants Torch's own CUDA settings calls find_package(Torch) first: an existing target `torch` is used.
 #
 # Looked through, in this order: Torch_DIR, Torch_ROOT and CMAKE_PREFIX_PATH (as CMake variables, then as environment
@@ -39,18 +42,25 @@ if(LibTorch_CONFIG_DIR)
   get_filename_component(_root "${LibTorch_CONFIG_DIR}/../../.." ABSOLUTE)
   add_library(LibTorch::torch INTERFACE IMPORTED GLOBAL)
 
+  set(_cuda_build FALSE)
   set(LibTorch_HAS_CUDA FALSE)
-  if(EXISTS "${_root}/lib/libtorch_cuda.so")
-    set(LibTorch_HAS_CUDA TRUE)
+  set(_lib "${_root}/lib/lib")
+  if(EXISTS "${_lib}torch_cuda.so")
+    set(_cuda_build TRUE)
+    execute_process(COMMAND ldd "${_lib}torch_cuda.so" OUTPUT_VARIABLE _loaded ERROR_QUIET)
+    if(NOT _loaded MATCHES "([^ \t\n]+) => not found") # no ldd: as if all were there
+      set(LibTorch_HAS_CUDA TRUE)
+    endif()
+    set(_missing "${CMAKE_MATCH_1}")
   endif()
-  if(TARGET torch OR NOT LibTorch_HAS_CUDA)
+  if(TARGET torch OR NOT _cuda_build)
     get_property(_before DIRECTORY PROPERTY IMPORTED_TARGETS)
     if(NOT TARGET torch)
       find_package(Torch CONFIG REQUIRED PATHS "${LibTorch_CONFIG_DIR}" NO_DEFAULT_PATH)
     endif()
     # stdc++ first: libtorch.so of CUDA wheels exports std::filesystem::remove_all and others of another compiler's
     # libstdc++, and a program that finds those first dies in them.
-    set_target_properties(LibTorch::torch PROPERTIES INTERFACE_LINK_LIBRARIES "$<$<BOOL:${LibTorch_HAS_CUDA}>:stdc++>;torch")
+    set_target_properties(LibTorch::torch PROPERTIES INTERFACE_LINK_LIBRARIES "$<$<BOOL:${_cuda_build}>:stdc++>;torch")
     # An imported target is visible in its own directory only, but whoever links lora_rite links these.
     get_property(_made DIRECTORY PROPERTY IMPORTED_TARGETS)
     list(REMOVE_ITEM _made ${_before})
@@ -58,19 +68,26 @@ if(LibTorch_CONFIG_DIR)
       set_target_properties(${_target} PROPERTIES IMPORTED_GLOBAL TRUE)
     endforeach()
   else()
-    message(STATUS "LibTorch is a CUDA build: linking its libraries without asking for the CUDA toolkit")
-    find_package(Threads REQUIRED)
-    set_target_properties(Threads::Threads PROPERTIES IMPORTED_GLOBAL TRUE)
     # no-as-needed: torch_cuda registers its kernels when it is loaded, no symbol asks for it.
     # stdc++ first: as above.
     # allow-shlib-undefined: its own dependencies (cuBLAS, ...) lie in other wheels, which its run path names.
-    set(_lib "${_root}/lib/lib")
+    if(LibTorch_HAS_CUDA)
+      message(STATUS "LibTorch is a CUDA build: linking its libraries without asking for the CUDA toolkit")
+      set(_libraries "\"${_lib}torch.so\" \"${_lib}torch_cuda.so\" \"${_lib}torch_cpu.so\" \"${_lib}c10_cuda.so\" \"${_lib}c10.so\"")
+    else()
+      message(STATUS "LibTorch is a CUDA build without CUDA's libraries (${_missing} is missing): linking what runs on a CPU")
+      set(_libraries "\"${_lib}torch_cpu.so\" \"${_lib}c10.so\"")
+    endif()
+    # The wheels of 2.6 have the C++ ABI of before GCC 5, which the compiler must be told; TorchConfig.cmake has the word.
+    file(STRINGS "${LibTorch_CONFIG_DIR}/TorchConfig.cmake" _abi REGEX "set\\(TORCH_CXX_FLAGS .*_GLIBCXX_USE_CXX11_ABI=[01]")
+    string(REGEX MATCH "_GLIBCXX_USE_CXX11_ABI=[01]" _abi "${_abi}")
+    find_package(Threads REQUIRED)
+    set_target_properties(Threads::Threads PROPERTIES IMPORTED_GLOBAL TRUE)
     set_target_properties(LibTorch::torch PROPERTIES
       INTERFACE_INCLUDE_DIRECTORIES "${_root}/include;${_root}/include/torch/csrc/api/include"
-      INTERFACE_COMPILE_DEFINITIONS "USE_DISTRIBUTED;USE_C10D_GLOO;USE_RPC;USE_TENSORPIPE" # as in Caffe2Targets.cmake
+      INTERFACE_COMPILE_DEFINITIONS "USE_DISTRIBUTED;USE_C10D_GLOO;USE_RPC;USE_TENSORPIPE;${_abi}" # as in Caffe2Targets.cmake
       INTERFACE_LINK_OPTIONS "LINKER:--allow-shlib-undefined;LINKER:-rpath,${_root}/lib"
-      INTERFACE_LINK_LIBRARIES "-Wl,--no-as-needed -lstdc++ \"${_lib}torch.so\" \"${_lib}torch_cuda.so\" \"${_lib}torch_cpu.so\" \
-\"${_lib}c10_cuda.so\" \"${_lib}c10.so\" -Wl,--as-needed;Threads::Threads")
+      INTERFACE_LINK_LIBRARIES "-Wl,--no-as-needed -lstdc++ ${_libraries} -Wl,--as-needed;Threads::Threads")
   endif()
 
   if(LibTorch_VERSION VERSION_GREATER_EQUAL 2.14) # from there on its headers do not compile as C++17

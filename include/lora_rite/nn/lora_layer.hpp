@@ -440,7 +440,9 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
       sources.emplace_back(find(name)->b);
     }
     if (merged_layer_ == nullptr || !(sources == merged_from_)) {
-      c10::InferenceMode no_inference(false);  // a tensor made in inference mode could not serve autograd later
+      // A tensor made in inference mode could not serve autograd later. The guard is on the heap, for GCC 14 takes what
+      // its destructor reads for uninitialized where it inlines a guard on the stack.
+      const auto no_inference = std::make_unique<c10::InferenceMode>(false);
       auto layer = std::make_shared<BaseImpl>(*base_layer_);
       layer->weight = effective_weight();
       merged_layer_ = std::move(layer);
