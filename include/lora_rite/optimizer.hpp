@@ -30,7 +30,8 @@ namespace lora_rite {
 /// (TA, BT⁻¹) of it; see docs/algorithm.md.
 ///
 /// Param groups hold LoRA factors, a₀, b₀, a₁, b₁, … with `LoraRiteOptions`, or other parameters with
-/// `torch::optim::AdamWOptions`. LibTorch's schedulers and ours drive all of them.
+/// `torch::optim::AdamWOptions`. LibTorch's schedulers and ours drive all of them. Pairs that are views of two leaves
+/// (`expert_pairs`) stand there as these, once.
 ///
 /// - A step with a gradient or factor that is NaN or infinite changes nothing, and is counted: `skipped_steps()`.
 /// - A factor without a gradient stays as it is; its partner still moves.
@@ -56,13 +57,13 @@ class LoraRite : public torch::optim::Optimizer {
   explicit LoraRite(const torch::nn::Module& module, LoraRiteOptions options, torch::optim::AdamWOptions others)
       : LoraRite(options) {
     std::vector<FactorPair> pairs = find_factor_pairs(module);
-    TORCH_CHECK(!pairs.empty(), "LoraRite: the module has no parameters named like LoRA factors (lora_A/lora_B, ",
-                "lora_embedding_A/_B, lora_down/lora_up, lora.down/lora.up), expected at least one pair");
+    TORCH_CHECK(!pairs.empty(), "LoraRite: the module has no parameters named like LoRA factors (",
+                detail::known_factor_names(), "), expected at least one pair");
     add_pairs(std::move(pairs), options);
     std::vector<torch::Tensor> rest;
     std::set<const void*> seen;
     for (const auto& parameter : module.parameters()) {
-      if (!parameter.requires_grad() || is_known(parameter)) continue;
+      if (!parameter.requires_grad() || owners_.know(parameter)) continue;
       if (seen.insert(parameter.unsafeGetTensorImpl()).second) rest.push_back(parameter);
     }
     if (!rest.empty()) add_parameters(std::move(rest), others);
@@ -82,17 +83,14 @@ class LoraRite : public torch::optim::Optimizer {
     const size_t index = param_groups_.size();
     detail::check_options(options, "LoraRite, group " + std::to_string(index));
     TORCH_CHECK(!pairs.empty(), "LoraRite, group ", index, ": the list of pairs is empty, expected at least one pair");
-    std::map<const void*, std::string> owners = owners_;
-    std::vector<torch::Tensor> factors;
+    detail::Owners owners = owners_;
     for (size_t i = 0; i < pairs.size(); ++i) {
       const std::string label = detail::pair_label(pairs[i], index, i);
       detail::check_factor_pair(pairs[i], label);
-      for (const auto& factor : {pairs[i].a, pairs[i].b}) {
-        claim(owners, factor, label);
-        factors.push_back(factor);
-      }
+      for (const auto& factor : {pairs[i].a, pairs[i].b}) owners.claim(factor, label);
     }
-    add_group(std::move(factors), std::make_unique<LoraRiteOptions>(options));
+    owners.settle();
+    add_group(detail::leaves_of(pairs), std::make_unique<LoraRiteOptions>(options));
     owners_ = std::move(owners);
     groups_.push_back({std::move(pairs), {}, {}, {}, std::nullopt});
   }
@@ -102,13 +100,13 @@ class LoraRite : public torch::optim::Optimizer {
     const size_t index = param_groups_.size();
     detail::check_options_of_adam(options, "LoraRite, group " + std::to_string(index));
     TORCH_CHECK(!parameters.empty(), "LoraRite, group ", index, ": the list of parameters is empty");
-    std::map<const void*, std::string> owners = owners_;
+    detail::Owners owners = owners_;
     for (size_t i = 0; i < parameters.size(); ++i) {
       const std::string label = "parameter " + std::to_string(i) + " of group " + std::to_string(index);
       TORCH_CHECK(parameters[i].defined(), label, " is undefined, expected a tensor");
       TORCH_CHECK(at::isFloatingType(parameters[i].scalar_type()), label, " has dtype ", parameters[i].scalar_type(),
                   ", expected a floating one");
-      claim(owners, parameters[i], label);
+      owners.claim(parameters[i], label);
     }
     add_group(parameters, std::make_unique<torch::optim::AdamWOptions>(options));
     owners_ = std::move(owners);
@@ -349,15 +347,6 @@ class LoraRite : public torch::optim::Optimizer {
     return pairs;
   }
 
-  /// Enters a tensor as owned by `label`; throws if it has an owner already.
-  static void claim(std::map<const void*, std::string>& owners, const torch::Tensor& tensor, const std::string& label) {
-    const auto [owner, is_new] = owners.emplace(tensor.unsafeGetTensorImpl(), label);
-    TORCH_CHECK(is_new, label, ": a tensor of shape ", tensor.sizes(), " is used twice, the other time in ",
-                owner->second, "; expected every tensor once");
-  }
-
-  bool is_known(const torch::Tensor& tensor) const { return owners_.count(tensor.unsafeGetTensorImpl()) > 0; }
-
   /// LibTorch's add_param_group merges the options of its own optimizers only and loses those of others (from 2.10 on),
   /// so they are set again.
   void add_group(std::vector<torch::Tensor> tensors, std::unique_ptr<torch::optim::OptimizerOptions> options) {
@@ -430,7 +419,7 @@ class LoraRite : public torch::optim::Optimizer {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const Group& group = groups_[i];
       const std::string label = "LoraRite, group " + std::to_string(i);
-      const size_t expected = group.others ? group.others->size() : 2 * group.pairs.size();
+      const size_t expected = group.others ? group.others->size() : detail::leaves_of(group.pairs).size();
       TORCH_CHECK(param_groups_[i].params().size() == expected, label, ": the list of parameters has ",
                   param_groups_[i].params().size(), " tensors, expected ", expected,
                   " as when the group was added; use add_pairs or add_parameters for more");
@@ -553,7 +542,7 @@ class LoraRite : public torch::optim::Optimizer {
   }
 
   std::vector<Group> groups_;
-  std::map<const void*, std::string> owners_;  ///< every tensor of every group, and whose it is
+  detail::Owners owners_;  ///< every tensor of every group, and whose it is
   std::vector<int64_t> known_order_;
   at::Tensor order_;    ///< the same, on the device
   at::Tensor skipped_;  ///< scalar on the device, so that counting needs no host read

@@ -101,13 +101,17 @@ class DistributedLoraRite : public LoraRite<Basis> {
       const auto& group = this->param_groups()[g];
       facts.push_back(group.options().get_lr());
       names.push_back(c10::str("the learning rate of group ", g));
-      for (size_t i = 0; i < group.params().size(); ++i) {
-        facts.push_back(group.params()[i].grad().defined() ? 1 : 0);
-        names.push_back(c10::str("the number of gradients of ",
-                                 this->pairs_of(g).empty()
-                                     ? c10::str("parameter ", i, " of group ", g)
-                                     : this->label_of(g, i / 2) + (i % 2 == 0 ? ", factor a" : ", factor b")));
+      const auto add = [&](const at::Tensor& parameter, const std::string& name) {
+        facts.push_back(leaf_of(parameter).grad().defined() ? 1 : 0);
+        names.push_back("the number of gradients of " + name);
+      };
+      const auto& pairs = this->pairs_of(g);
+      for (size_t p = 0; p < pairs.size(); ++p) {
+        add(pairs[p].a, this->label_of(g, p) + ", factor a");
+        add(pairs[p].b, this->label_of(g, p) + ", factor b");
       }
+      for (size_t i = 0; pairs.empty() && i < group.params().size(); ++i)
+        add(group.params()[i], c10::str("parameter ", i, " of group ", g));
     }
     const at::Tensor own = at::tensor(facts, at::kDouble).to(device_);
     const auto all = collectives_.gather(own, "comparing the processes' gradients");

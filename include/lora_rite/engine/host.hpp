@@ -76,11 +76,12 @@ class HostBatch final : public Batch {
                 "LoraRite: capturable was set when the engine was chosen already, expected before the first step or "
                 "`load`");
     bool any = false;
+    lora_rite::detail::Gradients gradients;
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
       TORCH_CHECK(tensor_of(factor).is_contiguous(), labels_[index_of(factor)], ": factor ",
                   factor < count() ? "a" : "b", " now has strides ", tensor_of(factor).strides(),
                   ", expected a contiguous one as in the first step; give it set_data(x.contiguous())");
-      const at::Tensor& gradient = tensor_of(factor).grad();
+      const at::Tensor gradient = gradients.of(tensor_of(factor));
       const bool plain = !gradient.defined() || (gradient.scalar_type() == at::kFloat && gradient.is_contiguous());
       side_of(factor).gradients[index_of(factor)] = plain ? gradient : gradient.to(at::kFloat).contiguous();
       any = any || gradient.defined();
