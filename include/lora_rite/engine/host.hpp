@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "lora_rite/engine/batch.hpp"
+#include "lora_rite/engine/expert_packing.hpp"
 #include "lora_rite/engine/kernels.hpp"
 #include "lora_rite/engine/lanes.hpp"
 #include "lora_rite/engine/layout.hpp"
@@ -32,17 +33,18 @@ template <class Basis>
 class HostBatch final : public Batch {
  public:
   /// Is the pair one for this engine: contiguous float factors on a CPU, the rank last in B but for dimensions of one?
+  /// B may be one expert's part of a tensor, too.
   static bool takes(const FactorPair& pair) {
     bool rank_is_last = true;
     for (int64_t d = 2; d < pair.b.dim(); ++d) rank_is_last = rank_is_last && pair.b.size(d) == 1;
     const auto fits = [](const at::Tensor& factor) {
       return factor.is_cpu() && factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() > 0;
     };
-    return rank_is_last && fits(pair.a) && fits(pair.b);
+    return rank_is_last && fits(pair.a) && (fits(pair.b) || ExpertPacking::packs(pair.b));
   }
 
   HostBatch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
-      : Batch(std::move(pairs), std::move(labels)), padded_(kernels::padded_rank(rank_)) {
+      : Batch(std::move(pairs), std::move(labels)), padded_(kernels::padded_rank(rank_)), packing_(factors_b()) {
     int64_t longest = 0;
     for (const size_t side : {0, 1}) {
       Side& s = sides_[side];
@@ -78,15 +80,22 @@ class HostBatch final : public Batch {
     bool any = false;
     lora_rite::detail::Gradients gradients;
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
-      TORCH_CHECK(tensor_of(factor).is_contiguous(), labels_[index_of(factor)], ": factor ",
+      TORCH_CHECK(is_packed(factor) || tensor_of(factor).is_contiguous(), labels_[index_of(factor)], ": factor ",
                   factor < count() ? "a" : "b", " now has strides ", tensor_of(factor).strides(),
                   ", expected a contiguous one as in the first step; give it set_data(x.contiguous())");
       const at::Tensor gradient = gradients.of(tensor_of(factor));
-      const bool plain = !gradient.defined() || (gradient.scalar_type() == at::kFloat && gradient.is_contiguous());
+      const bool plain = !gradient.defined() ||
+                         (gradient.scalar_type() == at::kFloat && (gradient.is_contiguous() || is_packed(factor)));
       side_of(factor).gradients[index_of(factor)] = plain ? gradient : gradient.to(at::kFloat).contiguous();
       any = any || gradient.defined();
     }
     if (!any) return false;
+    for (int64_t factor = count(); factor < 2 * count(); ++factor) {
+      const at::Tensor& gradient = sides_[1].gradients[index_of(factor)];
+      if (is_packed(factor) && gradient.defined() && !gradient.is_contiguous())
+        packing_.add_gradient(index_of(factor), gradient);
+    }
+    packing_.pack();
     equilibrates_ = options.row_equilibration();
     if (equilibrates_) {
       for (Side& s : sides_) {
@@ -111,6 +120,11 @@ class HostBatch final : public Batch {
       s.stale[i] = !(Glimpse::of(tensor_of(factor_number(s, i)), s.glimpse_stride) == s.seen[i]);
       s.edited[i] = false;
     });
+    for (int64_t factor = count(); factor < 2 * count(); ++factor) {
+      if (is_packed(factor) && sides_[1].stale[index_of(factor)])
+        packing_.add_values(index_of(factor), tensor_of(factor));
+    }
+    packing_.pack();
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
       Side& s = side_of(factor);
       if (!s.stale[index_of(factor)]) continue;
@@ -196,6 +210,11 @@ class HostBatch final : public Batch {
         tensor_of(factor).unsafeGetTensorImpl()->bump_version();
     }
     if (options.balance()) balance();
+    for (int64_t factor = count(); factor < 2 * count(); ++factor) {
+      if (is_packed(factor) && sides_[1].gradients[index_of(factor)].defined())
+        packing_.add_values(index_of(factor), tensor_of(factor));
+    }
+    packing_.write_back();
     finish_step();
   }
 
@@ -228,10 +247,12 @@ class HostBatch final : public Batch {
     static Glimpse of(const at::Tensor& factor, int64_t stride) {
       const char* data = static_cast<const char*>(factor.const_data_ptr());
       const int64_t size = factor.numel();
+      const bool apart = !factor.is_contiguous();  // an expert's: two-dimensional
       uint64_t bits = 0;
       for (int64_t e = 0; e < size; e += stride) {
+        const int64_t place = apart ? e / factor.size(1) * factor.stride(0) + e % factor.size(1) * factor.stride(1) : e;
         uint32_t element;
-        std::memcpy(&element, data + e * static_cast<int64_t>(sizeof(float)), sizeof(element));
+        std::memcpy(&element, data + place * static_cast<int64_t>(sizeof(float)), sizeof(element));
         bits = bits * 0x9E3779B97F4A7C15U + element;
       }
       return {data, factor._version(), bits};
@@ -282,6 +303,18 @@ class HostBatch final : public Batch {
   size_t index_of(int64_t factor) const { return static_cast<size_t>(factor % count()); }
   int64_t factor_number(const Side& s, size_t i) const {
     return (&s == &sides_[0] ? 0 : count()) + static_cast<int64_t>(i);
+  }
+  std::vector<at::Tensor> factors_b() const {
+    std::vector<at::Tensor> factors;
+    for (const FactorPair& pair : pairs_) factors.push_back(pair.b);
+    return factors;
+  }
+  bool is_packed(int64_t factor) const { return factor >= count() && packing_.is_packed(index_of(factor)); }
+
+  /// The rows of a factor, where they are moved.
+  float* values_of(int64_t factor) {
+    if (is_packed(factor)) return packing_.values(index_of(factor));
+    return static_cast<float*>(tensor_of(factor).unsafeGetTensorImpl()->mutable_data());
   }
   const at::Tensor& tensor_of(int64_t factor) const { return factor_of(factor % count(), factor < count() ? 0 : 1); }
 
@@ -356,7 +389,7 @@ class HostBatch final : public Batch {
     const int64_t size = s.shape.rows * rank_;
     const float* n =
         momentum.defined() ? momentum.template const_data_ptr<float>() + static_cast<int64_t>(i) * size : nullptr;
-    const float* x = tensor_of(factor_number(s, i)).template const_data_ptr<float>();
+    const float* x = values_of(factor_number(s, i));
     parallel_tasks(s.chunks, [&](int64_t chunk) {
       const int64_t first = chunk * s.chunk_rows, end = std::min(first + s.chunk_rows, s.shape.rows);
       const Workspace workspace(rank_);
@@ -528,8 +561,10 @@ class HostBatch final : public Batch {
   float* momentum_of(const Side& s, size_t i) const {
     return s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_;
   }
-  static const float* gradient_of(const Side& s, size_t i) {
-    return s.gradients[i].defined() ? s.gradients[i].template const_data_ptr<float>() : nullptr;
+  const float* gradient_of(const Side& s, size_t i) {
+    if (!s.gradients[i].defined()) return nullptr;
+    if (is_packed(factor_number(s, i)) && !s.gradients[i].is_contiguous()) return packing_.gradient(i);
+    return s.gradients[i].template const_data_ptr<float>();
   }
 
   /// Act 3 for some rows of one factor.
@@ -540,7 +575,7 @@ class HostBatch final : public Batch {
     // A factor that rests keeps its sums; XᵀN is then not asked for, as its rate was 0.
     const kernels::Sums sums = maps.has_gradient ? clear_sums(s, part) : kernels::Sums{};
     const Workspace workspace(rank_);
-    float* x = static_cast<float*>(tensor_of(factor_number(s, i)).unsafeGetTensorImpl()->mutable_data());
+    float* x = values_of(factor_number(s, i));
     kernels::best().apply(x, momentum_of(s, i), gradient_of(s, i), weights_.template const_data_ptr<double>(), s.shape,
                           first, end, maps, workspace.blocks, sums);
   }
@@ -593,7 +628,7 @@ class HostBatch final : public Batch {
       for (const size_t side : {0, 1}) {
         Side& s = sides_[side];
         const int64_t factor = factor_number(s, i), size = s.shape.rows * rank_;
-        multiply(static_cast<float*>(tensor_of(factor).unsafeGetTensorImpl()->mutable_data()), size, scales[side]);
+        multiply(values_of(factor), size, scales[side]);
         multiply(momentum_of(s, i), size, scales[side]);
         // Side s holds the root of its partner, which is scaled by 1 / scales[s].
         multiply(state_.moments.inverse_root.template data_ptr<double>() + factor * rank_ * rank_, rank_ * rank_,
@@ -631,7 +666,8 @@ class HostBatch final : public Batch {
     *clip_factor_.template data_ptr<double>() = clip_;
   }
 
-  int64_t padded_;  ///< p
+  int64_t padded_;         ///< p
+  ExpertPacking packing_;  ///< of B factors that are parts
   std::array<Side, 2> sides_;
   at::Tensor weights_;         ///< of the column sums
   std::vector<Group> groups_;  ///< from the first to the second half of act 2
