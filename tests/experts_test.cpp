@@ -116,6 +116,61 @@ TEST(ExpertsOfPeft, HaveTheNamesOfPeftsFiles) {
   }
 }
 
+TEST(ExpertsOfPeft, GoThroughFilesWithEveryExpertsChange) {
+  for (const auto& [label, data] : golden().items()) {
+    const testing::TemporaryFolder folder;
+    Adapter adapter{parse_adapter_config(data["config"].dump(), ""), {}};
+    // As a model has them whose pairs are parts of its leaves.
+    const auto parameters = parameters_of(data);
+    adapter.tensors = adapter_tensors(parameters);
+    if (label == "mixtral") {  // golden without: a list in any order
+      adapter.config.target_modules = std::vector<std::string>{"q_proj", "k_proj", "v_proj", "o_proj"};
+    }
+    save_adapter(folder / "adapter", adapter);
+    const Adapter read = load_adapter(folder / "adapter");
+    EXPECT_EQ(read.config.other.at("target_parameters"), data["config"]["target_parameters"]);
+    const auto pairs = expert_pairs(read);
+    EXPECT_EQ(pairs.size(), find_factor_pairs(parameters).size()) << label;
+    for (const auto& [layer, change] : data["changes"].items()) {
+      const torch::Tensor expected = tensor_of(change["change"]);
+      EXPECT_EQ(expert_count(read, layer), expected.size(0)) << label << ": " << layer;
+      for (int64_t e = 0; e < expected.size(0); ++e) {
+        const std::string name = layer + ".weight" + (expected.size(0) == 1 ? "" : "[" + std::to_string(e) + "]");
+        const auto found =
+            std::find_if(pairs.begin(), pairs.end(), [&](const auto& pair) { return pair.name == name; });
+        ASSERT_NE(found, pairs.end()) << label << ": " << name;
+        EXPECT_LE(frobenius(change["scale"].get<double>() * torch::matmul(found->b, found->a) - expected[e]),
+                  1e-6 * frobenius(expected[e]));
+      }
+    }
+    // And from pairs with tensors of their own.
+    if (label != "plain") continue;
+    const FactorPair whole = join_experts("", {pairs[3], pairs[4], pairs[5]});
+    EXPECT_TRUE(same_bits(whole.a, adapter.tensors.at("experts.lora_A.weight")));
+    EXPECT_TRUE(same_bits(whole.b, adapter.tensors.at("experts.lora_B.weight")));
+  }
+}
+
+TEST(ExpertCount, IsAskedOfTheCallerWhereTheFileLeavesItOpen) {
+  Adapter adapter;
+  adapter.config.r = 2;
+  adapter.config.rank_pattern = {{"up", 4}};
+  adapter.config.other["target_parameters"] = {"experts.up", "experts.down"};
+  adapter.tensors = {{"experts.lora_A.weight", torch::zeros({8, 4})}, {"experts.lora_B.weight", torch::zeros({5, 8})}};
+  const std::string message = error_of([&] { expert_pairs(adapter); });
+  EXPECT_TRUE(mentions(message, "'experts.lora_A.weight' is [8, 4]"));
+  EXPECT_TRUE(mentions(message, "leave 2 numbers of experts possible"));
+  // The other factors of the same module tell: 8 or 4 experts there, so 4.
+  adapter.tensors["experts.base_layer.lora_A.weight"] = torch::zeros({16, 5});
+  adapter.tensors["experts.base_layer.lora_B.weight"] = torch::zeros({4, 16});
+  EXPECT_EQ(expert_count(adapter, "experts"), 4);
+  EXPECT_EQ(expert_count(adapter, "experts.base_layer"), 4);
+  EXPECT_EQ(expert_pairs(adapter).size(), 8u);
+  EXPECT_TRUE(mentions(error_of([&] { expert_count(adapter, "other"); }), "no tensor 'other.lora_A.weight'"));
+  adapter.config.target_modules = std::vector<std::string>{"experts"};
+  EXPECT_EQ(expert_count(adapter, "experts"), 1);
+}
+
 torch::OrderedDict<std::string, torch::Tensor> zeros_of(
     const std::vector<std::pair<std::string, std::vector<int64_t>>>& shapes) {
   torch::OrderedDict<std::string, torch::Tensor> parameters;

@@ -124,12 +124,6 @@ class BaseParameters {
     }
   }
 
- private:
-  struct Parameter {
-    std::string name;
-    std::vector<int64_t> shape;
-  };
-
   /// PEFT's layers nest where several parameters of a module have factors.
   static std::string without_base_layer(std::string layer) {
     const std::string nested = "base_layer";
@@ -137,6 +131,12 @@ class BaseParameters {
       layer.resize(layer.size() - std::min(layer.size(), nested.size() + 1));
     return layer;
   }
+
+ private:
+  struct Parameter {
+    std::string name;
+    std::vector<int64_t> shape;
+  };
 
   const std::vector<Parameter>& of(const std::string& layer) const {
     static const std::vector<Parameter> none;
