@@ -49,6 +49,7 @@ class ExpertPacking {
 
  private:
   static constexpr int64_t kTogether = 16;     ///< factors: the floats of a line of memory
+  static constexpr int64_t kRows = 8;          ///< of one factor before the next one's
   static constexpr int64_t kElements = 32768;  ///< of all of these, for one thread at a time
 
   struct Place {
@@ -73,11 +74,13 @@ class ExpertPacking {
     parallel_tasks(tiles * chunks, [&](int64_t task) {
       const int64_t first = task / chunks * kTogether, last = std::min(first + kTogether, count);
       const int64_t begin = task % chunks * chunk, end = std::min(begin + chunk, rows_);
-      for (int64_t row = begin; row < end; ++row) {
+      for (int64_t top = begin; top < end; top += kRows) {
         for (int64_t p = first; p < last; ++p) {
-          const Place& place = places_[static_cast<size_t>(p)];
-          float *packed = place.packed + row * rank_, *element = place.begin + row * place.row;
-          for (int64_t j = 0; j < rank_; ++j) copy(packed + j, element + j * place.column);
+          const Place place = places_[static_cast<size_t>(p)];
+          for (int64_t row = top; row < std::min(top + kRows, end); ++row) {
+            float *packed = place.packed + row * rank_, *element = place.begin + row * place.row;
+            for (int64_t j = 0; j < rank_; ++j) copy(packed + j, element + j * place.column);
+          }
         }
       }
     });

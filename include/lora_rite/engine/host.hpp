@@ -247,10 +247,18 @@ class HostBatch final : public Batch {
     static Glimpse of(const at::Tensor& factor, int64_t stride) {
       const char* data = static_cast<const char*>(factor.const_data_ptr());
       const int64_t size = factor.numel();
-      const bool apart = !factor.is_contiguous();  // an expert's: two-dimensional
+      // An expert's elements [n, r] lie apart. A division for each would take longer than all else here.
+      const bool apart = !factor.is_contiguous();
+      const int64_t columns = apart ? factor.size(1) : size;
+      const int64_t row_stride = apart ? factor.stride(0) : 0, column_stride = apart ? factor.stride(1) : 1;
+      const int64_t rows_on = stride / columns, columns_on = stride % columns;
       uint64_t bits = 0;
-      for (int64_t e = 0; e < size; e += stride) {
-        const int64_t place = apart ? e / factor.size(1) * factor.stride(0) + e % factor.size(1) * factor.stride(1) : e;
+      for (int64_t e = 0, row = 0, column = 0; e < size; e += stride, row += rows_on, column += columns_on) {
+        if (column >= columns) {
+          column -= columns;
+          ++row;
+        }
+        const int64_t place = row * row_stride + column * column_stride;
         uint32_t element;
         std::memcpy(&element, data + place * static_cast<int64_t>(sizeof(float)), sizeof(element));
         bits = bits * 0x9E3779B97F4A7C15U + element;
