@@ -18,6 +18,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <system_error>
 #include <typeinfo>
@@ -81,15 +82,22 @@ inline std::map<std::string, torch::Tensor> trained_tensors(const torch::nn::Mod
   return result;
 }
 
-/// The factors of all pairs, as "name.a" and "name.b"; a pair without a name goes by its place in the list. Throws
-/// c10::Error if two pairs have one name.
+/// The factors of all pairs, as "name.a" and "name.b"; a pair without a name goes by its place in the list. A leaf of
+/// which pairs are parts (`expert_pairs`) is there once, whole, by the name of the first of them. Throws c10::Error if
+/// two pairs have one name.
 inline std::map<std::string, torch::Tensor> trained_tensors(const std::vector<FactorPair>& pairs) {
   std::map<std::string, torch::Tensor> result;
+  std::set<std::string> names;
+  std::set<const void*> known;  // leaves of which a part was there
   for (size_t i = 0; i < pairs.size(); ++i) {
     const std::string name = pairs[i].name.empty() ? std::to_string(i) : pairs[i].name;
-    const bool is_new = result.emplace(name + ".a", pairs[i].a).second;
-    TORCH_CHECK(is_new, "trained_tensors: two pairs are named '", name, "', expected a name of its own for each");
-    result.emplace(name + ".b", pairs[i].b);
+    TORCH_CHECK(names.insert(name).second, "trained_tensors: two pairs are named '", name,
+                "', expected a name of its own for each");
+    for (const auto& [ending, factor] : {std::pair{".a", pairs[i].a}, std::pair{".b", pairs[i].b}}) {
+      const torch::Tensor leaf = detail::leaf_of(factor);
+      if (detail::is_part(factor) && !known.insert(leaf.unsafeGetTensorImpl()).second) continue;
+      result.emplace(name + ending, leaf);
+    }
   }
   return result;
 }

@@ -48,7 +48,8 @@ struct LoadReport {
 /// (TA, BT⁻¹) of it; see docs/algorithm.md.
 ///
 /// Param groups hold LoRA factors, a₀, b₀, a₁, b₁, … with `LoraRiteOptions`, or other parameters with
-/// `torch::optim::AdamWOptions`. LibTorch's schedulers and ours drive all of them.
+/// `torch::optim::AdamWOptions`. LibTorch's schedulers and ours drive all of them. Pairs that are views of two leaves
+/// (`expert_pairs`) stand there as these, once.
 ///
 /// - A step with a gradient or factor that is NaN or infinite changes nothing, and is counted: `skipped_steps()`.
 /// - A factor without a gradient stays as it is; its partner still moves.
@@ -65,8 +66,7 @@ class LoraRite : public torch::optim::Optimizer {
  public:
   /// One group of these pairs. Throws c10::Error naming the pair or option if the list is empty, a pair does not fit
   /// together, a tensor appears twice, or an option is out of its range.
-  explicit LoraRite(std::vector<FactorPair> pairs, LoraRiteOptions options = {})
-      : LoraRite(options) {
+  explicit LoraRite(std::vector<FactorPair> pairs, LoraRiteOptions options = {}) : LoraRite(options) {
     add_pairs(std::move(pairs), options);
   }
 
@@ -76,13 +76,13 @@ class LoraRite : public torch::optim::Optimizer {
   explicit LoraRite(const torch::nn::Module& module, LoraRiteOptions options, torch::optim::AdamWOptions others)
       : LoraRite(options) {
     std::vector<FactorPair> pairs = find_factor_pairs(module);
-    TORCH_CHECK(!pairs.empty(), "LoraRite: the module has no parameters named like LoRA factors (lora_A/lora_B, ",
-                "lora_embedding_A/_B, lora_down/lora_up, lora.down/lora.up), expected at least one pair");
+    TORCH_CHECK(!pairs.empty(), "LoraRite: the module has no parameters named like LoRA factors (",
+                detail::known_factor_names(), "), expected at least one pair");
     add_pairs(std::move(pairs), options);
     std::vector<torch::Tensor> rest;
     std::set<const void*> seen;
     for (const auto& parameter : module.parameters()) {
-      if (!parameter.requires_grad() || is_known(parameter)) continue;
+      if (!parameter.requires_grad() || owners_.know(parameter)) continue;
       if (seen.insert(parameter.unsafeGetTensorImpl()).second) rest.push_back(parameter);
     }
     if (!rest.empty()) add_parameters(std::move(rest), others);
@@ -110,20 +110,18 @@ class LoraRite : public torch::optim::Optimizer {
     const size_t index = param_groups_.size();
     detail::check_options(options, "LoraRite, group " + std::to_string(index));
     TORCH_CHECK(!pairs.empty(), "LoraRite, group ", index, ": the list of pairs is empty, expected at least one pair");
-    std::map<const void*, std::string> owners = owners_;
-    std::vector<torch::Tensor> factors;
+    detail::Owners owners = owners_;
     for (size_t i = 0; i < pairs.size(); ++i) {
       const std::string label = detail::pair_label(pairs[i], index, i);
       detail::check_trained_pair(pairs[i], label);
       if (!parts_) detail::check_rank(pairs[i], detail::rows_of(pairs[i]), label);
-      for (const auto& factor : {pairs[i].a, pairs[i].b}) {
-        claim(owners, factor, label);
-        factors.push_back(factor);
-      }
+      for (const auto& factor : {pairs[i].a, pairs[i].b}) owners.claim(factor, label);
     }
-    add_group(std::move(factors), std::make_unique<LoraRiteOptions>(options));
+    owners.settle();
+    std::vector<torch::Tensor> leaves = detail::leaves_of(pairs);
+    add_group(leaves, std::make_unique<LoraRiteOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({std::move(pairs), {}, {}, {}, std::nullopt});
+    groups_.push_back({std::move(pairs), {}, {}, {}, std::nullopt, std::move(leaves)});
   }
 
   /// Another group of parameters that are no LoRA factors, stepped by AdamW. It ascends with `maximize`, which
@@ -134,13 +132,13 @@ class LoraRite : public torch::optim::Optimizer {
     const size_t index = param_groups_.size();
     detail::check_options_of_adam(options, "LoraRite, group " + std::to_string(index));
     TORCH_CHECK(!parameters.empty(), "LoraRite, group ", index, ": the list of parameters is empty");
-    std::map<const void*, std::string> owners = owners_;
+    detail::Owners owners = owners_;
     for (size_t i = 0; i < parameters.size(); ++i) {
-      const std::string label = "parameter " + std::to_string(i) + " of group " + std::to_string(index);
+      const std::string label = other_label(index, i);
       TORCH_CHECK(parameters[i].defined(), label, " is undefined, expected a tensor");
       TORCH_CHECK(at::isFloatingType(parameters[i].scalar_type()), label, " has dtype ", parameters[i].scalar_type(),
                   ", expected a floating one");
-      claim(owners, parameters[i], label);
+      owners.claim(parameters[i], label);
     }
     const bool ascends = maximize.value_or(static_cast<const LoraRiteOptions&>(defaults()).maximize());
     add_group(parameters, std::make_unique<torch::optim::AdamWOptions>(options));
@@ -277,25 +275,22 @@ class LoraRite : public torch::optim::Optimizer {
     check_groups();
     check_pair(g, pair);
     Group rest;
-    std::map<const void*, std::string> owners = owners_;
     std::vector<PairState> states;  // of those that stay
     for (size_t i = 0; i < groups_[g].pairs.size(); ++i) {
-      const FactorPair& own = groups_[g].pairs[i];
-      for (const auto& factor : {own.a, own.b}) owners.erase(factor.unsafeGetTensorImpl());
       if (i == pair) continue;
-      const std::string label = detail::pair_label(own, g, rest.pairs.size());
-      for (const auto& factor : {own.a, own.b}) claim(owners, factor, label);
-      rest.pairs.push_back(own);
+      rest.pairs.push_back(groups_[g].pairs[i]);
       if (groups_[g].place_of(i)) states.push_back(pick(g, i));
     }
+    rest.leaves = detail::leaves_of(rest.pairs);
+    std::vector<torch::Tensor> tensors = rest.leaves;
+    detail::Owners owners;  // labels count places
+    for (size_t i = 0; i < groups_.size(); ++i) claim(owners, i == g ? rest : groups_[i], i);
     if (!states.empty()) {
       build_batches(g, rest);
       restore(rest, states);
     }
     // What follows cannot fail.
-    auto& tensors = param_groups_[g].params();
-    const auto first = tensors.begin() + static_cast<std::ptrdiff_t>(2 * pair);
-    tensors.erase(first, first + 2);
+    param_groups_[g].params().swap(tensors);
     groups_[g] = std::move(rest);
     owners_ = std::move(owners);
   }
@@ -363,12 +358,12 @@ class LoraRite : public torch::optim::Optimizer {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const Group& group = groups_[i];
       const std::string label = "LoraRite, group " + std::to_string(i);
-      const size_t expected = tensor_count(group);
+      const size_t expected = tensors_of(group).size();
       TORCH_CHECK(param_groups_[i].params().size() == expected, label, ": the list of parameters has ",
                   param_groups_[i].params().size(), " tensors, expected ", expected,
                   " as when the group was added; use add_pairs or add_parameters for more, remove_pair for less");
       for (size_t place = 0; place < expected; ++place)
-        if (!param_groups_[i].params()[place].is_same(tensor_at(group, place))) refuse_tensor(i, place);
+        if (!param_groups_[i].params()[place].is_same(tensors_of(group)[place])) refuse_tensor(i, place);
       const auto& options = param_groups_[i].options();
       const bool right_options = group.others ? dynamic_cast<const torch::optim::AdamWOptions*>(&options) != nullptr
                                               : dynamic_cast<const LoraRiteOptions*>(&options) != nullptr;
@@ -400,6 +395,7 @@ class LoraRite : public torch::optim::Optimizer {
     std::vector<std::vector<int64_t>> numbers;                  ///< of a batch's pairs among those of the group
     std::vector<std::optional<engine::Batches::Place>> places;  ///< of the pairs; empty before the first step
     std::optional<engine::AdamWParameters> others;
+    std::vector<at::Tensor> leaves;  ///< of the pairs, as the param group had them when it was added
 
     std::optional<engine::Batches::Place> place_of(size_t pair) const {
       return places.empty() ? std::nullopt : places[pair];
@@ -428,15 +424,6 @@ class LoraRite : public torch::optim::Optimizer {
       TORCH_CHECK(false, error.what_without_backtrace(), kHint);
     }
   }
-
-  /// Enters a tensor as owned by `label`; throws if it has an owner already.
-  static void claim(std::map<const void*, std::string>& owners, const torch::Tensor& tensor, const std::string& label) {
-    const auto [owner, is_new] = owners.emplace(tensor.unsafeGetTensorImpl(), label);
-    TORCH_CHECK(is_new, label, ": a tensor of shape ", tensor.sizes(), " is used twice, the other time in ",
-                owner->second, "; expected every tensor once");
-  }
-
-  bool is_known(const torch::Tensor& tensor) const { return owners_.count(tensor.unsafeGetTensorImpl()) > 0; }
 
   /// LibTorch's add_param_group merges the options of its own optimizers only and loses those of others (from 2.10 on),
   /// so they are set again.
@@ -529,24 +516,41 @@ class LoraRite : public torch::optim::Optimizer {
   }
 
   /// The tensor that was added at this place of a param group.
-  static const at::Tensor& tensor_at(const Group& group, size_t place) {
-    if (group.others) return group.others->parameters()[place];
-    return place % 2 == 0 ? group.pairs[place / 2].a : group.pairs[place / 2].b;
+  static const std::vector<at::Tensor>& tensors_of(const Group& group) {
+    return group.others ? group.others->parameters() : group.leaves;
   }
-  static size_t tensor_count(const Group& group) {
+  /// The number of tensors that an archive has state of: factors, or other parameters.
+  static size_t state_count(const Group& group) {
     return group.others ? group.others->parameters().size() : 2 * group.pairs.size();
+  }
+
+  /// Enters all of a group's tensors.
+  static void claim(detail::Owners& owners, const Group& group, size_t index) {
+    for (size_t i = 0; i < group.pairs.size(); ++i) {
+      const std::string label = detail::pair_label(group.pairs[i], index, i);
+      for (const auto& factor : {group.pairs[i].a, group.pairs[i].b}) owners.claim(factor, label);
+    }
+    for (size_t i = 0; group.others && i < group.others->parameters().size(); ++i)
+      owners.claim(group.others->parameters()[i], other_label(index, i));
+    owners.settle();
+  }
+  static std::string other_label(size_t group, size_t parameter) {
+    return "parameter " + std::to_string(parameter) + " of group " + std::to_string(group);
   }
 
   /// Throws: a tensor of a param group is not the one that was added.
   [[noreturn]] void refuse_tensor(size_t g, size_t place) const {
     const at::Tensor& found = param_groups_[g].params()[place];
-    const auto owner = owners_.find(found.unsafeGetTensorImpl());
-    const std::string wanted = groups_[g].others
-                                   ? "parameter " + std::to_string(place)
-                                   : label_of(g, place / 2) + (place % 2 == 0 ? ", factor a" : ", factor b");
+    const Group& group = groups_[g];
+    const auto owner = owners_.owner_of(found);
+    std::string wanted = "parameter " + std::to_string(place);
+    if (!group.others && group.leaves.size() == 2 * group.pairs.size())
+      wanted = label_of(g, place / 2) + (place % 2 == 0 ? ", factor a" : ", factor b");
+    else if (!group.others)
+      wanted = "of " + *owners_.owner_of(group.leaves[place]) + " and others";
     C10_THROW_ERROR(
         Error, c10::str("LoraRite, group ", g, ": tensor ", place, " of its list (", wanted, ") is now ",
-                        owner != owners_.end() ? "a tensor of " + owner->second : "a tensor that was never added",
+                        owner ? "a tensor of " + *owner : "a tensor that was never added",
                         ", expected the one that was added; give it new values by copy_ or set_data, change options "
                         "instead of groups, or build the optimizer anew"));
   }
@@ -689,8 +693,8 @@ class LoraRite : public torch::optim::Optimizer {
   PairState read_converted(torch::serialize::InputArchive& entry, size_t group, size_t pair) const;
 
   std::vector<Group> groups_;
-  bool parts_ = false;                         ///< are the factors one process's parts?
-  std::map<const void*, std::string> owners_;  ///< every tensor of every group, and whose it is
+  bool parts_ = false;     ///< are the factors one process's parts?
+  detail::Owners owners_;  ///< every tensor of every group, and whose it is
   std::vector<int64_t> known_order_;
   at::Tensor order_;    ///< the same, on the device
   at::Tensor skipped_;  ///< scalar on the device, so that counting needs no host read

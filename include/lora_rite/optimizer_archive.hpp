@@ -72,7 +72,7 @@ void LoraRite<Basis>::write(torch::serialize::OutputArchive& archive, const Writ
     param_groups_[i].options().serialize(options);
     group_archive.write("options", options);
     group_archive.write("kind", c10::IValue(std::string(kind(group))));
-    group_archive.write("size", c10::IValue(static_cast<int64_t>(tensor_count(group))));
+    group_archive.write("size", c10::IValue(static_cast<int64_t>(state_count(group))));
     if (group.others) others_to(group_archive, i);
     for (size_t p = 0; p < group.pairs.size(); ++p) {
       torch::serialize::OutputArchive entry(archive.compilation_unit());
@@ -136,8 +136,8 @@ void LoraRite<Basis>::load(torch::serialize::InputArchive& archive) {
       const std::string found = detail::read_text(group_archive, label, "kind");
       TORCH_CHECK(found == kind(group), "load: ", label, " holds '", found, "', expected '", kind(group), "'");
       const int64_t size = detail::read_int(group_archive, label, "size");
-      TORCH_CHECK(size == static_cast<int64_t>(tensor_count(group)), "load: ", label, " has ", size,
-                  " parameters in the archive, expected ", tensor_count(group));
+      TORCH_CHECK(size == static_cast<int64_t>(state_count(group)), "load: ", label, " has ", size,
+                  " parameters in the archive, expected ", state_count(group));
       auto options_archive = detail::read_archive(group_archive, label + ", entry 'options'", "options");
       options.push_back(param_groups_[i].options().clone());
       options.back()->serialize(options_archive);
@@ -252,7 +252,7 @@ LoadReport LoraRite<Basis>::load_matching(torch::serialize::InputArchive& archiv
         if (options.other_parameters && next_others < others.size()) {
           Found& found = others[next_others];
           const int64_t size = detail::read_int(*found.entry, found.name, "size");
-          loaded = size == static_cast<int64_t>(tensor_count(groups_[g]));
+          loaded = size == static_cast<int64_t>(state_count(groups_[g]));
           if (loaded) memory = groups_[g].others->read(*found.entry, label);
           if (!loaded) report.unused.push_back(found.name);
           ++next_others;

@@ -117,6 +117,25 @@ TEST(AdapterConfig, ModulesAreAListATextOrNothingAndLayersAListOrANumber) {
   EXPECT_EQ(with(R"("init_lora_weights":"pissa")").init_lora_weights, (std::variant<bool, std::string>("pissa")));
 }
 
+TEST(Adapter, HasARankThatItsDescriptionKnowsAlsoBesideExperts) {
+  const TemporaryFolder folder;
+  const auto saved = [&](const nlohmann::json& parameters, int64_t rows) {
+    Adapter adapter;
+    adapter.config.r = 4;
+    adapter.config.other["target_parameters"] = parameters;
+    adapter.tensors = {{"x.lora_A.weight", torch::zeros({rows, 3})}, {"x.lora_B.weight", torch::zeros({2, rows})}};
+    save_adapter(folder / "adapter", adapter);
+  };
+  saved({"experts.up"}, 12);  // three experts
+  EXPECT_EQ(load_adapter(folder / "adapter").tensors.size(), 2U);
+  EXPECT_TRUE(mentions(error_of([&] { saved({"experts.up"}, 6); }), "has rank 6, expected r = 4"));
+  // PEFT writes an empty list where only modules have factors.
+  for (const auto& none : {nlohmann::json::array(), nlohmann::json()}) {
+    saved(none, 4);
+    EXPECT_TRUE(mentions(error_of([&] { saved(none, 12); }), "has rank 12, expected r = 4"));
+  }
+}
+
 TEST(AdapterConfig, AFieldAmongTheOthersDoesNotShadowItsOwn) {
   AdapterConfig config;
   config.r = 5;

@@ -27,10 +27,8 @@ class LoraPlus : public torch::optim::Adam {
                                                                const torch::optim::AdamOptions& options, double ratio) {
     TORCH_CHECK(ratio > 0 && std::isfinite(ratio), "ratio is ", ratio, ", expected a finite number > 0");
     std::vector<torch::Tensor> a, b;
-    for (const auto& pair : pairs) {
-      a.push_back(pair.a);
-      b.push_back(pair.b);
-    }
+    const std::vector<torch::Tensor> factors = detail::alternating_factors(pairs);
+    for (size_t i = 0; i < factors.size(); ++i) (i % 2 == 0 ? a : b).push_back(factors[i]);
     auto of_a = std::make_unique<torch::optim::AdamOptions>(options);
     auto of_b = std::make_unique<torch::optim::AdamOptions>(options);
     of_b->lr(options.lr() * ratio);

@@ -58,8 +58,11 @@ class ScaledAdam : public Baseline<ScaledAdamOptions> {
     TORCH_CHECK(factors.size() % 2 == 0, "ScaledAdam: a param group has ", factors.size(),
                 " tensors, expected alternating factors a0, b0, a1, b1, …");
     for (size_t i = 0; i < factors.size(); i += 2) {
-      detail::check_factor_pair({"", factors[i], factors[i + 1]}, "ScaledAdam: tensors " + std::to_string(i) + " and " +
-                                                                      std::to_string(i + 1) + " of a param group");
+      const std::string label =
+          "ScaledAdam: tensors " + std::to_string(i) + " and " + std::to_string(i + 1) + " of a param group";
+      TORCH_CHECK(!detail::is_part(factors[i]) && !detail::is_part(factors[i + 1]), label,
+                  ": one is a view of a leaf, expected leaves");
+      detail::check_factor_pair({"", factors[i], factors[i + 1]}, label);
     }
     std::vector<at::Tensor> result(factors.size());
     std::map<std::string, std::vector<size_t>> batches;  // by the shapes of a factor and its partner

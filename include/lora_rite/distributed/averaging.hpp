@@ -149,7 +149,7 @@ inline void average_gradients(const torch::optim::Optimizer& optimizer, const Pr
 /// The same for factor pairs.
 inline void average_gradients(const std::vector<FactorPair>& pairs, const ProcessGroup& group,
                               int64_t bucket_bytes = kBucketBytes) {
-  average_gradients(detail::alternating_factors(pairs), group, bucket_bytes);
+  average_gradients(detail::leaves_of(pairs), group, bucket_bytes);
 }
 
 /// Averages gradients while `backward` computes the others: a message leaves as soon as the gradients in it are there,
@@ -194,7 +194,7 @@ class GradientAverager {
   GradientAverager(const torch::optim::Optimizer& optimizer, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
       : GradientAverager(detail::parameters_of(optimizer), std::move(group), bucket_bytes) {}
   GradientAverager(const std::vector<FactorPair>& pairs, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
-      : GradientAverager(detail::alternating_factors(pairs), std::move(group), bucket_bytes) {}
+      : GradientAverager(detail::leaves_of(pairs), std::move(group), bucket_bytes) {}
 
   ~GradientAverager() {
     for (const at::Tensor& parameter : parameters_) torch::autograd::impl::set_post_acc_grad_hooks(parameter, nullptr);

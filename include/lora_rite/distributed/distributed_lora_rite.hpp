@@ -153,10 +153,11 @@ class DistributedLoraRite : public LoraRite<Basis> {
     const auto append = [&](const at::Tensor& tensor, int64_t divided_dimension) {
       descriptions.append(text, tensor, divided_dimension);
       if (!is_step) return;
-      const at::Tensor& gradient = tensor.grad();
+      const at::Tensor leaf = leaf_of(tensor);
+      const at::Tensor& gradient = leaf.grad();
       if (!gradient.defined())
         text += " without a gradient (see average_gradients)";
-      else if (gradient.layout() != at::kStrided || gradient.sizes() != tensor.sizes())
+      else if (gradient.layout() != at::kStrided || gradient.sizes() != leaf.sizes())
         text += c10::str(" with a gradient ", gradient.layout(), gradient.sizes());
     };
     for (size_t g = 0; g < this->group_count(); ++g) {

@@ -90,12 +90,14 @@ class Batch {
                     labels_[i], ": factor ", which, " is now ", factor.scalar_type(), factor.sizes(), " on ",
                     factor.device(), ", expected ", dtype_, at::IntArrayRef(shapes_[side]), " on ", device_,
                     " as in the first step; build the optimizer after moving or converting the module");
-        const at::Tensor& gradient = factor.grad();
+        lora_rite::detail::check_part(factor, labels_[i], which);
+        const at::Tensor leaf = lora_rite::detail::leaf_of(factor);
+        const at::Tensor& gradient = leaf.grad();
         if (!gradient.defined()) continue;
         TORCH_CHECK(gradient.layout() == at::kStrided, labels_[i], ": the gradient of factor ", which, " has layout ",
                     gradient.layout(), ", expected a dense one (for an embedding: sparse(false))");
-        TORCH_CHECK(gradient.sizes() == factor.sizes(), labels_[i], ": the gradient of factor ", which, " has shape ",
-                    gradient.sizes(), ", expected ", factor.sizes());
+        TORCH_CHECK(gradient.sizes() == leaf.sizes(), labels_[i], ": the gradient of factor ", which, " has shape ",
+                    gradient.sizes(), ", expected ", leaf.sizes());
       }
     }
   }

@@ -59,7 +59,7 @@ class DeviceBatch final : public Batch {
     bool any = false;
     for (const size_t side : {0, 1}) {
       for (const auto& pair : pairs_) {
-        has_gradient[side].push_back((side == 0 ? pair.a : pair.b).grad().defined());
+        has_gradient[side].push_back(lora_rite::detail::leaf_of(side == 0 ? pair.a : pair.b).grad().defined());
         any = any || has_gradient[side].back();
       }
     }
@@ -381,10 +381,11 @@ class DeviceBatch final : public Batch {
   /// Gradients [k, shape], zeros standing in for missing ones; undefined if all are missing.
   at::Tensor gather_gradients(size_t side) const {
     std::vector<at::Tensor> tensors;
+    lora_rite::detail::Gradients gradients;
     at::Tensor zero;
     bool any = false;
     for (int64_t i = 0; i < count(); ++i) {
-      const at::Tensor& gradient = factor_of(i, side).grad();
+      const at::Tensor gradient = gradients.of(factor_of(i, side));
       any = any || gradient.defined();
       if (!gradient.defined() && !zero.defined()) zero = at::zeros(shapes_[side], double_options().dtype(dtype_));
       tensors.push_back(gradient.defined() ? gradient : zero);

@@ -16,6 +16,7 @@
 
 #include "lora_rite/engine/batch.hpp"
 #include "lora_rite/engine/chunk_sums.hpp"
+#include "lora_rite/engine/expert_packing.hpp"
 #include "lora_rite/engine/kernels.hpp"
 #include "lora_rite/engine/lanes.hpp"
 #include "lora_rite/engine/layout.hpp"
@@ -34,17 +35,18 @@ template <class Basis>
 class HostBatch final : public Batch {
  public:
   /// Is the pair one for this engine: contiguous float factors on a CPU, the rank last in B but for dimensions of one?
+  /// B may be one expert's part of a tensor, too.
   static bool takes(const FactorPair& pair) {
     bool rank_is_last = true;
     for (int64_t d = 2; d < pair.b.dim(); ++d) rank_is_last = rank_is_last && pair.b.size(d) == 1;
     const auto fits = [](const at::Tensor& factor) {
       return factor.is_cpu() && factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() > 0;
     };
-    return rank_is_last && fits(pair.a) && fits(pair.b);
+    return rank_is_last && fits(pair.a) && (fits(pair.b) || ExpertPacking::packs(pair.b));
   }
 
   HostBatch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
-      : Batch(std::move(pairs), std::move(labels)), padded_(kernels::padded_rank(rank_)) {
+      : Batch(std::move(pairs), std::move(labels)), padded_(kernels::padded_rank(rank_)), packing_(factors_b()) {
     int64_t longest = 0;
     for (const size_t side : {0, 1}) {
       Side& s = sides_[side];
@@ -77,16 +79,24 @@ class HostBatch final : public Batch {
                 "LoraRite: capturable was set when the engine was chosen already, expected before the first step or "
                 "`load`");
     bool any = false;
+    lora_rite::detail::Gradients gradients;
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
-      TORCH_CHECK(tensor_of(factor).is_contiguous(), labels_[index_of(factor)], ": factor ",
+      TORCH_CHECK(is_packed(factor) || tensor_of(factor).is_contiguous(), labels_[index_of(factor)], ": factor ",
                   factor < count() ? "a" : "b", " now has strides ", tensor_of(factor).strides(),
                   ", expected a contiguous one as in the first step; give it set_data(x.contiguous())");
-      const at::Tensor& gradient = tensor_of(factor).grad();
-      const bool plain = !gradient.defined() || (gradient.scalar_type() == at::kFloat && gradient.is_contiguous());
+      const at::Tensor gradient = gradients.of(tensor_of(factor));
+      const bool plain = !gradient.defined() ||
+                         (gradient.scalar_type() == at::kFloat && (gradient.is_contiguous() || is_packed(factor)));
       side_of(factor).gradients[index_of(factor)] = plain ? gradient : gradient.to(at::kFloat).contiguous();
       any = any || gradient.defined();
     }
     if (!any) return false;
+    for (int64_t factor = count(); factor < 2 * count(); ++factor) {
+      const at::Tensor& gradient = sides_[1].gradients[index_of(factor)];
+      if (is_packed(factor) && gradient.defined() && !gradient.is_contiguous())
+        packing_.add_gradient(index_of(factor), gradient);
+    }
+    packing_.pack();
     equilibrates_ = options.row_equilibration();
     if (equilibrates_) {
       for (Side& s : sides_) {
@@ -109,6 +119,11 @@ class HostBatch final : public Batch {
       if (s.rows != nullptr) s.equilibrated_gram.add_up(i);
       s.stale[i] = !(Glimpse::of(tensor_of(factor_number(s, i)), s.glimpse_stride) == s.seen[i]);
     });
+    for (int64_t factor = count(); factor < 2 * count(); ++factor) {
+      if (is_packed(factor) && sides_[1].stale[index_of(factor)])
+        packing_.add_values(index_of(factor), tensor_of(factor));
+    }
+    packing_.pack();
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {
       if (side_of(factor).stale[index_of(factor)]) remember_rows(side_of(factor), index_of(factor));
     }
@@ -192,6 +207,11 @@ class HostBatch final : public Batch {
           tensor_of(factor).unsafeGetTensorImpl()->bump_version();
       }
       if (options.balance()) balance();
+      for (int64_t factor = count(); factor < 2 * count(); ++factor) {
+        if (is_packed(factor) && sides_[1].gradients[index_of(factor)].defined())
+          packing_.add_values(index_of(factor), tensor_of(factor));
+      }
+      packing_.write_back();
       finish_step();
     }
     // Nothing of a step stays behind but what is remembered.
@@ -231,10 +251,20 @@ class HostBatch final : public Batch {
     static Glimpse of(const at::Tensor& factor, int64_t stride) {
       const char* data = static_cast<const char*>(factor.const_data_ptr());
       const int64_t size = factor.numel();
+      // An expert's elements [n, r] lie apart. A division for each would take longer than all else here.
+      const bool apart = !factor.is_contiguous();
+      const int64_t columns = apart ? factor.size(1) : size;
+      const int64_t row_stride = apart ? factor.stride(0) : 0, column_stride = apart ? factor.stride(1) : 1;
+      const int64_t rows_on = stride / columns, columns_on = stride % columns;
       uint64_t bits = 0;
-      for (int64_t e = 0; e < size; e += stride) {
+      for (int64_t e = 0, row = 0, column = 0; e < size; e += stride, row += rows_on, column += columns_on) {
+        if (column >= columns) {
+          column -= columns;
+          ++row;
+        }
+        const int64_t place = row * row_stride + column * column_stride;
         uint32_t element;
-        std::memcpy(&element, data + e * static_cast<int64_t>(sizeof(float)), sizeof(element));
+        std::memcpy(&element, data + place * static_cast<int64_t>(sizeof(float)), sizeof(element));
         bits = bits * 0x9E3779B97F4A7C15U + element;
       }
       return {data, factor._version(), bits};
@@ -285,6 +315,18 @@ class HostBatch final : public Batch {
   size_t index_of(int64_t factor) const { return static_cast<size_t>(factor % count()); }
   int64_t factor_number(const Side& s, size_t i) const {
     return (&s == &sides_[0] ? 0 : count()) + static_cast<int64_t>(i);
+  }
+  std::vector<at::Tensor> factors_b() const {
+    std::vector<at::Tensor> factors;
+    for (const FactorPair& pair : pairs_) factors.push_back(pair.b);
+    return factors;
+  }
+  bool is_packed(int64_t factor) const { return factor >= count() && packing_.is_packed(index_of(factor)); }
+
+  /// The rows of a factor, where they are moved.
+  float* values_of(int64_t factor) {
+    if (is_packed(factor)) return packing_.values(index_of(factor));
+    return static_cast<float*>(tensor_of(factor).unsafeGetTensorImpl()->mutable_data());
   }
   const at::Tensor& tensor_of(int64_t factor) const { return factor_of(factor % count(), factor < count() ? 0 : 1); }
 
@@ -343,7 +385,7 @@ class HostBatch final : public Batch {
     const int64_t size = s.shape.rows * rank_;
     const float* n =
         momentum.defined() ? momentum.template const_data_ptr<float>() + static_cast<int64_t>(i) * size : nullptr;
-    const float* x = tensor_of(factor_number(s, i)).template const_data_ptr<float>();
+    const float* x = values_of(factor_number(s, i));
     parallel_tasks(s.chunks, [&](int64_t chunk, int64_t thread) {
       const int64_t first = chunk * s.chunk_rows, end = std::min(first + s.chunk_rows, s.shape.rows);
       kernels::best().remember(x, n, weights_.template const_data_ptr<double>(), s.shape, first, end, blocks_of(thread),
@@ -518,8 +560,10 @@ class HostBatch final : public Batch {
   float* momentum_of(const Side& s, size_t i) const {
     return s.momentum + static_cast<int64_t>(i) * s.shape.rows * rank_;
   }
-  static const float* gradient_of(const Side& s, size_t i) {
-    return s.gradients[i].defined() ? s.gradients[i].template const_data_ptr<float>() : nullptr;
+  const float* gradient_of(const Side& s, size_t i) {
+    if (!s.gradients[i].defined()) return nullptr;
+    if (is_packed(factor_number(s, i)) && !s.gradients[i].is_contiguous()) return packing_.gradient(i);
+    return s.gradients[i].template const_data_ptr<float>();
   }
 
   /// Act 3 for some rows of one factor.
@@ -529,7 +573,7 @@ class HostBatch final : public Batch {
     maps.rows.next = rows_of(s, i);
     // A factor that rests keeps its sums; XᵀN is then not asked for, as its rate was 0.
     const kernels::Sums sums = maps.has_gradient ? emptied_sums(s, part) : kernels::Sums{};
-    float* x = static_cast<float*>(tensor_of(factor_number(s, i)).unsafeGetTensorImpl()->mutable_data());
+    float* x = values_of(factor_number(s, i));
     kernels::best().apply(x, momentum_of(s, i), gradient_of(s, i), weights_.template const_data_ptr<double>(), s.shape,
                           first, end, maps, blocks, sums);
   }
@@ -580,7 +624,7 @@ class HostBatch final : public Batch {
       for (const size_t side : {0, 1}) {
         Side& s = sides_[side];
         const int64_t factor = factor_number(s, i), size = s.shape.rows * rank_;
-        multiply(static_cast<float*>(tensor_of(factor).unsafeGetTensorImpl()->mutable_data()), size, scales[side]);
+        multiply(values_of(factor), size, scales[side]);
         multiply(momentum_of(s, i), size, scales[side]);
         // Side s holds the root of its partner, which is scaled by 1 / scales[s].
         multiply(state_.moments.inverse_root.template data_ptr<double>() + factor * rank_ * rank_, rank_ * rank_,
@@ -618,7 +662,8 @@ class HostBatch final : public Batch {
     *clip_factor_.template data_ptr<double>() = clip_;
   }
 
-  int64_t padded_;  ///< p
+  int64_t padded_;         ///< p
+  ExpertPacking packing_;  ///< of B factors that are parts
   std::array<Side, 2> sides_;
   at::Tensor weights_;         ///< of the column sums
   std::vector<Group> groups_;  ///< from the first to the second half of act 2

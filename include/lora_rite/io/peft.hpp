@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -18,6 +19,7 @@
 #include <variant>
 #include <vector>
 
+#include "lora_rite/factor_pair.hpp"
 #include "lora_rite/io/files.hpp"
 #include "lora_rite/io/json.hpp"
 #include "lora_rite/io/safetensors.hpp"
@@ -314,14 +316,32 @@ inline size_t find_lora_component(const std::string& name) {
   return known != std::string::npos ? known : found;
 }
 
+/// The ranks that a description has for some module.
+inline std::set<int64_t> ranks_of(const AdapterConfig& config) {
+  std::set<int64_t> ranks = {config.r};
+  for (const auto& [pattern, rank] : config.rank_pattern) ranks.insert(rank);
+  return ranks;
+}
+
+/// Whether parameters have factors, which can hold many experts, and not modules alone. PEFT writes an empty list, too.
+inline bool has_target_parameters(const AdapterConfig& config) {
+  const auto field = config.other.find("target_parameters");
+  return field != config.other.end() && !field->is_null() && !(field->is_structured() && field->empty());
+}
+
+/// How many experts may share an A of so many rows: 1, or with target_parameters every number that leaves one of the
+/// description's ranks to each. Empty: the description does not know the rank.
+inline std::set<int64_t> possible_experts(const AdapterConfig& config, int64_t rows) {
+  std::set<int64_t> numbers;
+  for (const int64_t rank : ranks_of(config)) {
+    if (rows == rank || (has_target_parameters(config) && rows % rank == 0)) numbers.insert(rows / rank);
+  }
+  return numbers;
+}
+
 /// Throws c10::Error unless every lora_A has a lora_B (embeddings' likewise), with one rank, which the description
 /// knows.
 inline void check_factors(const std::string& label, const Adapter& adapter) {
-  std::set<int64_t> ranks = {adapter.config.r};
-  for (const auto& [pattern, rank] : adapter.config.rank_pattern) ranks.insert(rank);
-  // Experts that share one parameter have their ranks side by side.
-  const auto parameters = adapter.config.other.find("target_parameters");
-  const bool any_rank = parameters != adapter.config.other.end() && !parameters->is_null();
   for (const auto& [own, other, is_a] : {std::tuple{"lora_A", "lora_B", true}, std::tuple{"lora_B", "lora_A", false},
                                          std::tuple{"lora_embedding_A", "lora_embedding_B", true},
                                          std::tuple{"lora_embedding_B", "lora_embedding_A", false}}) {
@@ -341,8 +361,10 @@ inline void check_factors(const std::string& label, const Adapter& adapter) {
       TORCH_CHECK(b.defined() && b.dim() >= 2 && b.size(1) == tensor.size(0), label, "tensor ", in_quotes(name), " is ",
                   tensor.sizes(), ", its partner ", b.defined() ? b.sizes() : at::IntArrayRef(),
                   ", expected the rank in dimension 0 of one and 1 of the other");
-      TORCH_CHECK(any_rank || ranks.count(tensor.size(0)) == 1, label, "tensor ", in_quotes(name), " has rank ",
-                  tensor.size(0), ", expected r = ", adapter.config.r, " or a rank of rank_pattern");
+      TORCH_CHECK(
+          !possible_experts(adapter.config, tensor.size(0)).empty(), label, "tensor ", in_quotes(name), " has rank ",
+          tensor.size(0), ", expected r = ", adapter.config.r, " or a rank of rank_pattern",
+          has_target_parameters(adapter.config) ? ", or a multiple of them for the experts of a parameter" : "");
     }
   }
 }
@@ -454,6 +476,60 @@ inline std::map<std::string, at::Tensor> adapter_tensors(
                 detail::in_quotes(name));
   }
   return result;
+}
+
+/// How many experts the factors of a layer hold, "<layer>.lora_A.weight" (PEFT's nested layers end in ".base_layer"): 1
+/// but for the parameters that target_parameters names. The file does not say it. It is the number that leaves a rank
+/// of the description to each expert, in all factors of the same module, whose parameters have all experts in common.
+/// Throws c10::Error if there is no such layer, or more than one such number: then it is for the caller to know, and
+/// `expert_pairs(pair, experts)` to be told.
+inline int64_t expert_count(const Adapter& adapter, const std::string& layer) {
+  const std::string token = ".lora_A.weight";
+  const auto own = adapter.tensors.find(layer + token);
+  TORCH_CHECK(own != adapter.tensors.end(), "expert_count: the adapter has no tensor ",
+              detail::in_quotes(layer + token));
+  if (!detail::has_target_parameters(adapter.config)) return 1;
+  if (const auto* names = std::get_if<std::vector<std::string>>(&adapter.config.target_modules)) {
+    for (const std::string& name : *names)
+      if (layer == name || detail::ends_with(layer, "." + name)) return 1;
+  }
+  const std::string module = detail::BaseParameters::without_base_layer(layer);
+  std::set<int64_t> numbers = detail::possible_experts(adapter.config, own->second.size(0));
+  for (const auto& [name, tensor] : adapter.tensors) {
+    if (!detail::ends_with(name, token)) continue;
+    if (detail::BaseParameters::without_base_layer(name.substr(0, name.size() - token.size())) != module) continue;
+    const std::set<int64_t> others = detail::possible_experts(adapter.config, tensor.size(0));
+    for (auto number = numbers.begin(); number != numbers.end();)
+      number = others.count(*number) > 0 ? std::next(number) : numbers.erase(number);
+  }
+  TORCH_CHECK(numbers.size() == 1, "expert_count: ", detail::in_quotes(layer + token), " is ", own->second.sizes(),
+              ", and the ranks of the description leave ", numbers.size(),
+              " numbers of experts possible, expected one; call expert_pairs with the number");
+  return *numbers.begin();
+}
+
+/// All pairs of an adapter, named as find_factor_pairs names them, in the order of their names, each expert's by itself
+/// (`expert_pairs`, `expert_count`). They are the adapter's tensors or views of them. ΔW = scale · B A, where the scale
+/// of experts is lora_alpha / r (√r with rslora) with the r of one expert. Throws c10::Error as the three do.
+inline std::vector<FactorPair> expert_pairs(const Adapter& adapter) {
+  torch::OrderedDict<std::string, at::Tensor> tensors;
+  for (const auto& [name, tensor] : adapter.tensors) {
+    // Those of a file may be views of it.
+    tensors.insert(name, tensor.defined() && tensor.is_view() ? tensor.detach() : tensor);
+  }
+  std::vector<FactorPair> pairs;
+  for (const FactorPair& pair : find_factor_pairs(tensors)) {
+    const std::string ending = ".weight";
+    const std::string layer = pair.name.substr(0, pair.name.size() - std::min(pair.name.size(), ending.size()));
+    const bool is_linear = detail::ends_with(pair.name, ending) && adapter.tensors.count(layer + ".lora_A.weight") > 0;
+    const int64_t experts = is_linear ? expert_count(adapter, layer) : 1;
+    if (experts == 1) {
+      pairs.push_back(pair);
+    } else {
+      for (auto& expert : expert_pairs(pair, experts)) pairs.push_back(std::move(expert));
+    }
+  }
+  return pairs;
 }
 
 }  // namespace lora_rite

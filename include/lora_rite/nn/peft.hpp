@@ -61,7 +61,8 @@ inline void check_supported(const AdapterConfig& config) {
       {"megatron_config", "layers of Megatron are not there"},
       {"alora_invocation_tokens", "activated LoRA is not there"},
       {"trainable_token_indices", "an embedding is trained by factors or whole"},
-      {"target_parameters", "adapters are on modules, not on parameters"},
+      {"target_parameters",
+       "adapters are on modules, not on parameters; experts in one parameter are a model's own, see expert_pairs"},
       {"layer_replication", "the model's layers are as they are"},
       {"lora_bias", "factors have no bias"},
       {"ensure_weight_tying", "two layers have no adapter in common"}};

@@ -1,0 +1,147 @@
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+/// Factors that are parts of a leaf: all experts of a layer can share one parameter (`expert_pairs`). Whoever asks for
+/// a factor's gradient, or for what autograd and LibTorch know of it, asks here.
+namespace lora_rite::detail {
+
+/// Is the tensor a view whose gradient arrives as a part of its base's? A view of a tensor that requires none can be a
+/// leaf itself (a parameter in a flat buffer): then it requires a gradient, or has one. Autograd itself must not be
+/// asked about a part (is_leaf, grad): once the leaf has been written to, it throws.
+inline bool is_part(const at::Tensor& tensor) {
+  if (!tensor.defined() || !tensor.is_view()) return false;
+  const bool is_leaf_itself = tensor.requires_grad() || tensor.unsafeGetTensorImpl()->grad().defined();
+  return tensor._base().requires_grad() || !is_leaf_itself;
+}
+
+/// The tensor that has the gradient: the base of a part, else the tensor itself.
+inline at::Tensor leaf_of(const at::Tensor& tensor) { return is_part(tensor) ? at::Tensor(tensor._base()) : tensor; }
+
+/// The leaves of these factors, once each, in the order in which they appear first.
+inline std::vector<at::Tensor> leaves_of(const std::vector<at::Tensor>& factors) {
+  std::vector<at::Tensor> leaves;
+  std::map<const void*, size_t> known;
+  for (const auto& factor : factors) {
+    const at::Tensor leaf = leaf_of(factor);
+    if (known.emplace(leaf.unsafeGetTensorImpl(), leaves.size()).second) leaves.push_back(leaf);
+  }
+  return leaves;
+}
+
+/// How many elements lie from a tensor's first to its last one in memory.
+inline int64_t extent_of(const at::Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  return tensor.numel() == 0 ? 0 : last + 1;
+}
+
+/// Where a part begins, in elements from its leaf's first one.
+inline int64_t begin_of(const at::Tensor& part) { return part.storage_offset() - part._base().storage_offset(); }
+
+/// Throws c10::Error naming `label` unless a part is still one of what its leaf is now: `set_data` and `module.to` give
+/// a leaf other memory, and views stay with the old.
+inline void check_part(const at::Tensor& tensor, const std::string& label, const char* which) {
+  if (!is_part(tensor)) return;
+  const at::Tensor leaf(tensor._base());
+  TORCH_CHECK(leaf.is_leaf() && leaf.layout() == at::kStrided && leaf.scalar_type() == tensor.scalar_type(), label,
+              ": factor ", which, " is a view of ", leaf.scalar_type(), leaf.sizes(),
+              leaf.is_leaf() ? "" : ", the result of an operation",
+              ", expected a view of a dense leaf tensor of dtype ", tensor.scalar_type());
+  const int64_t begin = begin_of(tensor);
+  TORCH_CHECK(leaf.device() == tensor.device() && leaf.is_alias_of(tensor) && begin >= 0 &&
+                  begin + extent_of(tensor) <= extent_of(leaf),
+              label, ": factor ", which, " is a view of memory that its leaf, now ", leaf.scalar_type(), leaf.sizes(),
+              " on ", leaf.device(), ", has left (by set_data or module.to), expected a view of what the leaf is now; ",
+              "make the pairs anew, and the optimizer");
+}
+
+/// Gradients of factors. Of a part it is the same part of the leaf's; a leaf's gradient that lies otherwise in memory
+/// than the leaf is copied once for all its parts.
+class Gradients {
+ public:
+  at::Tensor of(const at::Tensor& factor) {
+    if (!is_part(factor)) return factor.grad();
+    const at::Tensor leaf(factor._base());
+    at::Tensor gradient = leaf.grad();
+    if (!gradient.defined()) return gradient;
+    if (gradient.strides() != leaf.strides()) {
+      at::Tensor& agreed = agreed_[leaf.unsafeGetTensorImpl()];
+      if (!agreed.defined())
+        agreed = at::empty_strided(leaf.sizes(), leaf.strides(), gradient.options()).copy_(gradient);
+      gradient = agreed;
+    }
+    return gradient.as_strided(factor.sizes(), factor.strides(), gradient.storage_offset() + begin_of(factor));
+  }
+
+ private:
+  std::map<const void*, at::Tensor> agreed_;  ///< by leaf
+};
+
+/// Which tensors, or which parts of them, belong to whom.
+class Owners {
+ public:
+  /// Throws c10::Error naming both owners if the tensor, or an element of it, has one already.
+  void claim(const at::Tensor& tensor, const std::string& label) {
+    const at::Tensor leaf = leaf_of(tensor);
+    std::vector<Claim>& claims = claims_[leaf.unsafeGetTensorImpl()];
+    const auto check_free = [&](bool is_free, const std::string& owner) {
+      TORCH_CHECK(is_free, label, ": a tensor of shape ", tensor.sizes(), " is used twice, the other time in ", owner,
+                  "; expected every tensor once");
+    };
+    const bool part = is_part(tensor);
+    if (!claims.empty()) check_free(part && claims[0].is_part, claims[0].label);
+    claims.push_back({part, label, tensor});
+    if (!part) return;
+    // Which claim, counted from 1, has which element of the leaf.
+    std::vector<size_t>& owner = maps_[leaf.unsafeGetTensorImpl()];
+    const size_t first_new = owner.empty() ? 0 : claims.size() - 1;
+    owner.resize(static_cast<size_t>(extent_of(leaf)));
+    for (size_t i = first_new; i < claims.size(); ++i) {
+      const at::Tensor& claimed = claims[i].tensor;
+      for_each_place(claimed.sizes(), claimed.strides(), begin_of(claimed), [&](int64_t place) {
+        size_t& other = owner[static_cast<size_t>(place)];
+        if (other != 0) check_free(false, claims[other - 1].label);
+        other = i + 1;
+      });
+    }
+  }
+
+  bool know(const at::Tensor& tensor) const { return claims_.count(leaf_of(tensor).unsafeGetTensorImpl()) > 0; }
+
+  /// Whose the tensor is, or its first part.
+  std::optional<std::string> owner_of(const at::Tensor& tensor) const {
+    const auto claims = claims_.find(leaf_of(tensor).unsafeGetTensorImpl());
+    if (claims == claims_.end() || claims->second.empty()) return std::nullopt;
+    return claims->second[0].label;
+  }
+
+  /// Drops what only makes further claims faster.
+  void settle() { maps_.clear(); }
+
+ private:
+  struct Claim {
+    bool is_part;
+    std::string label;
+    at::Tensor tensor;
+  };
+
+  template <class Visit>
+  static void for_each_place(at::IntArrayRef sizes, at::IntArrayRef strides, int64_t begin, const Visit& visit) {
+    if (sizes.empty()) return visit(begin);
+    for (int64_t i = 0; i < sizes[0]; ++i)
+      for_each_place(sizes.slice(1), strides.slice(1), begin + i * strides[0], visit);
+  }
+
+  std::map<const void*, std::vector<Claim>> claims_;  ///< by leaf
+  std::map<const void*, std::vector<size_t>> maps_;   ///< by leaf of which parts are claimed
+};
+
+}  // namespace lora_rite::detail
