@@ -64,7 +64,7 @@ const std::vector<Case>& cases() {
       {"rank_is_out", {{4, 9, 4}}},
       {"rank_above_out", {{3, 8, 5}}},
       {"rank_above_in", {{9, 4, 6}}},
-      {"rank_above_both", {{3, 4, 6}}},
+      {"rank_above_one", {{3, 7, 6}}},
       {"one_by_one", {{1, 1, 1}}, Start::Random, Gradients::Random},
       {"equal_pairs", {{8, 6, 3}, {8, 6, 3}, {8, 6, 3}}},
       {"mixed_pairs", {{8, 6, 3}, {5, 9, 2}, {8, 6, 3}, {6, 8, 3}}, Start::Random, Gradients::Random},

@@ -68,13 +68,13 @@ struct Decision {
 /// Eigenvalues of a factor's Gram matrix up to this share of the largest are round-off: (unit round-off of the factors'
 /// dtype)², and no less than what summing and the eigensolver leave in double. Every step rounds the factor and its
 /// momentum anew, at random, in r columns, so that the share grows with r and the number of steps; but above 1e-10,
-/// where some thousand steps of float bring it, a direction is rather taken for one.
+/// where a thousand steps of float bring it, a direction is rather taken for one.
 template <class Number>
 Number relative_cutoff(double dtype_epsilon, int64_t rank, const Number& steps) {
   constexpr double most = 1e-10;
-  const double once = 0.25 * dtype_epsilon * dtype_epsilon, r = static_cast<double>(rank);
+  const double squared = dtype_epsilon * dtype_epsilon, r = static_cast<double>(rank);
   const double solver = 16.0 * r * std::numeric_limits<double>::epsilon();
-  return at_least(at_most((steps + 4.0) * (r * once), most), std::max(once, solver));
+  return at_least(at_most((steps + 4.0) * (r * squared), most), std::max(0.25 * squared, solver));
 }
 
 /// E = ε diag(GᵀG)^{1/2} R⁺: what rounding left in Ḡ = G R⁺. Rounding changes each number of G by a share below ε / 2,

@@ -2,7 +2,10 @@
 #include <lora_rite/engine/lanes.hpp>
 #include <lora_rite/engine/parallel.hpp>
 
+#include <array>
 #include <functional>
+#include <iterator>
+#include <random>
 
 #include "support/pairs.hpp"
 
@@ -159,6 +162,40 @@ TEST(HostEngineTest, AFactorThatRestsCountsOnceHoweverManyChunksItHas) {
       }
       EXPECT_LT(distance(host, device), 1e-5) << pattern.name << ", rank " << rank;
       EXPECT_GT(distance(start, host), 1e-3) << "the factors moved";
+    }
+  }
+}
+
+/// Any number of chunks, any pattern of missing gradients.
+TEST(HostEngineTest, AgreesWithTheDeviceEngineWhicheverFactorsRest) {
+  std::mt19937_64 random(67);
+  const auto draw = [&](int64_t least, int64_t most) {
+    return std::uniform_int_distribution<int64_t>(least, most)(random);
+  };
+  for (int trial = 0; trial < 30; ++trial) {
+    const int64_t rank = std::array<int64_t, 5>{1, 5, 8, 16, 33}[static_cast<size_t>(draw(0, 4))];
+    torch::manual_seed(static_cast<uint64_t>(trial));
+    std::vector<FactorPair> host;
+    for (int64_t i = draw(1, 3); i > 0; --i)
+      host.push_back(random_pair("pair " + std::to_string(i), rank, 64 + draw(0, 200) * draw(1, 100),
+                                 64 + draw(0, 200) * draw(1, 100), torch::kFloat));
+    const auto device = clone_pairs(host);
+    const auto& setting = kSettings[static_cast<size_t>(draw(0, std::size(kSettings) - 1))];
+    LoraRite<> on_host(host, with_engine(setting.options(), Engine::Host));
+    LoraRite<> on_device(device, with_engine(setting.options(), Engine::Device));
+    const int64_t rests = draw(1, 9);  // in ten
+    for (int64_t step = 0; step < 8; ++step) {
+      set_gradients(host, static_cast<uint64_t>(100 + step));
+      set_gradients(device, static_cast<uint64_t>(100 + step));
+      for (size_t i = 0; i < host.size(); ++i) {
+        if (draw(1, 10) <= rests)
+          torch::Tensor(host[i].a).mutable_grad() = torch::Tensor(device[i].a).mutable_grad() = torch::Tensor();
+        if (draw(1, 10) <= rests)
+          torch::Tensor(host[i].b).mutable_grad() = torch::Tensor(device[i].b).mutable_grad() = torch::Tensor();
+      }
+      on_host.step();
+      on_device.step();
+      ASSERT_LT(distance(host, device), 1e-5) << "trial " << trial << ", " << setting.name << ", step " << step;
     }
   }
 }
@@ -418,7 +455,6 @@ TEST(LaneBuffers, LargeOnesAreGivenBack) {
     for (int i = 0; i < 8; ++i) buffers.emplace_back(large);
     kept = buffers[0].data();
   }
-  // Two of the eight stayed: the third is new memory or, by chance, memory that was given back.
   EXPECT_LE(engine::Buffer::bytes_kept(), size_t{8} << 20);
   EXPECT_GE(engine::Buffer::bytes_kept(), 2 * large * sizeof(double));
   EXPECT_NE(kept, nullptr);

@@ -217,13 +217,13 @@ void check_passes(const Table* table, const Shape& shape, const Blocks& blocks, 
   table->gram(g.data(), nullptr, shape, 0, rows, blocks, gram.data(), nullptr);
   EXPECT_LT(relative(symmetric(gram, rank, p), g0.transpose() * g0), 1e-13) << where;
 
-  const Maps maps = {momentum_map.data(), gradient_map.data(), 0.9F, 0.1F, true};
+  const Maps maps = {momentum_map.data(), gradient_map.data(), 0.1F, 0.1F, true};
   const MatrixXd n1 = n0 * mm + g0 * gm, x1 = 0.9 * x0 - 0.1 * n1;
   {  // The momentum's map in double takes the place of the other.
     std::vector<double> wide_map(static_cast<size_t>(p * p));
     for (int64_t i = 0; i < rank; ++i)
       for (int64_t j = 0; j < rank; ++j) wide_map[static_cast<size_t>(i * p + j)] = mm(i, j);
-    const Maps wide = {nullptr, gradient_map.data(), 0.9F, 0.1F, true, wide_map.data()};
+    const Maps wide = {nullptr, gradient_map.data(), 0.1F, 0.1F, true, wide_map.data()};
     std::vector<float> moved_x = x, moved_n = n;
     std::vector<double> unused_products(products.size()), unused_weighted(weighted.size());
     table->apply(moved_x.data(), moved_n.data(), g.data(), weights.data(), shape, 0, rows, wide, blocks,
@@ -308,7 +308,7 @@ void check_row_equilibration(const Table* table, const Shape& shape, const Block
 
   // An update is as good as floats are. Moments are rounded to float, and so is what they are the squares of.
   const MatrixXd n1 = 0.5 * n0 + scale.asDiagonal() * g0 * gm;
-  Maps maps = {momentum_map.data(), gradient_map.data(), 1, 0.1F, true};
+  Maps maps = {momentum_map.data(), gradient_map.data(), 0, 0.1F, true};
   maps.rows = {plain_map.data(), moments.data(), decay};
   const std::vector<float> before = moments;
   table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, of_update.data());

@@ -133,7 +133,7 @@ class DeviceBatch final : public Batch {
     statistics_.gram = at::stack({gram[1], gram[0]});
     statistics_.cross = at::stack({cross[1], cross[0]});
     statistics_.gradient_gram = at::stack({gradient_gram[0], gradient_gram[1]});
-    statistics_.steps = state_.moments.step.flip(0);
+    statistics_.steps = at::stack({state_.moments.step[1], state_.moments.step[0]});
     if (options.row_equilibration()) {
       statistics_.plain_gradient_gram = at::stack({plain_gradient_gram[0], plain_gradient_gram[1]});
     }
