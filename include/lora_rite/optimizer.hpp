@@ -143,7 +143,7 @@ class LoraRite : public torch::optim::Optimizer {
     const bool ascends = maximize.value_or(static_cast<const LoraRiteOptions&>(defaults()).maximize());
     add_group(parameters, std::make_unique<torch::optim::AdamWOptions>(options));
     owners_ = std::move(owners);
-    groups_.push_back({{}, {}, {}, {}, engine::AdamWParameters(std::move(parameters), ascends)});
+    groups_.push_back({{}, {}, {}, {}, engine::AdamWParameters(std::move(parameters), ascends), {}});
   }
 
   /// LibTorch's way to add a group: alternating factors with LoraRiteOptions (or none: the defaults), or other

@@ -17,6 +17,25 @@ namespace lora_rite::engine {
 
 constexpr int64_t kLanes = kernels::kLanes;
 
+// Tensors' spelling of the vocabulary stands beside the lanes' and is not hidden by it, in whatever order headers come.
+using lora_rite::at_least;
+using lora_rite::at_most;
+using lora_rite::choose;
+using lora_rite::eigenvalues;
+using lora_rite::eigh;
+using lora_rite::identity_like;
+using lora_rite::largest_difference;
+using lora_rite::map_values;
+using lora_rite::orthogonal_factor;
+using lora_rite::positive_inverse;
+using lora_rite::rank_of;
+using lora_rite::scale_columns;
+using lora_rite::scale_rows_by_norms;
+using lora_rite::squared_column_norms;
+using lora_rite::symmetrized;
+using lora_rite::trace_of;
+using lora_rite::transpose;
+
 /// One number for each of the eight matrices. As a flag: 0 is false.
 struct Lanes {
   std::array<double, kLanes> lane;
