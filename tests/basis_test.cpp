@@ -78,7 +78,7 @@ TYPED_TEST(GramRoot, TakenTwiceIsExactForIllConditionedDoubles) {
   torch::manual_seed(6);
   for (const double kappa : {1.0, 1e2, 1e4, 1e6}) {
     const auto y = conditioned(60, 8, kappa);
-    const double cutoff = rule::relative_cutoff(2.2e-16, 8, 0.0);
+    const double cutoff = rule::relative_cutoff(2.2e-16, 8);
     const auto c = TypeParam::inverse_root(torch::matmul(y.t(), y), cutoff);
     const auto yc = torch::matmul(y, c);
     const auto u = torch::matmul(yc, TypeParam::inverse_root(torch::matmul(yc.t(), yc), cutoff));
@@ -89,7 +89,7 @@ TYPED_TEST(GramRoot, TakenTwiceIsExactForIllConditionedDoubles) {
 TYPED_TEST(GramRoot, TakenTwiceKeepsToTheRowSpaceOfARankDeficientMatrix) {
   torch::manual_seed(7);
   const auto y = torch::matmul(torch::randn({30, 3}, torch::kDouble), torch::randn({3, 8}, torch::kDouble));
-  const double cutoff = rule::relative_cutoff(2.2e-16, 8, 0.0);
+  const double cutoff = rule::relative_cutoff(2.2e-16, 8);
   const auto c = TypeParam::inverse_root(torch::matmul(y.t(), y), cutoff);
   const auto yc = torch::matmul(y, c);
   const auto root = torch::matmul(c, TypeParam::inverse_root(torch::matmul(yc.t(), yc), cutoff));

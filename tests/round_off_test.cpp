@@ -118,6 +118,29 @@ TEST(RoundOff, AddsNothingToWhatTheRuleItselfDoesFromZero) {
   }
 }
 
+/// Columns of very different sizes are each known to a float's precision, also after many steps.
+TEST(RoundOff, LeavesColumnsOfVeryDifferentSizesAlone) {
+  for (const int64_t rank : {4, 16}) {
+    torch::manual_seed(83);
+    const torch::Tensor target = torch::randn({40, 50}), a = torch::randn({rank, 50}) / 7,
+                        b = 0.3 * torch::randn({40, rank});
+    const torch::Tensor t = torch::pow(2.0, torch::linspace(-10, 10, rank).round());
+    const auto run = [&](const torch::Tensor& start_a, const torch::Tensor& start_b) {
+      const FactorPair pair = {"pair", start_a.clone().requires_grad_(), start_b.clone().requires_grad_()};
+      LoraRite<> optimizer({pair}, LoraRiteOptions(1e-3));
+      for (int step = 0; step < 150; ++step) {
+        optimizer.zero_grad();
+        (pair.b.matmul(pair.a) - target).square().mean().backward();
+        optimizer.step();
+      }
+      return wide(pair.b).matmul(wide(pair.a));
+    };
+    const torch::Tensor start = wide(b).matmul(wide(a)), first = run(a, b);
+    const torch::Tensor second = run(t.unsqueeze(1) * a, b / t);  // κ(T) = 1e6
+    EXPECT_LT(((first - second).norm() / (first - start).norm()).item<double>(), 1e-3) << "rank " << rank;
+  }
+}
+
 /// A direction that is small, but more than round-off, keeps its full share.
 TEST(RoundOff, FaintDirectionsThatAreNoRoundOffMove) {
   for (const auto& [dtype, faint] : {std::make_pair(torch::kFloat, 1e-4), std::make_pair(torch::kBFloat16, 0.1)}) {

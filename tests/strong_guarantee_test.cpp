@@ -186,7 +186,7 @@ TEST_P(StrongGuarantee, HoldsWhereverMemoryRunsOut) {
 #ifdef LORA_RITE_FAILING_NEW
 /// Of all memory, not only of tensors'. The pairs alone: the fused kernel of AdamW asks for some of its own.
 TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {
-  const ThreadCount one(1);
+  const ThreadCount three(3);
   const auto pairs_of = [] {
     torch::manual_seed(69);
     std::vector<lora_rite::FactorPair> pairs;

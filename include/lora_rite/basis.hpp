@@ -11,12 +11,17 @@
 namespace lora_rite {
 namespace detail {
 
-/// λ^{-1/2} where λ > cutoff · λ_max, else 0: the pseudo-inverse. For S = 0 nothing is kept.
-template <class Values, class Cutoff>
-auto pseudo_inverse_root(const Values& values, const Cutoff& cutoff) {
-  return map_values(values, [&cutoff](const auto& value, const auto& largest) {
+/// λ^{-1/2} of the eigenvalues of S = YᵀY that are no round-off, else 0: the pseudo-inverse. Those up to cutoff · λ_max
+/// are, and those up to share · Σ_j q_j² S_jj, q being the eigenvector. For S = 0 nothing is kept.
+template <class Matrix, class Spectrum, class Share>
+auto pseudo_inverse_root(const Matrix& gram, const Spectrum& spectrum, double cutoff, const Share& share) {
+  const auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
     return choose(value > largest * cutoff, rsqrt(value), 0.0);
   });
+  const auto columns = squared_column_norms(scale_rows_by_norms(gram, spectrum.vectors));
+  return inverse * map_values(spectrum.values, columns, [&](const auto& value, const auto& of_columns) {
+           return choose(value > of_columns * share, of_columns * 0.0 + 1.0, 0.0);
+         });
 }
 
 }  // namespace detail
@@ -26,11 +31,11 @@ auto pseudo_inverse_root(const Values& values, const Cutoff& cutoff) {
 struct PolarBasis {
   static constexpr const char* name() { return "polar"; }
 
-  /// R⁺ = Q λ^{+1/2} Qᵀ; eigenvalues up to cutoff · λ_max count as zero. The cutoff is a number, or one a matrix.
-  template <class Matrix, class Cutoff>
-  static Matrix inverse_root(const Matrix& gram, const Cutoff& cutoff) {
+  /// R⁺ = Q λ^{+1/2} Qᵀ; eigenvalues that are round-off count as zero: `cutoff` and `share` say which.
+  template <class Matrix, class Share = double>
+  static Matrix inverse_root(const Matrix& gram, double cutoff, const Share& share = Share(0)) {
     const auto spectrum = eigh(gram);
-    return matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(spectrum.values, cutoff)),
+    return matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(gram, spectrum, cutoff, share)),
                   transpose(spectrum.vectors));
   }
 };
@@ -40,14 +45,15 @@ struct PolarBasis {
 struct QrBasis {
   static constexpr const char* name() { return "qr"; }
 
-  /// R⁺ = Q λ^{+1/2} O; eigenvalues up to cutoff · λ_max count as zero. The cutoff is a number, or one a matrix.
-  template <class Matrix, class Cutoff>
-  static Matrix inverse_root(const Matrix& gram, const Cutoff& cutoff) {
+  /// R⁺ = Q λ^{+1/2} O; eigenvalues that are round-off count as zero: `cutoff` and `share` say which.
+  template <class Matrix, class Share = double>
+  static Matrix inverse_root(const Matrix& gram, double cutoff, const Share& share = Share(0)) {
     const auto spectrum = eigh(gram);
     const auto root =
         map_values(spectrum.values, [](const auto& value, const auto&) { return sqrt(at_least(value, 0.0)); });
     const Matrix orthogonal = orthogonal_factor(transpose(scale_columns(spectrum.vectors, root)));
-    return matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(spectrum.values, cutoff)), orthogonal);
+    const auto inverse = detail::pseudo_inverse_root(gram, spectrum, cutoff, share);
+    return matmul(scale_columns(spectrum.vectors, inverse), orthogonal);
   }
 };
 

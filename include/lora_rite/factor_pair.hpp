@@ -43,8 +43,9 @@ inline std::vector<FactorPair> expert_pairs(const FactorPair& whole, int64_t exp
     TORCH_CHECK(factor->defined(), label, ": factor ", which, " is undefined, expected a tensor");
     TORCH_CHECK(factor->dim() == 2, label, ": factor ", which, " has shape ", factor->sizes(),
                 ", expected two dimensions");
-    TORCH_CHECK(!detail::is_part(*factor) && factor->is_leaf(), label, ": factor ", which, " is ",
-                detail::is_part(*factor) ? "a view" : "the result of an operation", ", expected a leaf tensor");
+    TORCH_CHECK(!factor->is_view() && factor->is_leaf(), label, ": factor ", which, " is ",
+                factor->is_view() ? "a view of another tensor" : "the result of an operation",
+                ", expected a leaf tensor (give it a clone())");
   }
   const int64_t rows = whole.a.size(0);
   TORCH_CHECK(rows == whole.b.size(1), label, ": the ranks differ: a has shape ", whole.a.sizes(),
@@ -264,12 +265,17 @@ inline std::array<int64_t, 2> rows_of(const FactorPair& pair) {
   return {pair.a.numel() / pair.a.size(0), pair.b.numel() / pair.b.size(1)};
 }
 
+/// Throws c10::Error naming `label` if two elements of a factor share a place, which a step would write twice.
+inline void check_no_overlap(const torch::Tensor& factor, const std::string& label, const char* which) {
+  TORCH_CHECK(factor.is_contiguous() || !may_overlap(factor), label, ": factor ", which, " has shape ", factor.sizes(),
+              " and strides ", factor.strides(), ", expected elements that do not overlap (give it a clone())");
+}
+
 /// `check_factor_pair`, and that no two elements of a factor share a place, which a step would write twice.
 inline void check_trained_pair(const FactorPair& pair, const std::string& label) {
   check_factor_pair(pair, label);
   for (const auto& [which, factor] : {std::pair{"a", pair.a}, std::pair{"b", pair.b}}) {
-    TORCH_CHECK(!may_overlap(factor), label, ": factor ", which, " has shape ", factor.sizes(), " and strides ",
-                factor.strides(), ", expected elements that do not overlap (give it a clone())");
+    check_no_overlap(factor, label, which);
   }
 }
 

@@ -13,13 +13,11 @@
 /// a factor's gradient, or for what autograd and LibTorch know of it, asks here.
 namespace lora_rite::detail {
 
-/// Is the tensor a view whose gradient arrives as a part of its base's? A view of a tensor that requires none can be a
-/// leaf itself (a parameter in a flat buffer): then it requires a gradient, or has one. Autograd itself must not be
-/// asked about a part (is_leaf, grad): once the leaf has been written to, it throws.
+/// Is the tensor a view whose gradient arrives as a part of its base's? A view of a tensor that requires none is a leaf
+/// itself (a parameter in a flat buffer). Autograd itself must not be asked about a part (is_leaf, grad): once the leaf
+/// has been written to, it throws.
 inline bool is_part(const at::Tensor& tensor) {
-  if (!tensor.defined() || !tensor.is_view()) return false;
-  const bool is_leaf_itself = tensor.requires_grad() || tensor.unsafeGetTensorImpl()->grad().defined();
-  return tensor._base().requires_grad() || !is_leaf_itself;
+  return tensor.defined() && tensor.is_view() && tensor._base().requires_grad();
 }
 
 /// The tensor that has the gradient: the base of a part, else the tensor itself.

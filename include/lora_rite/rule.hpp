@@ -66,15 +66,19 @@ struct Decision {
 };
 
 /// Eigenvalues of a factor's Gram matrix up to this share of the largest are round-off: (unit round-off of the factors'
-/// dtype)², and no less than what summing and the eigensolver leave in double. Every step rounds the factor and its
-/// momentum anew, at random, in r columns, so that the share grows with r and the number of steps; but above 1e-10,
-/// where a thousand steps of float bring it, a direction is rather taken for one.
+/// dtype)², and no less than what summing and the eigensolver leave in double.
+inline double relative_cutoff(double dtype_epsilon, int64_t rank) {
+  const double solver = 16.0 * static_cast<double>(rank) * std::numeric_limits<double>::epsilon();
+  return std::max(0.25 * dtype_epsilon * dtype_epsilon, solver);
+}
+
+/// Every step rounds a factor Y and its momentum anew, at random, each column by a share of itself: after t steps an
+/// eigenvector q of YᵀY whose eigenvalue is no more than this share of Σ_j q_j² ‖y_j‖² is nothing but that. Above
+/// 1e-10, where a thousand steps of float bring it, a direction is rather taken for one.
 template <class Number>
-Number relative_cutoff(double dtype_epsilon, int64_t rank, const Number& steps) {
+Number rounding_share(double dtype_epsilon, int64_t rank, const Number& steps) {
   constexpr double most = 1e-10;
-  const double squared = dtype_epsilon * dtype_epsilon, r = static_cast<double>(rank);
-  const double solver = 16.0 * r * std::numeric_limits<double>::epsilon();
-  return at_least(at_most((steps + 4.0) * (r * squared), most), std::max(0.25 * squared, solver));
+  return at_most((steps + 4.0) * (static_cast<double>(rank) * dtype_epsilon * dtype_epsilon), most);
 }
 
 /// E = ε diag(GᵀG)^{1/2} R⁺: what rounding left in Ḡ = G R⁺. Rounding changes each number of G by a share below ε / 2,
@@ -89,8 +93,9 @@ Matrix round_off_in_basis(const Matrix& gradient_gram, const Matrix& inverse_roo
 /// and `gradient_epsilon` are the dtypes' distances from 1 to the next number.
 template <class Basis, class Matrix>
 Unmagnified<Matrix> unmagnify(const Statistics<Matrix>& statistics, double factor_epsilon, double gradient_epsilon) {
-  const Matrix root =
-      Basis::inverse_root(statistics.gram, relative_cutoff(factor_epsilon, rank_of(statistics.gram), statistics.steps));
+  const int64_t rank = rank_of(statistics.gram);
+  const Matrix root = Basis::inverse_root(statistics.gram, relative_cutoff(factor_epsilon, rank),
+                                          rounding_share(factor_epsilon, rank, statistics.steps));
   const auto project = [&](const Matrix& gram) { return matmul(transpose(root), matmul(gram, root)); };
   const bool is_coarse = gradient_epsilon > std::numeric_limits<double>::epsilon();
   return {statistics.coordinates.defined() ? matmul(statistics.coordinates, root) : root,

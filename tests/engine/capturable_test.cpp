@@ -66,7 +66,7 @@ TEST(Capturable, RootsMakeOrthonormalBases) {
   for (const int64_t rank : {1, 2, 5, 16, 64}) {
     for (const double condition : {1.0, 1e3, 1e6}) {
       const torch::Tensor s = 1e-5 * graded(rank, condition);
-      const double cutoff = rule::relative_cutoff(1.2e-7, rank, 0.0);
+      const double cutoff = rule::relative_cutoff(1.2e-7, rank);
       const torch::Tensor root = engine::PivotedCholesky::inverse_root(s, cutoff);
       const torch::Tensor gram = torch::matmul(root.mT(), torch::matmul(s, root));
       // Round-off of s itself, seen in the root.
@@ -83,7 +83,7 @@ TEST(Capturable, RootsDropTheDirectionsThatAreMissing) {
     for (const int64_t rows : {int64_t{1}, rank / 2, rank - 1}) {
       const torch::Tensor y = torch::randn({8, rows, rank}, torch::kDouble);
       const torch::Tensor s = torch::matmul(y.mT(), y);
-      const double cutoff = rule::relative_cutoff(1.2e-7, rank, 0.0);
+      const double cutoff = rule::relative_cutoff(1.2e-7, rank);
       const torch::Tensor root = engine::PivotedCholesky::inverse_root(s, cutoff);
       const torch::Tensor projector = torch::matmul(root.mT(), torch::matmul(s, root));
       const torch::Tensor inverse = torch::matmul(root, root.mT());

@@ -7,7 +7,8 @@ an expression.
 
 MUTATIONS = [
     # --- The rule ---------------------------------------------------------------------------------------------------
-    ("rule.hpp", "at_most(«(steps + 4.0) * (r * squared)», most)", "(steps + 4.0) * dtype_epsilon", ""),
+    ("rule.hpp", "std::max(«0.25 * dtype_epsilon * dtype_epsilon», solver)", "0.25 * dtype_epsilon", ""),
+    ("rule.hpp", "at_most(«(steps + 4.0)» * (static_cast<double>(rank)", "(steps * 0.0)", ""),
     ("rule.hpp", "? «matmul(statistics.coordinates, root)» : root", "root", ""),
     ("rule.hpp", "          «matmul(transpose(root), statistics.cross)»,", "matmul(root, statistics.cross)", ""),
     ("rule.hpp", "choose(value > of_noise, «1.0 - of_noise / value», 0.0)", "of_noise * 0.0 + 1.0", ""),
@@ -45,8 +46,8 @@ MUTATIONS = [
     ("rule.hpp", "«matmul(now.inverse_root, adaptive) * length»,", "matmul(adaptive, now.inverse_root) * length", ""),
     # --- Bases ------------------------------------------------------------------------------------------------------
     ("basis.hpp", "value > largest * «cutoff»,", "0.0", ""),
-    ("basis.hpp", "«matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(spectrum.values, cutoff)), orthogonal)»;",
-     "matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(spectrum.values, cutoff)), transpose(spectrum.vectors))",
+    ("basis.hpp", "«matmul(scale_columns(spectrum.vectors, inverse), orthogonal)»;",
+     "matmul(scale_columns(spectrum.vectors, inverse), transpose(spectrum.vectors))",
      ""),
     # --- The device engine ------------------------------------------------------------------------------------------
     ("engine/device.hpp", "rows_b = «pairs_[0].b.numel()» / rank_;", "pairs_[0].a.numel()", ""),

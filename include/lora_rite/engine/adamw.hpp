@@ -14,6 +14,7 @@
 
 #include "lora_rite/choose.hpp"
 #include "lora_rite/engine/device_numbers.hpp"
+#include "lora_rite/engine/layout.hpp"
 #include "lora_rite/options.hpp"
 
 namespace lora_rite::engine {
@@ -125,7 +126,10 @@ class AdamWParameters {
                         call.lr, std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
                         options.eps(), options.amsgrad(), maximize_, /*grad_scale=*/{}, /*found_inf=*/call.skip);
       // A step that is left out writes back what was read.
-      for (size_t i = 0; i < call.copies.size(); ++i) call.rounded[i].copy_(call.copies[i]);
+      for (size_t i = 0; i < call.copies.size(); ++i) {
+        const double most = largest_of(call.rounded[i].scalar_type());
+        call.rounded[i].copy_(call.copies[i].clamp_(-most, most));
+      }
     }
     state_ = std::move(next_);
     calls_.clear();
@@ -167,7 +171,8 @@ class AdamWParameters {
   Memory read(torch::serialize::InputArchive& archive, const std::string& label) const {
     Memory memory;
     c10::IValue maximize;
-    if (archive.try_read("maximize", maximize)) {  // earlier versions always descended
+    memory.maximize = maximize_;
+    if (archive.try_read("maximize", maximize)) {  // which earlier versions lacked
       TORCH_CHECK(maximize.isBool(), "load: ", label, ": entry 'maximize' is ", maximize, ", expected true or false");
       memory.maximize = maximize.toBool();
     }

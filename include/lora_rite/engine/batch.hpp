@@ -91,6 +91,7 @@ class Batch {
                     factor.device(), ", expected ", dtype_, at::IntArrayRef(shapes_[side]), " on ", device_,
                     " as in the first step; build the optimizer after moving or converting the module");
         lora_rite::detail::check_part(factor, labels_[i], which);
+        lora_rite::detail::check_no_overlap(factor, labels_[i], which);
         const at::Tensor leaf = lora_rite::detail::leaf_of(factor);
         const at::Tensor& gradient = leaf.grad();
         if (!gradient.defined()) continue;

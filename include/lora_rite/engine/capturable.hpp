@@ -19,19 +19,22 @@
 namespace lora_rite::engine {
 
 /// The root R = Lᵀ of S = L Lᵀ by Cholesky's factorisation with pivots: the largest diagonal element of what is left of
-/// S comes next, and once that is below cutoff · tr S the rest counts as zero. So R drops the directions that S has
-/// not, whatever their number, without a host read. Differs from the other roots by a rotation.
+/// S comes next, and once that is below cutoff · tr S, or below its share of S's own, the rest counts as zero. So R
+/// drops the directions that S has not, whatever their number, without a host read. Differs from the other roots by a
+/// rotation.
 struct PivotedCholesky {
   /// R⁺ = L (LᵀL)^{-1}, the pseudo-inverse; the columns of L that were dropped are zero. L = L̂ D with D =
   /// diag(pivots)^{1/2} and L̂'s elements at most 1, which is well conditioned whatever S is.
-  template <class Cutoff>
-  static at::Tensor inverse_root(const at::Tensor& gram, const Cutoff& cutoff) {
+  template <class Share = double>
+  static at::Tensor inverse_root(const at::Tensor& gram, double cutoff, const Share& share = Share(0)) {
     const at::Tensor least = at_least(trace_of(gram), 0.0) * cutoff;
+    const at::Tensor of_columns = at_least(gram.diagonal(0, -2, -1), 0.0).unsqueeze(-2) * share;  // [..., 1, r]
     at::Tensor left = symmetrized(gram);
     std::vector<at::Tensor> columns, pivots;
     for (int64_t j = 0; j < gram.size(-1); ++j) {
       const auto [largest, place] = left.diagonal(0, -2, -1).max(-1, /*keepdim=*/true);
-      const at::Tensor pivot = largest.unsqueeze(-1), is_kept = pivot > least;
+      const at::Tensor pivot = largest.unsqueeze(-1);
+      const at::Tensor is_kept = pivot > at_least(of_columns.gather(-1, place.unsqueeze(-2)), least);
       std::vector<int64_t> shape = left.sizes().vec();
       shape.back() = 1;
       const at::Tensor column = choose(is_kept, left.gather(-1, place.unsqueeze(-1).expand(shape)) / pivot, 0.0);

@@ -320,7 +320,7 @@ class DeviceBatch final : public Batch {
   double factor_epsilon() const { return epsilon_of(factors_[0].scalar_type()); }
 
   at::Tensor inverse_root(const at::Tensor& gram) const {
-    const double cutoff = rule::relative_cutoff(factor_epsilon(), rank_, 0.0);
+    const double cutoff = rule::relative_cutoff(factor_epsilon(), rank_);
     return capturable_ ? PivotedCholesky::inverse_root(gram, cutoff) : Basis::inverse_root(gram, cutoff);
   }
 
@@ -432,12 +432,10 @@ class DeviceBatch final : public Batch {
     return (difference > kRoundOff * scale).any(-1).any(0).view({count(), 1, 1});
   }
 
-  /// In a dtype of a factor. What a half type cannot hold becomes the largest number that it can: an infinity would be
-  /// in the model for good.
+  /// In a dtype of a factor, within its range.
   static at::Tensor rounded(const at::Tensor& x, at::ScalarType dtype) {
-    if (dtype == at::kHalf) return x.clamp(-65504.0, 65504.0).to(dtype);
-    if (dtype == at::kBFloat16) return x.clamp(-0x1.FEp127, 0x1.FEp127).to(dtype);
-    return x.to(dtype);
+    const double most = largest_of(dtype);
+    return (most < std::numeric_limits<double>::infinity() ? x.clamp(-most, most) : x).to(dtype);
   }
 
   static at::Tensor finite_or_zero(const at::Tensor& gram) {

@@ -120,8 +120,8 @@ class HostBatch final : public Batch {
       s.stale[i] = !(Glimpse::of(tensor_of(factor_number(s, i)), s.glimpse_stride) == s.seen[i]);
     });
     for (int64_t factor = count(); factor < 2 * count(); ++factor) {
-      if (is_packed(factor) && sides_[1].stale[index_of(factor)])
-        packing_.add_values(index_of(factor), tensor_of(factor));
+      // All, for what is written back is all of them: an edit that the glimpse missed must not be undone.
+      if (is_packed(factor)) packing_.add_values(index_of(factor), tensor_of(factor));
     }
     packing_.pack();
     for (int64_t factor = 0; factor < 2 * count(); ++factor) {

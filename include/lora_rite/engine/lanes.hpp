@@ -309,6 +309,14 @@ inline LaneMatrix scale_rows_by_norms(const LaneMatrix& gram, const LaneMatrix& 
   }
   return result;
 }
+inline LaneMatrix scale_rows_by_norms(const LaneMatrix& gram, const Transposed& m) {
+  LaneMatrix result(m.rank());
+  for (int64_t i = 0; i < m.rank(); ++i) {
+    const Lanes norm = sqrt(at_least(gram.get(i, i), 0.0));
+    for (int64_t j = 0; j < m.rank(); ++j) result.set(i, j, m.matrix().get(j, i) * norm);
+  }
+  return result;
+}
 inline LaneValues squared_column_norms(const LaneMatrix& m) {
   LaneValues result(m.rank());
   for (int64_t j = 0; j < m.rank(); ++j) result.set(j, 0.0);

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <cstring>
+#include <limits>
 #include <vector>
 
 /// How factors lie in memory, and as what the acts see them. Shapes: k pairs, a factor of n rows. "Stacked" is
@@ -25,6 +26,14 @@ inline at::Tensor stacked(const at::Tensor& tall, size_t side, at::IntArrayRef s
   sizes.erase(sizes.begin() + 2);
   sizes.push_back(rank);
   return tall.reshape(sizes).movedim(-1, 2);
+}
+
+/// The largest number that a half type holds. What is larger is held there: an infinity would be in the model for good.
+/// Infinite for the other dtypes.
+inline double largest_of(at::ScalarType dtype) {
+  if (dtype == at::kHalf) return 65504;
+  if (dtype == at::kBFloat16) return 3.3895313892515355e38;
+  return std::numeric_limits<double>::infinity();
 }
 
 inline at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::kDouble); }
