@@ -300,14 +300,14 @@ std::string archive_of_an_earlier_version(const OneParameter& one, double mean, 
   return stream.str();
 }
 
-TEST(HalfParameters, TakeOverTheHalfMomentsOfAnEarlierVersionWhichDescended) {
+TEST(HalfParameters, TakeOverTheHalfMomentsOfAnEarlierVersionAndAscendAsBuilt) {
   OneParameter half(torch::zeros({4}, torch::kHalf), 1e-2, LoraRiteOptions().maximize(true));
   half.step(torch::ones({4}));
   half.value.data().zero_();
   load_bytes(half.optimizer, archive_of_an_earlier_version(half, 0.5, 0.25));
   half.step(torch::full({4}, 0.5));
-  // Adam by hand: t = 6, m = 0.5, v = 0.999 · 0.25 + 0.001 · 0.25.
-  const double expected = -1e-2 * (0.5 / (1 - std::pow(0.9, 6))) / std::sqrt(0.25 / (1 - std::pow(0.999, 6)));
+  // Adam by hand on −gradient: t = 6, m = 0.9 · 0.5 − 0.1 · 0.5, v = 0.999 · 0.25 + 0.001 · 0.25.
+  const double expected = -1e-2 * (0.4 / (1 - std::pow(0.9, 6))) / std::sqrt(0.25 / (1 - std::pow(0.999, 6)));
   EXPECT_NEAR(half.value[0].item<double>(), expected, kHalfRounding * std::abs(expected) + 1e-7);
 }
 
