@@ -496,7 +496,7 @@ const Scenario differences("differences", [](const Process& process) {
   {
     ShardedLoraRite<> with_head(process.group, pairs, some_options());
     with_head.add_parameters({torch::zeros({3})}, torch::optim::AdamWOptions(1e-3), /*maximize=*/last);
-    expect_error(process, "group 1: maximize 1", [&] { with_head.step(); });
+    expect_error(process, "group 1: maximize true", [&] { with_head.step(); });
   }
   {
     // Pairs of one shape that are divided differently are refused, however often it is tried.

@@ -61,8 +61,9 @@ std::vector<double> losses(const RunOptions& options) {
 }
 
 // A loss of about 0.7 has a round-off of 6e-8, and so has every sum that is formed in another order; a dozen steps
-// carry that on. Other examples in a batch change a loss by more than 1e-2.
-constexpr double kRoundOff = 1e-5;
+// carry that on, the more where a direction of the gradient is near what rounding leaves. Other examples in a batch
+// change a loss by more than 1e-2.
+constexpr double kRoundOff = 3e-5;
 
 void expect_close(const std::vector<double>& found, const std::vector<double>& expected) {
   ASSERT_EQ(found.size(), expected.size());
