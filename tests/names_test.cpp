@@ -159,6 +159,12 @@ TEST(FactorNames, AreNotAskedOfFrozenParameters) {
   EXPECT_EQ(find_factor_pairs(parameters).size(), 1u);
 }
 
+TEST(FactorNames, AreNotAskedOfVectorsInAModuleCalledLora) {
+  auto parameters = trained({"lora.q.lora_A.weight", "lora.q.lora_B.weight"});
+  parameters.insert("lora.norm.weight", torch::zeros({2}).requires_grad_());
+  EXPECT_EQ(find_factor_pairs(parameters).size(), 1u);
+}
+
 TEST(FactorNames, TakeARefusedOneBehindATokenForAnAdaptersName) {
   EXPECT_EQ(find_factor_pairs(trained({"k.lora_A.lora_E.weight", "k.lora_B.lora_E.weight"})).size(), 1u);
 }

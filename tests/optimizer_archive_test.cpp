@@ -126,6 +126,18 @@ TEST(LoadMatching, ConvertsMomenta) {
   }
 }
 
+TEST(LoadMatching, RefusesTwoPairsOfOneNameWhichTheArchiveHas) {
+  Stepped source(some_pairs());
+  auto pairs = clone_pairs(source.pairs);
+  pairs[1].name = "q";
+  LoraRite<> resumed(pairs, LoraRiteOptions(1e-2));
+  run_steps(resumed, pairs, 0, 1);
+  const std::string before = saved_bytes(resumed);
+  EXPECT_TRUE(mentions(error_of([&] { load_matching(resumed, saved_bytes(source.optimizer)); }),
+                       "two pairs of this optimizer are called 'q'"));
+  EXPECT_EQ(saved_bytes(resumed), before);
+}
+
 TEST(LoadMatching, FindsPairsWithoutNamesByTheirPlaces) {
   auto nameless = some_pairs();
   for (auto& pair : nameless) pair.name = "";

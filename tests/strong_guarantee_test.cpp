@@ -183,6 +183,22 @@ TEST_P(StrongGuarantee, HoldsWhereverMemoryRunsOut) {
   });
 }
 
+TEST(StrongGuarantee, KeepsTheMasterCopiesThatAFailedStepWouldDrop) {
+  FailingAllocator& allocator = FailingAllocator::installed();
+  Twins<lora_rite::PolarBasis> twins(torch::kHalf, LoraRiteOptions(0.02).master_weights(true), 2);
+  auto& options = static_cast<LoraRiteOptions&>(twins.hit.optimizer->param_groups()[0].options());
+  twins.expect_no_trace([&] {
+    options.master_weights(false);
+    twins.hit.set_gradients(2);
+    int64_t failures = 0;
+    for (int64_t count = 0; count < 200; count += 20)
+      failures += allocator.fails_after(count, [&] { twins.hit.optimizer->step(); }) ? 1 : 0;
+    EXPECT_EQ(failures, 10);
+    options.master_weights(true);
+  });
+  twins.expect_equal_future(2);
+}
+
 #ifdef LORA_RITE_FAILING_NEW
 /// Of all memory, not only of tensors'. The pairs alone: the fused kernel of AdamW asks for some of its own.
 TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {

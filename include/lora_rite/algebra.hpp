@@ -42,6 +42,16 @@ at::Tensor map_values(const at::Tensor& values, const at::Tensor& others, const 
   return function(values, others);
 }
 
+/// λ_min
+inline at::Tensor smallest(const at::Tensor& values) { return values.amin(-1, /*keepdim=*/true); }
+
+/// Does the flag that `question()` returns hold for every matrix of this kind? Only where the answer costs next to
+/// nothing: a GPU would have to be waited for, and so tensors are not asked. It may spare work, never decide a result.
+template <class Question>
+bool surely(const at::Tensor&, const Question&) {
+  return false;
+}
+
 /// max_i (a_i − b_i)
 inline at::Tensor largest_difference(const at::Tensor& a, const at::Tensor& b) {
   return (a - b).amax(-1, /*keepdim=*/true);
@@ -68,6 +78,11 @@ inline at::Tensor scale_columns(const at::Tensor& matrix, const at::Tensor& valu
 /// diag(S)^{1/2} M: rows of M times the norms of X's columns, S being XᵀX.
 inline at::Tensor scale_rows_by_norms(const at::Tensor& gram, const at::Tensor& matrix) {
   return gram.diagonal(0, -2, -1).clamp_min(0).sqrt().unsqueeze(-1) * matrix;
+}
+
+/// ‖diag(S)^{1/2} M‖²
+inline at::Tensor squared_norm_of_scaled_rows(const at::Tensor& gram, const at::Tensor& matrix) {
+  return scale_rows_by_norms(gram, matrix).square().sum({-2, -1}, /*keepdim=*/true);
 }
 
 /// Squared norms of columns.

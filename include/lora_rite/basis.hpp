@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <type_traits>
+
 #include "lora_rite/algebra.hpp"
 
 /// Roots of a Gram matrix. Any R with RᵀR = S = YᵀY makes U = Y R⁺ an orthonormal basis of Y's columns; which one is a
@@ -12,12 +14,18 @@ namespace lora_rite {
 namespace detail {
 
 /// λ^{-1/2} of the eigenvalues of S = YᵀY that are no round-off, else 0: the pseudo-inverse. Those up to cutoff · λ_max
-/// are, and those up to share · Σ_j q_j² S_jj, q being the eigenvector. For S = 0 nothing is kept.
+/// are, and those up to share · Σ_j q_j² S_jj, q being the eigenvector. For S = 0 nothing is kept. A share that is a
+/// plain 0 decides nothing.
 template <class Matrix, class Spectrum, class Share>
 auto pseudo_inverse_root(const Matrix& gram, const Spectrum& spectrum, double cutoff, const Share& share) {
-  const auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
+  auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
     return choose(value > largest * cutoff, rsqrt(value), 0.0);
   });
+  if constexpr (std::is_same_v<Share, double>) {
+    if (share == 0) return inverse;
+  }
+  // No Σ_j q_j² S_jj is more than tr S.
+  if (surely(gram, [&] { return smallest(spectrum.values) > trace_of(gram) * share; })) return inverse;
   const auto columns = squared_column_norms(scale_rows_by_norms(gram, spectrum.vectors));
   return inverse * map_values(spectrum.values, columns, [&](const auto& value, const auto& of_columns) {
            return choose(value > of_columns * share, of_columns * 0.0 + 1.0, 0.0);

@@ -167,7 +167,7 @@ class BaseParameters {
 /// pair of a higher rank; then call expert_pairs.
 ///
 /// Throws c10::Error naming the factor whose partner is missing, what stands where ΔW is no product of two factors
-/// (AdaLoRA, KaSA, Tucker's form of LoCon, …), a trained parameter that is named like one of a LoRA layer but not
+/// (AdaLoRA, KaSA, Tucker's form of LoCon, …), a trained matrix that is named like one of a LoRA layer but not
 /// known, and factors of which the number of experts is not clear. Whether a found pair fits together is checked by
 /// LoraRite.
 inline std::vector<FactorPair> find_factor_pairs(
@@ -182,7 +182,9 @@ inline std::vector<FactorPair> find_factor_pairs(
                 ", which is no product of two factors, expected pairs with ΔW = B A; see docs/names.md");
     const detail::FactorToken factor = detail::first_factor_token(name);
     if (factor.position == std::string::npos) {
-      TORCH_CHECK(!item.value().requires_grad() || !detail::is_unknown_lora_name(name), "find_factor_pairs: '", name,
+      // Whatever its name, a vector is no factor: a module may be called "lora" and have a norm.
+      const bool could_be = item.value().requires_grad() && item.value().dim() >= 2;
+      TORCH_CHECK(!could_be || !detail::is_unknown_lora_name(name), "find_factor_pairs: '", name,
                   "' is named like a parameter of a LoRA layer, but is none that is known, expected ",
                   detail::known_factor_names(), "; give LoraRite the pairs themselves, and what is no factor by ",
                   "add_parameters; see docs/names.md");

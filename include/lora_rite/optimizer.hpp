@@ -174,7 +174,7 @@ class LoraRite : public torch::optim::Optimizer {
     at::NoGradGuard no_grad;
     with_batches([&] {
       check_inputs();
-      checked();
+      checked({});
       move_factors();
     });
     return loss;
@@ -320,9 +320,9 @@ class LoraRite : public torch::optim::Optimizer {
   virtual void agree_on_groups() {}
   /// Is the division of the work such that a pair can go?
   virtual bool can_remove_pairs() const { return true; }
-  /// Called by `step` and `load` when all that they refuse was looked at and nothing was changed: where processes
-  /// agree.
-  virtual void checked() {}
+  /// Called by `step`, `load` and `load_matching` when all that they refuse was looked at and nothing was changed:
+  /// where processes agree. `lines` say what else must be the same everywhere.
+  virtual void checked(const std::string& lines) { (void)lines; }
 
   /// Does this process keep the state of pair `pair` and move its factors?
   virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }

@@ -7,6 +7,8 @@
 #include <array>
 #include <map>
 #include <memory>
+#include <optional>
+#include <set>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -153,7 +155,7 @@ void LoraRite<Basis>::load(torch::serialize::InputArchive& archive) {
     }
     at::Tensor skipped_steps = at::tensor(skipped, at::kLong);
 
-    checked();
+    checked({});
     for (size_t i = 0; i < groups_.size(); ++i) restore(groups_[i], pair_states[i]);
     for (size_t i = 0; i < groups_.size(); ++i) {
       torch::optim::OptimizerOptions& own = param_groups_[i].options();
@@ -176,8 +178,8 @@ PairState LoraRite<Basis>::read_converted(torch::serialize::InputArchive& entry,
   const int64_t rank = pair.a.size(0);
   if (const auto shards = row_shards(g, p)) shapes = {std::vector{rank, shards->rows[0]}, {shards->rows[1], rank}};
   const at::ScalarType dtype = pair.a.scalar_type();
-  PairState state = PairState::load(entry, label_of(g, p), shapes, rank,
-                                    dtype == at::kDouble ? at::kDouble : at::kFloat, at::kCPU, /*convert=*/true);
+  PairState state =
+      PairState::load(entry, label_of(g, p), shapes, rank, engine::wide_dtype(dtype), at::kCPU, /*convert=*/true);
   if (dtype == at::kDouble || dtype == at::kFloat) state.master = {};  // they are their own
   return state;
 }
@@ -226,49 +228,72 @@ LoadReport LoraRite<Basis>::load_matching(torch::serialize::InputArchive& archiv
     }
   }
 
+  // All of it is read before anything is written: what a process keeps goes to the others while they write.
   size_t next_others = 0;
-  torch::serialize::OutputArchive merged;
   std::vector<std::string> own_names;
-  write(
-      merged,
-      [&](torch::serialize::OutputArchive& entry, size_t g, size_t p) {
-        own_names.push_back(name_of(g, p));
-        const auto found = pairs.find(own_names.back());
-        if (found == pairs.end()) {
-          report.kept.push_back(own_names.back());
-          write_pair(entry, g, p);
-          return;
-        }
-        const bool stepped = detail::read_bool(*found->second.entry, label_of(g, p), "stepped");
-        entry.write("stepped", c10::IValue(stepped));
-        if (stepped) read_converted(*found->second.entry, g, p).save(entry);
-        pairs.erase(found);
-        report.loaded.push_back(own_names.back());
-      },
-      [&](torch::serialize::OutputArchive& group_archive, size_t g) {
-        const std::string label = "group " + std::to_string(g);
-        engine::AdamWParameters::Memory memory;
-        bool loaded = false;
-        if (options.other_parameters && next_others < others.size()) {
-          Found& found = others[next_others];
-          const int64_t size = detail::read_int(*found.entry, found.name, "size");
-          loaded = size == static_cast<int64_t>(state_count(groups_[g]));
-          if (loaded) memory = groups_[g].others->read(*found.entry, label);
-          if (!loaded) report.unused.push_back(found.name);
-          ++next_others;
-        }
-        if (loaded) {
+  std::set<std::string> used;
+  std::map<std::pair<size_t, size_t>, std::optional<PairState>> states;  // by group and pair; none: not stepped yet
+  std::map<size_t, engine::AdamWParameters::Memory> memories;            // by group
+  std::string lines;
+  const auto take = [&](const std::string& own, bool is_found) {
+    (is_found ? report.loaded : report.kept).push_back(own);
+    if (is_found) lines += "from the archive: " + own + "\n";
+  };
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    if (groups_[g].others) {
+      const std::string label = "group " + std::to_string(g);
+      if (options.other_parameters && next_others < others.size()) {
+        Found& found = others[next_others++];
+        if (detail::read_int(*found.entry, found.name, "size") == static_cast<int64_t>(state_count(groups_[g]))) {
+          auto& memory = memories[g] = groups_[g].others->read(*found.entry, label);
           memory.maximize = groups_[g].others->maximize();  // an option
-          memory.save(group_archive);
         } else {
-          groups_[g].others->save(group_archive);
+          report.unused.push_back(found.name);
         }
-        (loaded ? report.loaded : report.kept).push_back(label);
-      });
-  for (const auto& [own, found] : pairs) report.unused.push_back(found.name);
+      }
+      take(label, memories.count(g) > 0);
+    }
+    for (size_t p = 0; p < groups_[g].pairs.size(); ++p) {
+      const std::string own = name_of(g, p);
+      own_names.push_back(own);
+      const auto found = pairs.find(own);
+      if (found != pairs.end()) {
+        TORCH_CHECK(used.insert(own).second, "load: two pairs of this optimizer are called '", own,
+                    "', expected one for that of the archive (see FactorPair::name)");
+        auto& entry = *found->second.entry;
+        auto& state = states[{g, p}];
+        if (detail::read_bool(entry, label_of(g, p), "stepped")) state = read_converted(entry, g, p);
+      }
+      take(own, found != pairs.end());
+    }
+  }
+  for (const auto& [own, found] : pairs)
+    if (used.count(own) == 0) report.unused.push_back(found.name);
   for (; next_others < others.size(); ++next_others) report.unused.push_back(others[next_others].name);
   TORCH_CHECK(!report.loaded.empty(), "load: nothing of the archive is here: its pairs are ", listed(names),
               ", expected some of ", listed(own_names), " (see LoadOptions::rename)");
+
+  checked(lines);
+  torch::serialize::OutputArchive merged;
+  write(
+      merged,
+      [&](torch::serialize::OutputArchive& entry, size_t g, size_t p) {
+        const auto state = states.find({g, p});
+        if (state == states.end()) {
+          write_pair(entry, g, p);
+          return;
+        }
+        entry.write("stepped", c10::IValue(state->second.has_value()));
+        if (state->second) state->second->save(entry);
+      },
+      [&](torch::serialize::OutputArchive& group_archive, size_t g) {
+        const auto memory = memories.find(g);
+        if (memory == memories.end()) {
+          groups_[g].others->save(group_archive);
+        } else {
+          memory->second.save(group_archive);
+        }
+      });
 
   std::stringstream bytes;
   merged.save_to(bytes);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -50,10 +51,10 @@ template <class Matrix>
 struct Unmagnified {
   Matrix inverse_root;         ///< R⁺
   Matrix change;               ///< Q = Uᵀ Y_old: transports momenta, as N Qᵀ = M_old Pᵀ
+  Matrix magnified_gram;       ///< (GC)ᵀ (GC) as it was handed in
   Matrix gradient_gram;        ///< ḠᵀḠ, of scaled rows with row equilibration
   Matrix plain_gradient_gram;  ///< ḠᵀḠ without that scale, undefined where there is none
   Matrix damping;              ///< K of `relative_change_damping`, undefined where nothing is bounded
-  Matrix round_off;            ///< E of `round_off_in_basis`, undefined where it is no matter
 };
 
 /// What act 3 applies to the rows: M = N·momentum_map + G·gradient_map, N = M R⁺ᵀ, X ← (1−ηλ) X − ηN.
@@ -74,36 +75,48 @@ inline double relative_cutoff(double dtype_epsilon, int64_t rank) {
 
 /// Every step rounds a factor Y and its momentum anew, at random, each column by a share of itself: after t steps an
 /// eigenvector q of YᵀY whose eigenvalue is no more than this share of Σ_j q_j² ‖y_j‖² is nothing but that. Above
-/// 1e-10, where a thousand steps of float bring it, a direction is rather taken for one.
+/// kMostRounding, where a thousand steps of float bring it, a direction is rather taken for one.
+constexpr double kMostRounding = 1e-10;
 template <class Number>
 Number rounding_share(double dtype_epsilon, int64_t rank, const Number& steps) {
-  constexpr double most = 1e-10;
-  return at_most((steps + 4.0) * (static_cast<double>(rank) * dtype_epsilon * dtype_epsilon), most);
+  return at_most((steps + 4.0) * (static_cast<double>(rank) * dtype_epsilon * dtype_epsilon), kMostRounding);
 }
 
-/// E = ε diag(GᵀG)^{1/2} R⁺: what rounding left in Ḡ = G R⁺. Rounding changes each number of G by a share below ε / 2,
-/// at random, and so direction v of ḠᵀḠ by no more than some 0.05 ‖E v‖² on average. Where Y is ill-conditioned R⁺
-/// makes it large. ε is the gradients' dtype's; for double ones it does not count beside the eigensolver's round-off.
+/// Does it matter how numbers of this dtype were rounded? For doubles it does not beside the eigensolver's round-off.
+inline bool is_coarse(double dtype_epsilon) { return dtype_epsilon > std::numeric_limits<double>::epsilon(); }
+
+/// What rounding left in Ḡ = G R⁺: E = scale^{1/2} diag(GᵀG)^{1/2} R⁺. Rounding changes each number of G by a share
+/// below ε / 2, at random, and so direction v of ḠᵀḠ by no more than some 0.05 ‖E v‖² on average, with ε² for a scale.
+/// Where Y is ill-conditioned R⁺ makes it large. ε is the gradients' dtype's.
 template <class Matrix>
-Matrix round_off_in_basis(const Matrix& gradient_gram, const Matrix& inverse_root, double dtype_epsilon) {
-  return scale_rows_by_norms(gradient_gram, inverse_root) * dtype_epsilon;
-}
+struct RoundOff {
+  const Matrix& gradient_gram;  ///< GᵀG
+  const Matrix& inverse_root;   ///< R⁺
+  Scalar<Matrix> scale;
+
+  /// E but for its scale.
+  Matrix unscaled() const { return scale_rows_by_norms(gradient_gram, inverse_root); }
+};
 
 /// R⁺ = C R̂⁺,  Q = R̂⁺ᵀ (YC)ᵀ Y_old,  ḠᵀḠ = R̂⁺ᵀ (GC)ᵀ(GC) R̂⁺,  R̂ being the root of (YC)ᵀ(YC). `factor_epsilon`
-/// and `gradient_epsilon` are the dtypes' distances from 1 to the next number.
+/// is their dtype's distance from 1 to the next number.
 template <class Basis, class Matrix>
-Unmagnified<Matrix> unmagnify(const Statistics<Matrix>& statistics, double factor_epsilon, double gradient_epsilon) {
+Unmagnified<Matrix> unmagnify(Statistics<Matrix> statistics, double factor_epsilon) {
   const int64_t rank = rank_of(statistics.gram);
-  const Matrix root = Basis::inverse_root(statistics.gram, relative_cutoff(factor_epsilon, rank),
-                                          rounding_share(factor_epsilon, rank, statistics.steps));
+  const double cutoff = relative_cutoff(factor_epsilon, rank);
+  // Only floats have a share that can be more than the cut-off.
+  const Matrix root =
+      is_coarse(factor_epsilon) && cutoff < kMostRounding
+          ? Basis::inverse_root(statistics.gram, cutoff, rounding_share(factor_epsilon, rank, statistics.steps))
+          : Basis::inverse_root(statistics.gram, cutoff);
   const auto project = [&](const Matrix& gram) { return matmul(transpose(root), matmul(gram, root)); };
-  const bool is_coarse = gradient_epsilon > std::numeric_limits<double>::epsilon();
+  Matrix projected = project(statistics.gradient_gram);
   return {statistics.coordinates.defined() ? matmul(statistics.coordinates, root) : root,
           matmul(transpose(root), statistics.cross),
-          project(statistics.gradient_gram),
+          std::move(statistics.gradient_gram),
+          std::move(projected),
           statistics.plain_gradient_gram.defined() ? project(statistics.plain_gradient_gram) : Matrix(),
-          Matrix(),
-          is_coarse ? round_off_in_basis(statistics.gradient_gram, root, gradient_epsilon) : Matrix()};
+          Matrix()};
 }
 
 /// β' = β (1−β^{t−1}) / (1−β^t), with which a running mean needs no bias correction; 1 where no gradient came.
@@ -139,8 +152,8 @@ struct Eigenvalues {
   /// A faint direction, an eigenvector v of V with eigenvalue λ near ‖E v‖², tells less of the gradient than of how it
   /// was rounded. Its share of H is (1 − ‖E v‖² / λ)⁺: it is at rest where there is nothing but round-off.
   template <class Matrix>
-  static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass, const Matrix& round_off,
-                               const LoraRiteOptions& options) {
+  static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass,
+                               const std::optional<RoundOff<Matrix>>& round_off, const LoraRiteOptions& options) {
     const double floor = static_cast<double>(rank_of(second_moment)) * std::numeric_limits<double>::epsilon();
     const double power = 2 * options.preconditioner_exponent();
     const auto spectrum = eigh(second_moment);
@@ -149,10 +162,17 @@ struct Eigenvalues {
       const auto scale = power == 1 ? reciprocal(root) : pow(root, -power);
       return choose(root > 0.0, scale, 0.0);  // V = 0 and ε = 0: nothing to scale
     });
-    if (round_off.defined()) {
-      const auto noise = squared_column_norms(matmul(round_off, spectrum.vectors));
-      const auto share = map_values(spectrum.values, noise, [](const auto& value, const auto& of_noise) {
-        return choose(value > of_noise, 1.0 - of_noise / value, 0.0);
+    // No ‖E v‖² is more than ‖E‖²: where that is next to nothing beside all of V, every share is 1.
+    constexpr double next_to_nothing = 1e-9;
+    const auto is_next_to_nothing = [&] {
+      const auto most = squared_norm_of_scaled_rows(round_off->gradient_gram, round_off->inverse_root);
+      return smallest(spectrum.values) * next_to_nothing > most * round_off->scale;
+    };
+    if (round_off && !surely(second_moment, is_next_to_nothing)) {
+      const auto noise = squared_column_norms(matmul(round_off->unscaled(), spectrum.vectors));
+      const auto share = map_values(spectrum.values, noise, [&](const auto& value, const auto& of_noise) {
+        const auto scaled = of_noise * round_off->scale;
+        return choose(value > scaled, 1.0 - scaled / value, 0.0);
       });
       inverse = inverse * share;
     }
@@ -182,17 +202,20 @@ Matrix relative_change_damping(const Matrix& inverse_root, const Matrix& own_inv
 
 /// One step of the rule. `rows` is n, `clip_factor` is c, `partner_edited` tells where the partner was changed from
 /// outside: the old basis is gone there, so V keeps its place in the new one (P = I). `has_gradient` and
-/// `partner_edited` are flags, one for each matrix.
+/// `partner_edited` are flags, one for each matrix; `gradient_epsilon` is the gradients' dtype's distance from 1 to the
+/// next number.
 template <class Roots = Eigenvalues, class Matrix>
 Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& now, const Scalar<Matrix>& rows,
                         const Scalar<Matrix>& clip_factor, const Scalar<Matrix>& has_gradient,
-                        const Scalar<Matrix>& partner_edited, const LoraRiteOptions& options) {
+                        const Scalar<Matrix>& partner_edited, double gradient_epsilon, const LoraRiteOptions& options) {
   const Scalar<Matrix> step = old.step + has_gradient;
   const Scalar<Matrix> beta1 = bias_corrected_decay(std::get<0>(options.betas()), step, has_gradient);
   const Scalar<Matrix> beta2 = bias_corrected_decay(std::get<1>(options.betas()), step, has_gradient);
 
   // P = U_newᵀ U_old = Q R_old⁺ carries V into the new basis.
-  const Matrix transport = choose(partner_edited, identity_like(now.change), matmul(now.change, old.inverse_root));
+  Matrix transport = matmul(now.change, old.inverse_root);
+  if (!surely(transport, [&] { return 1.0 - partner_edited; }))
+    transport = choose(partner_edited, identity_like(transport), transport);
   const Matrix transported = symmetrized(matmul(transport, matmul(old.second_moment, transpose(transport))));
 
   // ρ ← β₂' (ρ + d),  V ← β₂' P V Pᵀ + (1−β₂') c² ḠᵀḠ / n
@@ -201,8 +224,13 @@ Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& n
   const Scalar<Matrix> fresh = (1.0 - beta2) * clip_factor * clip_factor / rows;
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
-  Matrix round_off;
-  if (now.round_off.defined()) round_off = now.round_off * (clip_factor / sqrt(rows));
+  // Coordinates C are for double factors alone, whose gradients are doubles, too.
+  std::optional<RoundOff<Matrix>> round_off;
+  if (is_coarse(gradient_epsilon)) {
+    const double squared = gradient_epsilon * gradient_epsilon;
+    round_off.emplace(
+        RoundOff<Matrix>{now.magnified_gram, now.inverse_root, clip_factor * clip_factor * squared / rows});
+  }
   Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, round_off, options);
   Matrix plain_map;
   if (options.row_equilibration()) plain_map = matmul(now.inverse_root, adaptive) * clip_factor;

@@ -690,6 +690,19 @@ void one_refuses(const Process& process) {
   const std::string other_state = saved_bytes(other);
   EXPECT_TRUE(mentions(error_of([&] { load_bytes(other, last ? state : other_state); }), "param groups"));
   EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, last ? other_state : state); }), "param groups"));
+  // One that is another file in one process, is damaged there, or has nothing for it.
+  const auto load_some = [&](const std::string& bytes, const LoadOptions& options) {
+    std::stringstream stream(bytes);
+    torch::serialize::InputArchive archive;
+    archive.load_from(stream);
+    optimizer.load_matching(archive, options);
+  };
+  LoadOptions without_one, without_any;
+  without_one.rename = [](const std::string& name) { return name == "q1" ? "" : name; };
+  without_any.rename = [](const std::string&) { return ""; };
+  EXPECT_TRUE(mentions(error_of([&] { load_some(state, last ? without_one : LoadOptions()); }), "q1"));
+  EXPECT_TRUE(
+      mentions(error_of([&] { load_some(state, last ? without_any : LoadOptions()); }), "nothing of the archive"));
   EXPECT_EQ(saved_bytes(optimizer), state);
   EXPECT_TRUE(equal_factors(pairs, before));
 
@@ -698,6 +711,9 @@ void one_refuses(const Process& process) {
   if (last) unfit[2].b = torch::zeros({16, 5});
   EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, unfit, some_options()); }), "'q2'"));
   EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, pairs, some_options().eps(last ? -1 : 1)); }), "eps"));
+  std::vector<FactorPair> frozen = clone_pairs(pairs);
+  if (last) frozen[0].a = torch::zeros({8, 24}).slice(0, 0, 4);
+  EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, frozen, some_options()); }), "'q0'"));
   EXPECT_TRUE(
       mentions(error_of([&] { Optimizer(process.group, last ? std::vector<FactorPair>() : pairs, some_options()); }),
                "list of pairs is empty"));
@@ -707,6 +723,9 @@ void one_refuses(const Process& process) {
   if (std::is_same_v<Optimizer, ShardedLoraRite<>>) expect_same_everywhere(process, pairs);
   if (last) optimizer.add_pairs({random_pair("new", 4, 24, 16, torch::kFloat)}, some_options());
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "3 groups"));
+  if constexpr (std::is_same_v<Optimizer, ShardedLoraRite<>>) {
+    EXPECT_TRUE(mentions(error_of([&] { optimizer.owner(2, 0); }), "group 2 is kept by no process"));
+  }
 }
 
 const Scenario one_refuses_pairs("one refuses pairs", &one_refuses<ShardedLoraRite<>>);

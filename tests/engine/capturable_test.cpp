@@ -131,16 +131,17 @@ TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
 
 TEST(Capturable, NothingToScaleGivesZeroAndNoNaN) {
   const torch::Tensor zero = torch::zeros({2, 4, 4}, torch::kDouble), none = torch::zeros({2, 1, 1}, torch::kDouble);
+  const std::optional<rule::RoundOff<at::Tensor>> round_off = rule::RoundOff<at::Tensor>{zero, zero, none};
   EXPECT_TRUE(torch::equal(engine::PivotedCholesky::inverse_root(zero, 1e-13), zero));
   for (const double exponent : {0.5, 0.25}) {
     const auto options = LoraRiteOptions().eps(0).preconditioner_exponent(exponent);
     EXPECT_TRUE(torch::equal(engine::ProductRoots::preconditioner(zero, none, {}, options), zero)) << exponent;
-    EXPECT_TRUE(torch::equal(engine::ProductRoots::preconditioner(zero, none, zero, options), zero)) << exponent;
+    EXPECT_TRUE(torch::equal(engine::ProductRoots::preconditioner(zero, none, round_off, options), zero)) << exponent;
   }
   for (const double exponent : {0.5, 0.25, 0.0}) {
     const auto options = LoraRiteOptions().eps(0).preconditioner_exponent(exponent);
-    for (const at::Tensor& round_off : {at::Tensor(), zero})
-      EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner(zero, none, round_off, options), zero)) << exponent;
+    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner<at::Tensor>(zero, none, {}, options), zero)) << exponent;
+    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner(zero, none, round_off, options), zero)) << exponent;
   }
 }
 

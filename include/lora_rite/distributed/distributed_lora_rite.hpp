@@ -81,7 +81,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
                       bool parts = false)
       : LoraRite<Basis>(options, parts),
         collectives_(std::make_shared<Collectives>(std::move(group))),
-        device_(device_of(alternating_factors(pairs))) {}
+        device_(device_of(pairs)) {}
 
   void start(std::vector<FactorPair> pairs, const LoraRiteOptions& options) {
     together("constructor", [&] {
@@ -107,16 +107,16 @@ class DistributedLoraRite : public LoraRite<Basis> {
     return flag.to(at::kBool).squeeze();
   }
 
-  void checked() override {
-    const std::string lines = describe_groups(call_);
+  void checked(const std::string& lines) override {
+    const std::string all = describe_groups(call_) + lines;
     is_waited_for_ = false;
-    collectives_->agree(lines, device_);
+    collectives_->agree(all, device_);
   }
 
   /// New groups: are they the same everywhere? Then they are divided.
   void agree_on_groups() override {
     if (this->group_count() == agreed_groups_) return;
-    checked();
+    checked({});
     divide();
     agreed_groups_ = this->group_count();
     is_waited_for_ = true;

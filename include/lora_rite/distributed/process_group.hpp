@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/factor_pair.hpp"
+
 namespace lora_rite {
 
 /// A process group, such as c10d::ProcessGroupGloo; from a c10d::ProcessGroup take `getBackend(device type)`.
@@ -85,6 +87,13 @@ class Descriptions {
 inline at::Device device_of(const std::vector<at::Tensor>& tensors) {
   for (const at::Tensor& tensor : tensors)
     if (tensor.defined()) return tensor.device();
+  return at::kCPU;
+}
+/// The same of factors, whatever else is wrong with them.
+inline at::Device device_of(const std::vector<FactorPair>& pairs) {
+  for (const FactorPair& pair : pairs)
+    for (const at::Tensor& factor : {pair.a, pair.b})
+      if (factor.defined()) return factor.device();
   return at::kCPU;
 }
 

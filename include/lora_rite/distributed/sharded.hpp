@@ -36,8 +36,13 @@ class ShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
     this->start(std::move(pairs), options);
   }
 
-  /// The process that keeps a pair.
-  int owner(size_t group, size_t pair) const { return owners_[group][pair]; }
+  /// The process that keeps a pair. Throws c10::Error if there is no such pair, or the processes have not agreed on its
+  /// group yet: they do in the next call that all of them make.
+  int owner(size_t group, size_t pair) const {
+    TORCH_CHECK(group < owners_.size() && pair < owners_[group].size(), "owner: pair ", pair, " of group ", group,
+                " is kept by no process, expected one of the ", owners_.size(), " groups that the processes divided");
+    return owners_[group][pair];
+  }
 
  protected:
   bool keeps(size_t group, size_t pair) const override { return owner(group, pair) == this->collectives().rank(); }
@@ -116,9 +121,8 @@ class ShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
     torch::serialize::InputArchive received;
     received.load_from(stream, at::Device(at::kCPU));  // the owner's device may not be here
     const FactorPair& factors = this->pairs_of(group)[pair];
-    const auto wide_dtype = factors.a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     PairState::load(received, this->label_of(group, pair), {factors.a.sizes().vec(), factors.b.sizes().vec()},
-                    factors.a.size(0), wide_dtype, at::kCPU)
+                    factors.a.size(0), engine::wide_dtype(factors.a.scalar_type()), at::kCPU)
         .save(archive);
   }
 

@@ -46,13 +46,13 @@ class AdamWParameters {
       const at::Tensor &parameter = parameters_[i], &gradient = parameter.grad(), &mean = state_[i].mean;
       TORCH_CHECK(parameter.is_non_overlapping_and_dense(), label, ": parameter ", i, " has shape ", parameter.sizes(),
                   " and strides ", parameter.strides(), ", expected elements without gaps or overlaps");
-      TORCH_CHECK(
-          !mean.defined() || (mean.sizes() == parameter.sizes() && mean.strides() == parameter.strides() &&
-                              mean.scalar_type() == wide_dtype(parameter) && mean.device() == parameter.device()),
-          label, ": parameter ", i, " is now ", parameter.scalar_type(), parameter.sizes(), " with strides ",
-          parameter.strides(), " on ", parameter.device(), ", expected ", mean.sizes(), " with strides ",
-          mean.strides(), " on ", mean.device(), ", of a dtype that is stepped in ", mean.scalar_type(),
-          " as in its first step; build the optimizer after moving or converting the module");
+      TORCH_CHECK(!mean.defined() || (mean.sizes() == parameter.sizes() && mean.strides() == parameter.strides() &&
+                                      mean.scalar_type() == wide_dtype(parameter.scalar_type()) &&
+                                      mean.device() == parameter.device()),
+                  label, ": parameter ", i, " is now ", parameter.scalar_type(), parameter.sizes(), " with strides ",
+                  parameter.strides(), " on ", parameter.device(), ", expected ", mean.sizes(), " with strides ",
+                  mean.strides(), " on ", mean.device(), ", of a dtype that is stepped in ", mean.scalar_type(),
+                  " as in its first step; build the optimizer after moving or converting the module");
       if (!gradient.defined()) continue;
       TORCH_CHECK(gradient.layout() == at::kStrided, label, ": the gradient of parameter ", i, " has layout ",
                   gradient.layout(), ", expected a dense one");
@@ -89,12 +89,12 @@ class AdamWParameters {
         if (!state.mean.defined()) {
           const auto options = parameter.options().requires_grad(false);
           state.step = at::zeros({}, options.dtype(at::kFloat));
-          state.mean = at::zeros_like(parameter, options.dtype(wide_dtype(parameter)));
+          state.mean = at::zeros_like(parameter, options.dtype(wide_dtype(parameter.scalar_type())));
           state.square = at::zeros_like(state.mean);
         }
         if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();
         call.parameters.push_back(laid_out_as(parameter, parameter));
-        if (parameter.scalar_type() != wide_dtype(parameter)) {
+        if (parameter.scalar_type() != wide_dtype(parameter.scalar_type())) {
           call.copies.push_back(call.parameters.back());
           call.rounded.push_back(parameter);
         }
@@ -206,14 +206,9 @@ class AdamWParameters {
   void forget() { state_.assign(parameters_.size(), State()); }
 
  private:
-  /// The dtype in which a parameter is stepped.
-  static at::ScalarType wide_dtype(const at::Tensor& parameter) {
-    return parameter.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  }
-
   /// The tensor in the parameter's wide dtype, with its device and strides, as the fused kernel wants it.
   static at::Tensor laid_out_as(const at::Tensor& parameter, const at::Tensor& tensor) {
-    const at::ScalarType dtype = wide_dtype(parameter);
+    const at::ScalarType dtype = wide_dtype(parameter.scalar_type());
     at::Tensor converted = tensor.to(parameter.device(), dtype);
     if (converted.strides() == parameter.strides()) return converted;
     return at::empty_like(parameter, parameter.options().dtype(dtype).requires_grad(false)).copy_(converted);
@@ -235,7 +230,7 @@ class AdamWParameters {
     std::map<DeviceAndDtype, std::vector<size_t>> result;
     for (size_t i = 0; i < parameters_.size(); ++i) {
       if (!parameters_[i].grad().defined() || parameters_[i].numel() == 0) continue;
-      result[{parameters_[i].device().str(), wide_dtype(parameters_[i])}].push_back(i);
+      result[{parameters_[i].device().str(), wide_dtype(parameters_[i].scalar_type())}].push_back(i);
     }
     return result;
   }

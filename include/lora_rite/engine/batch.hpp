@@ -157,7 +157,7 @@ class Batch {
   at::TensorOptions double_options() const { return at::TensorOptions().dtype(at::kDouble).device(device_); }
 
   /// Momenta and master copies of the half types are float.
-  at::ScalarType wide_dtype() const { return dtype_ == at::kDouble ? at::kDouble : at::kFloat; }
+  at::ScalarType wide_dtype() const { return engine::wide_dtype(dtype_); }
 
   const at::Tensor& factor_of(int64_t index, size_t side) const {
     return side == 0 ? pairs_[index].a : pairs_[index].b;

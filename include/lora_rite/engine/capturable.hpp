@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -62,9 +63,10 @@ struct ProductRoots {
   /// of (1 − ‖E v‖² / λ)⁺, f being kFaintest · tr V. Behind H stands (V + fI)^{-1} V: what round-off made of the
   /// product outside of V's column space was magnified by H.
   static at::Tensor preconditioner(const at::Tensor& second_moment, const at::Tensor& escaped_mass,
-                                   const at::Tensor& round_off, const LoraRiteOptions& options) {
+                                   const std::optional<rule::RoundOff<at::Tensor>>& round_off,
+                                   const LoraRiteOptions& options) {
     const double rank = static_cast<double>(rank_of(second_moment));
-    const double floor = round_off.defined() ? kFaintest : rank * std::numeric_limits<double>::epsilon();
+    const double floor = round_off ? kFaintest : rank * std::numeric_limits<double>::epsilon();
     const at::Tensor identity = identity_like(second_moment);
     const at::Tensor least = floor * at_least(trace_of(second_moment), 0.0);
     const at::Tensor shifted = second_moment + (escaped_mass + least + options.eps_root()) * identity;
@@ -76,12 +78,13 @@ struct ProductRoots {
     }
     at::Tensor result = positive_inverse(root);
     const at::Tensor nothing = trace_of(shifted) + options.eps() <= 0;  // V = 0 and ε = 0: nothing to scale
-    if (round_off.defined()) {
+    if (round_off) {
       const at::Tensor apart = choose(least > 0, least, 1.0) * identity;
       const auto share_beside = [&](const at::Tensor& noise) {
         return at::matmul(positive_inverse(symmetrized(second_moment + noise)), second_moment);
       };
-      const at::Tensor kept = share_beside(at::matmul(round_off.mT(), round_off) + apart);
+      const at::Tensor e = round_off->unscaled();
+      const at::Tensor kept = share_beside(at::matmul(e.mT(), e) * round_off->scale + apart);
       result = at::matmul(at::matmul(kept, kept), at::matmul(result, share_beside(apart)));
     }
     return choose(negated(nothing), result, 0.0);

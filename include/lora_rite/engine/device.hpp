@@ -72,7 +72,6 @@ class DeviceBatch final : public Batch {
       const at::Tensor as_stored = gather(side);
       factors_[side] = as_stored;
       const bool wants_master = options.master_weights() && dtype_ != at::kFloat && dtype_ != at::kDouble;
-      if (!wants_master) state_.master[side] = at::Tensor();
       if (wants_master && state_.master[side].defined()) {
         // The copy is compared with the factor it was rounded to: if that changed, it is the user's value that counts.
         const at::Tensor differs = rounded(state_.master[side], dtype_).ne(as_stored).flatten(1).any(-1);
@@ -197,7 +196,9 @@ class DeviceBatch final : public Batch {
     at::Tensor inverse_root = decision.moments.inverse_root;
     if (options.balance()) balance(moved, momentum, inverse_root);
 
-    next_ = state_;  // the same tensors, and those that are new
+    next_ = state_;                   // the same tensors, and those that are new
+    for (const size_t side : {0, 1})  // without those that options no longer ask for
+      if (factors_[side].scalar_type() == dtype_) next_.master[side] = at::Tensor();
     writes_.clear();
     moved_ = {};
     const auto remember = [&](const at::Tensor& old, const at::Tensor& fresh) {
@@ -258,9 +259,9 @@ class DeviceBatch final : public Batch {
     for (at::Tensor* matrix : {&all.gram, &all.cross, &all.gradient_gram, &all.plain_gradient_gram}) {
       if (matrix->defined()) *matrix = choose(proceed, *matrix, 0.0);
     }
-    rule::Unmagnified<at::Tensor> unmagnified =
-        capturable_ ? rule::unmagnify<PivotedCholesky>(all, factor_epsilon(), epsilon_of(dtype_))
-                    : rule::unmagnify<Basis>(all, factor_epsilon(), epsilon_of(dtype_));
+    rule::Unmagnified<at::Tensor> unmagnified = capturable_
+                                                    ? rule::unmagnify<PivotedCholesky>(std::move(all), factor_epsilon())
+                                                    : rule::unmagnify<Basis>(std::move(all), factor_epsilon());
     int64_t begin = 0;
     for (DeviceBatch* batch : waiting) {
       batch->unmagnified_ = part_of(unmagnified, begin, batch->count());
@@ -293,8 +294,9 @@ class DeviceBatch final : public Batch {
     }
     const auto decide =
         capturable_ ? rule::decide<ProductRoots, at::Tensor> : rule::decide<rule::Eigenvalues, at::Tensor>;
-    rule::Decision<at::Tensor> decision = decide(joined(std::move(moments)), all, all_rows, clip_factor,
-                                                 joined(has_gradient), joined(partner_edited), options);
+    rule::Decision<at::Tensor> decision =
+        decide(joined(std::move(moments)), all, all_rows, clip_factor, joined(has_gradient), joined(partner_edited),
+               epsilon_of(dtype_), options);
     int64_t begin = 0;
     for (DeviceBatch* batch : waiting) {
       batch->decision_ = part_of(decision, begin, batch->count());

@@ -144,16 +144,16 @@ class HostBatch final : public Batch {
   at::Tensor unmagnify(const at::Tensor& proceed) override {
     at::Tensor norms = at::zeros({count()}, double_options());
     if (!proceed.item<bool>()) return norms;
-    constexpr double epsilon = std::numeric_limits<float>::epsilon();
     parallel_tasks(static_cast<int64_t>(groups_.size()), [&](int64_t g) {
       rule::Statistics<LaneMatrix> statistics = {{}, LaneMatrix(rank_), LaneMatrix(rank_), LaneMatrix(rank_), {}, {}};
       if (equilibrates_) statistics.plain_gradient_gram = LaneMatrix(rank_);
-      for (int64_t lane = 0; lane < kLanes; ++lane) load_statistics(g * kLanes + lane, lane, statistics);
+      for (int64_t lane = 0; lane < kLanes; ++lane) load_statistics(factor_in(g, lane), lane, statistics);
       Group& group = groups_[static_cast<size_t>(g)];
-      group = rule::unmagnify<Basis>(statistics, epsilon, epsilon);
+      group = rule::unmagnify<Basis>(std::move(statistics), kEpsilon);
       const Lanes squared = at_least(trace_of(equilibrates_ ? group.plain_gradient_gram : group.gradient_gram), 0.0);
-      for (int64_t lane = 0; lane < kLanes && g * kLanes + lane < 2 * count(); ++lane) {
-        side_of(g * kLanes + lane).unmagnified_squared[index_of(g * kLanes + lane)] = squared[lane];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t factor = factor_in(g, lane);
+        side_of(factor).unmagnified_squared[index_of(factor)] = squared[lane];
       }
     });
     double* sums = norms.template data_ptr<double>();
@@ -230,6 +230,8 @@ class HostBatch final : public Batch {
  private:
   // Rows that one thread takes at a time: some elements, and many times more than the sums that they leave behind.
   static constexpr int64_t kChunk = 32768, kChunkRanks = 64;
+
+  static constexpr double kEpsilon = std::numeric_limits<float>::epsilon();  ///< of factors and gradients
 
   static constexpr double kMostInFloat = 4;  ///< largest entry of a momentum's map with which floats are exact enough
 
@@ -421,17 +423,11 @@ class HostBatch final : public Batch {
     return false;
   }
 
-  /// What act 2 reads of one factor's partner and gradient; zeros beyond the last factor.
+  /// The factor in a lane of a group; a lane too many repeats the last one.
+  int64_t factor_in(int64_t g, int64_t lane) const { return std::min(g * kLanes + lane, 2 * count() - 1); }
+
+  /// What act 2 reads of one factor's partner and gradient.
   void load_statistics(int64_t factor, int64_t lane, rule::Statistics<LaneMatrix>& statistics) {
-    if (factor >= 2 * count()) {
-      for (const LaneMatrix* matrix :
-           {&statistics.gram, &statistics.cross, &statistics.gradient_gram, &statistics.plain_gradient_gram}) {
-        if (!matrix->defined()) continue;
-        for (int64_t i = 0; i < rank_; ++i)
-          for (int64_t j = 0; j < rank_; ++j) matrix->at(i, j, lane) = 0;
-      }
-      return;
-    }
     const size_t side = factor < count() ? 0 : 1, index = index_of(factor);
     const Side &own = sides_[side], &partner = sides_[1 - side];
     const double* plain_gram = own.gradient_gram.total(index);
@@ -470,7 +466,7 @@ class HostBatch final : public Batch {
     double* step = next_moments_.step.template data_ptr<double>();
     const int64_t first = g * kLanes, lanes = std::min<int64_t>(kLanes, 2 * count() - first);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t factor = std::min(first + lane, 2 * count() - 1);  // a lane too many repeats the last one
+      const int64_t factor = factor_in(g, lane);
       const size_t index = index_of(factor);
       for (int64_t i = 0; i < rank_; ++i)
         for (int64_t j = 0; j < rank_; ++j) {
@@ -485,8 +481,8 @@ class HostBatch final : public Batch {
     }
     Group& now = groups_[static_cast<size_t>(g)];
     if (options.max_relative_change() > 0) bound_relative_change(g, options, rows);
-    const auto decision =
-        rule::decide<rule::Eigenvalues, LaneMatrix>(old, now, rows, Lanes(clip), has_gradient, partner_edited, options);
+    const auto decision = rule::decide<rule::Eigenvalues, LaneMatrix>(old, now, rows, Lanes(clip), has_gradient,
+                                                                      partner_edited, kEpsilon, options);
     // N = M R⁺ᵀ, both maps in one. G's map is a double one. βQᵀ R⁺ᵀ is near βI where the partner moved little, and then
     // a float will do; but in coordinates in which the partner is ill-conditioned, it has entries that are large and
     // cancel, and their round-off is amplified once more on the way back to M.
@@ -529,7 +525,7 @@ class HostBatch final : public Batch {
     LaneMatrix own(rank_);
     Lanes rate;
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t factor = std::min(g * kLanes + lane, 2 * count() - 1);
+      const int64_t factor = factor_in(g, lane);
       const int64_t partner = (factor + count()) % (2 * count());  // which holds this factor's root
       const LaneMatrix& root = groups_[static_cast<size_t>(partner / kLanes)].inverse_root;
       for (int64_t i = 0; i < rank_; ++i)

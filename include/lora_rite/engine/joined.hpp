@@ -18,7 +18,7 @@ inline std::array<at::Tensor*, 4> fields_of(rule::Moments<at::Tensor>& m) {
   return {&m.second_moment, &m.escaped_mass, &m.inverse_root, &m.step};
 }
 inline std::array<at::Tensor*, 6> fields_of(rule::Unmagnified<at::Tensor>& u) {
-  return {&u.inverse_root, &u.change, &u.gradient_gram, &u.plain_gradient_gram, &u.damping, &u.round_off};
+  return {&u.inverse_root, &u.change, &u.magnified_gram, &u.gradient_gram, &u.plain_gradient_gram, &u.damping};
 }
 inline std::array<at::Tensor*, 7> fields_of(rule::Decision<at::Tensor>& d) {
   return {&d.moments.second_moment,

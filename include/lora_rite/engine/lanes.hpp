@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -31,7 +32,10 @@ using lora_rite::positive_inverse;
 using lora_rite::rank_of;
 using lora_rite::scale_columns;
 using lora_rite::scale_rows_by_norms;
+using lora_rite::smallest;
 using lora_rite::squared_column_norms;
+using lora_rite::squared_norm_of_scaled_rows;
+using lora_rite::surely;
 using lora_rite::symmetrized;
 using lora_rite::trace_of;
 using lora_rite::transpose;
@@ -221,6 +225,7 @@ struct Transposed {
 
   const LaneMatrix& matrix() const { return other != nullptr ? *other : own; }
   int64_t rank() const { return matrix().rank(); }
+  Lanes get(int64_t i, int64_t j) const { return matrix().get(j, i); }
   kernels::Operand operand() const { return {matrix().data(), 1, matrix().stride()}; }
 };
 
@@ -301,7 +306,8 @@ inline LaneMatrix scale_columns(const Transposed& m, const LaneValues& values) {
   });
 }
 /// diag(S)^{1/2} M
-inline LaneMatrix scale_rows_by_norms(const LaneMatrix& gram, const LaneMatrix& m) {
+template <class M>
+LaneMatrix scale_rows_by_norms(const LaneMatrix& gram, const M& m) {
   LaneMatrix result(m.rank());
   for (int64_t i = 0; i < m.rank(); ++i) {
     const Lanes norm = sqrt(at_least(gram.get(i, i), 0.0));
@@ -309,19 +315,24 @@ inline LaneMatrix scale_rows_by_norms(const LaneMatrix& gram, const LaneMatrix& 
   }
   return result;
 }
-inline LaneMatrix scale_rows_by_norms(const LaneMatrix& gram, const Transposed& m) {
-  LaneMatrix result(m.rank());
+inline Lanes squared_norm_of_scaled_rows(const LaneMatrix& gram, const LaneMatrix& m) {
+  Lanes sum;
   for (int64_t i = 0; i < m.rank(); ++i) {
-    const Lanes norm = sqrt(at_least(gram.get(i, i), 0.0));
-    for (int64_t j = 0; j < m.rank(); ++j) result.set(i, j, m.matrix().get(j, i) * norm);
+    Lanes of_row;
+    for (int64_t j = 0; j < m.rank(); ++j)
+      for (int64_t lane = 0; lane < kLanes; ++lane) of_row[lane] += m.at(i, j, lane) * m.at(i, j, lane);
+    sum = sum + of_row * at_least(gram.get(i, i), 0.0);
   }
-  return result;
+  return sum;
 }
 inline LaneValues squared_column_norms(const LaneMatrix& m) {
   LaneValues result(m.rank());
-  for (int64_t j = 0; j < m.rank(); ++j) result.set(j, 0.0);
-  for (int64_t i = 0; i < m.rank(); ++i)
-    for (int64_t j = 0; j < m.rank(); ++j) result.set(j, result.get(j) + m.get(i, j) * m.get(i, j));
+  for (int64_t j = 0; j < m.rank(); ++j) {
+    Lanes sum;
+    for (int64_t i = 0; i < m.rank(); ++i)
+      for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += m.at(i, j, lane) * m.at(i, j, lane);
+    result.set(j, sum);
+  }
   return result;
 }
 inline LaneValues operator*(const LaneValues& a, const LaneValues& b) {
@@ -376,6 +387,17 @@ LaneValues map_values(const LaneValues& values, const LaneValues& others, const 
   LaneValues result(values.rank());
   for (int64_t i = 0; i < values.rank(); ++i) result.set(i, function(values.get(i), others.get(i)));
   return result;
+}
+inline Lanes smallest(const LaneValues& values) {
+  Lanes least = values.get(0);
+  for (int64_t i = 1; i < values.rank(); ++i) least = at_most(values.get(i), least);
+  return least;
+}
+/// A CPU has the answer at once. Lanes too many repeat another one.
+template <class Question>
+bool surely(const LaneMatrix&, const Question& question) {
+  const Lanes flags = question();
+  return std::all_of(flags.lane.begin(), flags.lane.end(), [](double flag) { return flag != 0; });
 }
 inline Lanes largest_difference(const LaneValues& a, const LaneValues& b) {
   Lanes largest = a.get(0) - b.get(0);

@@ -36,6 +36,9 @@ inline double largest_of(at::ScalarType dtype) {
   return std::numeric_limits<double>::infinity();
 }
 
+/// In which dtype the moments of a parameter are kept.
+inline at::ScalarType wide_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
 inline at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::kDouble); }
 
 /// Weights of the column sums by which an edit of a factor is noticed [n]: the fractions of i·φ, irregular, so that no
