@@ -700,6 +700,7 @@ void one_refuses(const Process& process) {
   LoadOptions without_one, without_any;
   without_one.rename = [](const std::string& name) { return name == "q1" ? "" : name; };
   without_any.rename = [](const std::string&) { return ""; };
+  without_any.other_parameters = false;
   EXPECT_TRUE(mentions(error_of([&] { load_some(state, last ? without_one : LoadOptions()); }), "q1"));
   EXPECT_TRUE(
       mentions(error_of([&] { load_some(state, last ? without_any : LoadOptions()); }), "nothing of the archive"));
@@ -711,9 +712,9 @@ void one_refuses(const Process& process) {
   if (last) unfit[2].b = torch::zeros({16, 5});
   EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, unfit, some_options()); }), "'q2'"));
   EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, pairs, some_options().eps(last ? -1 : 1)); }), "eps"));
-  std::vector<FactorPair> frozen = clone_pairs(pairs);
-  if (last) frozen[0].a = torch::zeros({8, 24}).slice(0, 0, 4);
-  EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, frozen, some_options()); }), "'q0'"));
+  std::vector<FactorPair> views = clone_pairs(pairs);
+  if (last) views[0].a = torch::zeros({8, 24}).requires_grad_().slice(0, 0, 4);
+  EXPECT_TRUE(mentions(error_of([&] { Optimizer(process.group, views, some_options()); }), "view of a leaf"));
   EXPECT_TRUE(
       mentions(error_of([&] { Optimizer(process.group, last ? std::vector<FactorPair>() : pairs, some_options()); }),
                "list of pairs is empty"));

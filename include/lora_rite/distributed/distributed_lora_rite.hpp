@@ -85,6 +85,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
 
   void start(std::vector<FactorPair> pairs, const LoraRiteOptions& options) {
     together("constructor", [&] {
+      alternating_factors(pairs);  // refuses views
       this->add_pairs(std::move(pairs), options);
       agree_on_groups();
     });
