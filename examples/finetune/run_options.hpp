@@ -73,6 +73,13 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunOptions, model, train, validation, test, o
                                    exclude_modules, dtype, device, gradient_checkpointing, memory_limit, threads,
                                    checkpoint_every, timeout, log_every, tensorboard, python)
 
+/// How a run begins.
+enum class Start {
+  Anew,
+  Resume,        ///< from its checkpoint, if data, base and tokenizer are those that it was begun with
+  ResumeAnyway,  ///< from its checkpoint, whatever they are
+};
+
 /// The names that `optimizer` may have.
 std::vector<std::string> optimizer_names();
 
