@@ -47,8 +47,8 @@ def as_in_checkpoint(delta: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def convert(adapter: pathlib.Path, base: pathlib.Path, out: pathlib.Path) -> None:
-    command = [sys.executable, str(pathlib.Path(checkout) / "convert_lora_to_gguf.py"), "--base", str(base), "--outfile", str(out),
-               str(adapter)]
+    script = pathlib.Path(checkout) / "convert_lora_to_gguf.py"
+    command = [sys.executable, str(script), "--base", str(base), "--outfile", str(out), str(adapter)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -57,7 +57,8 @@ def check(made: pathlib.Path, converted: pathlib.Path, architecture: str) -> Non
     config = LoraConfig.from_pretrained(made)
     reader = gguf.GGUFReader(converted)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert (fields["general.architecture"], fields["general.type"], fields["adapter.type"]) == (architecture, "adapter", "lora"), fields
+    kinds = tuple(fields[name] for name in ("general.architecture", "general.type", "adapter.type"))
+    assert kinds == (architecture, "adapter", "lora"), fields
     alpha = fields["adapter.lora.alpha"]
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     ours = load_file(made / "adapter_model.safetensors")

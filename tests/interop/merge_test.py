@@ -52,7 +52,7 @@ def main(program: str) -> int:
                 share /= sum(found[key].numel() for key in changed)
                 assert (share > 0.05) == (dtype != torch.float32), share
                 interop_test.read("LlamaForCausalLM", folder / "merged")  # nothing is missing, nothing too much
-                print(f"{folder.name}: {len(changed)} weights are PEFT's; {share:.0%} of their elements with safe_merge=True are not")
+                print(f"{folder.name}: {len(changed)} weights are PEFT's; with safe_merge=True {share:.0%} of elements differ")
     return 0
 
 

@@ -245,9 +245,9 @@ TEST(AdapterFiles, OfATrainingThatFreezesAHoldBothFactors) {
 // layers.
 TEST(AdapterExpressions, OfUnslothAndMsSwiftMeanWhatTheyMeanInPython) {
   const std::string unsloth =
-      R"((?:.*?(?:vision|image|visual|patch_embed|language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense))"
-      R"(.*?(?:q_proj|v_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|)"
-      R"(ffn|dense)\.(?:(?:q_proj|v_proj|down_proj))))";
+      R"((?:.*?(?:vision|image|visual|patch_embed|language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|)"
+      R"(dense).*?(?:q_proj|v_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|)"
+      R"(feed_forward|ffn|dense)\.(?:(?:q_proj|v_proj|down_proj))))";
   const std::string swift = R"(^(model(?=\.).*\.(q_proj|v_proj|down_proj))$)";
   for (const std::string& expression : {unsloth, swift}) {
     const auto model = load_model(model_golden("llama"));
