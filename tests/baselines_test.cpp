@@ -44,10 +44,10 @@ const std::map<std::string, Make>& golden_cases() {
          return std::make_unique<Lamb>(x, LambOptions(0.02).betas({0.9, 0.99}).eps(1e-6).weight_decay(0.1));
        }},
       {"lamb_no_decay", [](const Factors& x) { return std::make_unique<Lamb>(x, LambOptions(0.02)); }},
-      {"muon", [](const Factors& x) { return std::make_unique<Muon>(x, MuonOptions(0.02).weight_decay(0.1)); }},
+      {"muon", [](const Factors& x) { return std::make_unique<Muon>(x, MuonOptions(0.02)); }},
       {"muon_plain",
        [](const Factors& x) {
-         return std::make_unique<Muon>(x, MuonOptions(0.02).momentum(0.8).nesterov(false).steps(3));
+         return std::make_unique<Muon>(x, MuonOptions(0.02).momentum(0.8).nesterov(false).weight_decay(0).steps(3));
        }},
       {"shampoo",
        [](const Factors& x) {
@@ -69,9 +69,48 @@ const std::map<std::string, Make>& golden_cases() {
 
 class BaselineGolden : public ::testing::TestWithParam<std::string> {};
 
-TEST_P(BaselineGolden, FollowsTheOtherImplementation) {
+nlohmann::json read_golden() {
   std::ifstream file(std::string(LORA_RITE_TEST_DATA_DIR) + "/golden/baselines.json");
-  const nlohmann::json golden = nlohmann::json::parse(file);
+  return nlohmann::json::parse(file);
+}
+
+// What a user who comes from there gets without asking, and what the headers and docs/baselines.md call different.
+TEST(BaselineDefaults, AreThoseOfTheOtherImplementationButWhereTheHeaderSaysSo) {
+  const nlohmann::json defaults = read_golden()["defaults"];
+  const nlohmann::json &muon = defaults["muon"], &lamb = defaults["lamb"], &soap = defaults["soap"];
+  EXPECT_EQ(MuonOptions().lr(), muon["lr"]);
+  EXPECT_EQ(MuonOptions().momentum(), muon["momentum"]);
+  EXPECT_EQ(MuonOptions().nesterov(), muon["nesterov"]);
+  EXPECT_EQ(MuonOptions().weight_decay(), muon["weight_decay"]);
+  EXPECT_EQ(MuonOptions().steps(), muon["ns_steps"]);
+  // No options here; BaselineGolden's "muon" follows them.
+  EXPECT_EQ(muon["ns_coefficients"], nlohmann::json({3.4445, -4.775, 2.0315}));
+  EXPECT_EQ(muon["eps"], 1e-7);
+  EXPECT_TRUE(muon["adjust_lr_fn"].is_null());
+
+  EXPECT_EQ(LambOptions().lr(), lamb["lr"]);
+  EXPECT_EQ(LambOptions().betas(), (lamb["betas"].get<std::tuple<double, double>>()));
+  EXPECT_EQ(LambOptions().eps(), lamb["eps"]);
+  EXPECT_EQ(LambOptions().weight_decay(), 0);
+  EXPECT_EQ(lamb["weight_decay"], 0.01);
+
+  EXPECT_EQ(SoapOptions().lr(), soap["lr"]);
+  EXPECT_EQ(SoapOptions().betas(), (soap["betas"].get<std::tuple<double, double>>()));
+  EXPECT_TRUE(soap["shampoo_beta"].is_null()) << "which means β₂";
+  EXPECT_EQ(SoapOptions().shampoo_beta(), soap["betas"][1]);
+  EXPECT_EQ(SoapOptions().eps(), soap["eps"]);
+  EXPECT_EQ(SoapOptions().interval(), soap["precondition_frequency"]);
+  EXPECT_EQ(SoapOptions().weight_decay(), 0);
+  EXPECT_EQ(soap["weight_decay"], 0.01);
+  EXPECT_EQ(SoapOptions().max_preconditioner_dim(), 1024);
+  EXPECT_EQ(soap["max_precondition_dim"], 10000);
+
+  EXPECT_EQ(ScaledAdamOptions().damping(), 1e-6);
+  EXPECT_EQ(defaults["scaled_adam"]["reg"], 1e-2);
+}
+
+TEST_P(BaselineGolden, FollowsTheOtherImplementation) {
+  const nlohmann::json golden = read_golden();
   const auto tensors = [&](const nlohmann::json& numbers) {
     Factors result;
     for (size_t i = 0; i < numbers.size(); ++i)

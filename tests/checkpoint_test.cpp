@@ -408,6 +408,21 @@ TEST(Checkpoint, TensorsAloneAreReadWithoutTheRest) {
   for (const auto& [name, tensor] : tensors) EXPECT_EQ(tensor.abs().max().item<float>(), 0) << name;
 }
 
+TEST(Checkpoint, ValuesAloneAreReadWithoutTheRest) {
+  const TemporaryFolder folder;
+  TrainingRun run;
+  run.state.values = {{"data", "x.txt"}, {"seed", int64_t{7}}, {"a key: with signs", 0.5}};
+  save_checkpoint(folder / "run.ckpt", run.state);
+  const auto values = load_checkpoint_values(folder / "run.ckpt");
+  ASSERT_EQ(values.size(), 3U);
+  EXPECT_EQ(values.at("data").toStringRef(), "x.txt");
+  EXPECT_EQ(values.at("seed").toInt(), 7);
+  EXPECT_EQ(values.at("a key: with signs").toDouble(), 0.5);
+  EXPECT_TRUE(mentions(error_of([&] { load_checkpoint_values(folder / "none.ckpt"); }), "none.ckpt: does not exist"));
+  write_bytes(folder / "cut.ckpt", read_bytes(folder / "run.ckpt").substr(0, 1000));
+  EXPECT_TRUE(mentions(error_of([&] { load_checkpoint_values(folder / "cut.ckpt"); }), "is truncated"));
+}
+
 TEST(Checkpoint, RefusedByTheLastObjectChangesNothing) {
   const TemporaryFolder folder;
   // SGD with momentum first: LibTorch's optimizers are changed before the second one refuses.

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <utility>
 
 #include "dtypes.hpp"
@@ -27,18 +26,23 @@ void refuse_options_of_classifiers(const RunOptions& options) {
   refuse("--max-length", "prepare_tasks.py cuts the texts", options.max_length != usual.max_length);
 }
 
-uint64_t fingerprint(const std::vector<TextRecord>& texts, const std::vector<ChoiceRecord>& choices) {
+Fingerprint fingerprint(const std::string& task, const std::vector<TextRecord>& texts,
+                        const std::vector<ChoiceRecord>& choices) {
   Fingerprint result;
+  result.add(task);  // it decides what is scored
   for (const TextRecord& record : texts) {
     result.add(record.prompt);
     result.add(record.completion);
+    for (const std::string& reference : record.references) result.add(reference);
   }
   for (const ChoiceRecord& record : choices) {
     for (const auto& prompt : record.prompts) result.add(prompt);
     for (const auto& choice : record.choices) result.add(choice);
+    result.add(record.characters);
+    result.add(record.bytes);
     result.add(record.answer);
   }
-  return result.value();
+  return result;
 }
 
 }  // namespace
@@ -67,6 +71,7 @@ LanguageWorkload::LanguageWorkload(RunOptions options, std::shared_ptr<LanguageM
       buckets_(record_lengths(data_.train, model->is_encoder_decoder()), options_.batch, options_.seed),
       model_(std::move(model)) {
   refuse_options_of_classifiers(options_);
+  base_ = base_identity(*model_, options_.model);  // before a PiSSA start takes its part of the weights
   model_->to(torch::Device(options_.device));
   add_adapters(*model_, options_, lora_config(options_, kNaturalLayers));
   model_->set_gradient_checkpointing(options_.gradient_checkpointing);
@@ -120,14 +125,16 @@ nlohmann::json LanguageWorkload::summary() const {
 
 std::string LanguageWorkload::title() const { return concat(data_.train.size(), " examples of ", data_.task); }
 
-std::string LanguageWorkload::describe() const {
-  std::ostringstream text;
-  text << data_.train.size() << " training examples of fingerprint " << fingerprint(data_.train, {}) << '\n';
-  for (const auto& [name, test] : {std::pair("validation", &data_.validation), std::pair("test", &data_.test)}) {
-    text << test->size() << ' ' << name << " examples of fingerprint " << fingerprint(test->texts, test->choices)
-         << '\n';
-  }
-  return text.str();
+RunIdentity LanguageWorkload::identity() const {
+  RunIdentity identity = base_;
+  identity.push_back(data_part("training data", options_.train, static_cast<int64_t>(data_.train.size()),
+                               fingerprint(data_.task, data_.train, {})));
+  const auto add = [&](const char* name, const std::string& origin, const LanguageTest& test) {
+    identity.push_back(data_part(name, origin, test.size(), fingerprint(test.task, test.texts, test.choices)));
+  };
+  add("validation data", options_.validation, data_.validation);
+  add("test data", options_.test, data_.test);
+  return identity;
 }
 
 std::unique_ptr<Workload> load_language_workload(const RunOptions& options, const Processes& processes) {

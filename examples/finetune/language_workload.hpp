@@ -44,7 +44,7 @@ class LanguageWorkload : public Workload {
   void save(const std::filesystem::path& folder) const override;
   nlohmann::json summary() const override;
   std::string title() const override;
-  std::string describe() const override;
+  RunIdentity identity() const override;
 
  private:
   const LanguageTest& data(Split split) const { return split == Split::Test ? data_.test : data_.validation; }
@@ -53,6 +53,7 @@ class LanguageWorkload : public Workload {
   LanguageData data_;
   LengthBuckets buckets_;
   std::shared_ptr<LanguageModel> model_;
+  RunIdentity base_;
 };
 
 /// Everything from the run's folders and files. Errors as make_workload's.

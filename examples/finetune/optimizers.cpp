@@ -25,6 +25,13 @@ bool set_options(torch::optim::OptimizerOptions& options, const RunOptions& want
   return true;
 }
 
+// The only one of the others that decays weights by default, which --weight-decay's own default of 0 would hide.
+bool set_decay_of_muon(torch::optim::OptimizerOptions& options, const RunOptions& wanted) {
+  auto* known = dynamic_cast<lora_rite::baselines::MuonOptions*>(&options);
+  if (known != nullptr) known->weight_decay(wanted.weight_decay);
+  return known != nullptr;
+}
+
 // An option that would be ignored is a mistake.
 void refuse_options_of_rite(const RunOptions& options) {
   const RunOptions usual;
@@ -64,9 +71,9 @@ TrainingOptimizer make_by_name(const RunOptions& options, const torch::nn::Modul
   for (torch::optim::OptimizerParamGroup& group : result.optimizers[0]->param_groups()) {
     const bool is_set = set_options<torch::optim::AdamOptions>(group.options(), options) ||
                         set_options<torch::optim::AdamWOptions>(group.options(), options);
-    if (!is_set && options.weight_decay != 0) {
+    if (!is_set && !set_decay_of_muon(group.options(), options) && options.weight_decay != 0) {
       fail("--weight-decay ", options.weight_decay, ": ", options.optimizer,
-           " does not take one here; leave it out, or choose rite, adam or adamw");
+           " does not take one here; leave it out, or choose rite, adam, adamw or muon");
     }
     if (!is_set && options.beta2 != RunOptions().beta2) {
       fail("--beta2 ", options.beta2, ": ", options.optimizer,

@@ -21,7 +21,7 @@ struct RunOptions {
   std::string optimizer = "rite";        ///< one of optimizer_names()
   double lr = 5e-4;                      ///< peak rate of the factors
   double head_lr = 1e-3;                 ///< classifier: peak rate of the head
-  double weight_decay = 0;               ///< decoupled for rite and adamw, L2 for adam; not on the head
+  double weight_decay = 0;               ///< decoupled for rite, adamw and muon, L2 for adam; not on the head
   double beta2 = 0.999;                  ///< rite, adam and adamw: decay rate of the second moment
   double clip = 1;                       ///< rite: bound on the unmagnified gradient norm, 0 = off
   bool escape = true;                    ///< rite: keep the escaped mass
@@ -72,6 +72,13 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(RunOptions, model, train, validation, test, o
                                    patience, rank, alpha, rslora, dropout, init, init_scale, target_modules,
                                    exclude_modules, dtype, device, gradient_checkpointing, memory_limit, threads,
                                    checkpoint_every, timeout, log_every, tensorboard, python)
+
+/// How a run begins.
+enum class Start {
+  Anew,
+  Resume,        ///< from its checkpoint, if data, base and tokenizer are those that it was begun with
+  ResumeAnyway,  ///< from its checkpoint, whatever they are
+};
 
 /// The names that `optimizer` may have.
 std::vector<std::string> optimizer_names();

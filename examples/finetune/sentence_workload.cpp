@@ -7,7 +7,6 @@
 #include <cmath>
 #include <lora_rite/io/safetensors.hpp>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <utility>
 
 #include "error.hpp"
@@ -40,11 +39,17 @@ Batch batch_on_device(SentenceClassifier& model, const Dataset& data, const std:
   return {batch.tokens.to(device), batch.mask.to(device), batch.labels.to(device)};
 }
 
-uint64_t fingerprint(const Dataset& data) {
+Fingerprint fingerprint(const Dataset& data) {
   Fingerprint result;
   for (const auto& sentence : data.tokens) result.add(sentence);
   result.add(data.labels);
-  return result.value();
+  return result;
+}
+
+RunPart class_names_part(const std::vector<std::string>& classes, const std::string& origin) {
+  Fingerprint result;
+  for (const std::string& name : classes) result.add(name);
+  return {"class names", origin, concat(classes.size(), " of fingerprint ", result.text()), true};
 }
 
 }  // namespace
@@ -114,6 +119,7 @@ void save_head(const std::filesystem::path& path, const torch::nn::LinearImpl& h
 SentenceWorkload::SentenceWorkload(RunOptions options, std::shared_ptr<BertModel> base, TaskData task)
     : options_(std::move(options)), task_(std::move(task)), order_(task_.train.size(), options_.batch, options_.seed) {
   refuse_options_of_language_models(options_);
+  base_ = base_identity(*base, options_.model);  // before a PiSSA start takes its part of the weights
   base->to(torch::Device(options_.device));
   add_adapters(*base, options_, lora_config(options_, kLinearLayers));
   model_ = std::make_shared<SentenceClassifier>(std::move(base), static_cast<int64_t>(task_.classes.size()));
@@ -153,12 +159,16 @@ std::string SentenceWorkload::title() const {
   return concat(task_.train.size(), " examples, ", task_.classes.size(), " classes");
 }
 
-std::string SentenceWorkload::describe() const {
-  std::ostringstream text;
-  for (const auto& [name, data] : {std::pair("training", &task_.train), std::pair("validation", &task_.validation),
-                                   std::pair("test", &task_.test)})
-    text << data->size() << ' ' << name << " examples of fingerprint " << fingerprint(*data) << '\n';
-  return text.str();
+RunIdentity SentenceWorkload::identity() const {
+  RunIdentity identity = base_;
+  identity.push_back(class_names_part(task_.classes, options_.train));
+  const auto add = [&](const char* name, const std::string& origin, const Dataset& data) {
+    identity.push_back(data_part(name, origin, data.size(), fingerprint(data)));
+  };
+  add("training data", options_.train, task_.train);
+  add("validation data", options_.validation, task_.validation);
+  add("test data", options_.test, task_.test);
+  return identity;
 }
 
 std::unique_ptr<Workload> load_sentence_workload(const RunOptions& options, const Processes& processes) {

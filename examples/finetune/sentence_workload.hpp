@@ -57,7 +57,7 @@ class SentenceWorkload : public Workload {
   void save(const std::filesystem::path& folder) const override;
   nlohmann::json summary() const override;
   std::string title() const override;
-  std::string describe() const override;
+  RunIdentity identity() const override;
 
  private:
   const Dataset& data(Split split) const { return split == Split::Test ? task_.test : task_.validation; }
@@ -65,6 +65,7 @@ class SentenceWorkload : public Workload {
   RunOptions options_;
   TaskData task_;
   BatchOrder order_;
+  RunIdentity base_;
   std::shared_ptr<SentenceClassifier> model_;
 };
 

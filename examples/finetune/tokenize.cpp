@@ -5,20 +5,13 @@
 
 #include "error.hpp"
 #include "files.hpp"
+#include "fingerprint.hpp"
 #include "subprocess.hpp"
 
 namespace finetune {
 namespace {
 
 constexpr int kBadTokenizer = 3;  // exit code of tokenize_text.py
-
-// FNV-1a: it only has to notice changes, not attacks.
-uint64_t fingerprint(const std::string& bytes, uint64_t hash = 0xcbf29ce484222325) {
-  for (const char byte : bytes) {
-    hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3;
-  }
-  return hash;
-}
 
 // A cache is a line with the fingerprint, then one line of ids a text.
 bool is_current(const std::filesystem::path& cache, const std::string& expected) {
@@ -58,8 +51,10 @@ std::vector<std::vector<int64_t>> tokenize(const std::vector<std::string>& texts
   const std::filesystem::path tokenizer = options.model / "tokenizer.json";
   std::string lines;
   for (const std::string& text : texts) lines += text + "\n";
-  const std::string key = concat(std::hex, fingerprint(lines, fingerprint(read_file(tokenizer))), std::dec,
-                                 " max_length=", options.max_length);
+  Fingerprint fingerprint;
+  fingerprint.add(read_file(tokenizer));
+  fingerprint.add(lines);
+  const std::string key = concat(fingerprint.text(), " max_length=", options.max_length);
   if (!is_current(cache, key)) {
     std::filesystem::path input = cache;
     input += ".texts";

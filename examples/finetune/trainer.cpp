@@ -96,8 +96,9 @@ uint64_t dropout_seed(uint64_t seed, int64_t step, int rank) {
 // What all processes start from.
 std::string describe_start(Workload& workload, int64_t finished_steps) {
   std::ostringstream text;
-  text << finished_steps << " finished steps\n" << workload.describe();
+  text << finished_steps << " finished steps\n";
   for (const auto& item : workload.model().named_parameters()) {
+    if (!item.value().requires_grad()) continue;  // the base is a part of the run's identity
     // A sum of integers: it does not depend on the number of threads.
     text << item.key() << item.value().sizes() << " with bytes that add up to "
          << item.value().detach().contiguous().view(torch::kByte).sum(torch::kLong).item<int64_t>() << '\n';
@@ -126,9 +127,26 @@ void remove_files_of_a_run(const std::filesystem::path& folder) {
   std::filesystem::remove(folder / "best", not_empty);
 }
 
+// Whether the run there was begun with what this one has.
+void check_identity(const std::filesystem::path& path, const RunIdentity& identity, Start start, std::ostream& out) {
+  const RunDifference found = compare(identity, lora_rite::load_checkpoint_values(path));
+  if (found.is_unknown) {
+    // Refusing would end every run of before, and --resume-anyway could not look closer either.
+    out << path.string() << ": does not say what the run was begun with (an older version wrote it), so nobody has "
+        << "compared data, base and tokenizer; it goes on" << std::endl;
+  } else if (!found.text.empty() && start == Start::ResumeAnyway) {
+    out << path.string() << ": goes on with something else than it was begun with: " << found.text << std::endl;
+  } else if (!found.text.empty()) {
+    fail(path.string(), ": the run was begun with something else (", found.text,
+         "); restore that, start a new run in another --out, or go on with what is there now by --resume-anyway");
+  }
+}
+
 // What the library throws says what is wrong with the file; the way out is this program's to tell.
-void resume_from(const std::filesystem::path& path, lora_rite::TrainingState& state) {
+void resume_from(const std::filesystem::path& path, const RunIdentity& identity, Start start, std::ostream& out,
+                 lora_rite::TrainingState& state) {
   try {
+    check_identity(path, identity, start, out);
     lora_rite::load_checkpoint(path, state);
   } catch (const c10::Error& error) {
     fail(error.what_without_backtrace(), "; start the run anew, without --resume, in another --out");
@@ -144,7 +162,7 @@ Scores final_test(Workload& workload, const std::optional<MetricsLog>& log, cons
 
 }  // namespace
 
-Outcome run_training(const RunOptions& options, Workload& workload, bool resume, const Display& display,
+Outcome run_training(const RunOptions& options, Workload& workload, Start start, const Display& display,
                      const Processes& processes) {
   if (options.batch < processes.size) {
     fail("--batch ", options.batch, ": ", processes.size,
@@ -162,11 +180,14 @@ Outcome run_training(const RunOptions& options, Workload& workload, bool resume,
     state.others.push_back(schedulers.back().get());
   }
   BestSoFar best(workload.headline(), state.values);
-  if (resume) resume_from(checkpoint, state);
+  const RunIdentity identity = workload.identity();
+  processes.check_same(lines_of(identity));  // before any of them refuses to resume
+  if (start != Start::Anew) resume_from(checkpoint, identity, start, display.out, state);
+  remember(identity, state.values);
   if (processes.size > 1) processes.check_same(describe_start(workload, state.step));
   std::optional<MetricsLog> log;
   if (processes.is_first()) {
-    if (!resume) remove_files_of_a_run(folder);
+    if (start == Start::Anew) remove_files_of_a_run(folder);
     // Written once nothing can be wrong with the input any more: --resume believes in it.
     write_json(folder / "run.json", options);
     log.emplace(folder / "metrics.jsonl", state.step);

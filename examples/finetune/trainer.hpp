@@ -23,11 +23,13 @@ struct Display {
 };
 
 /// Trains and measures. Writes metrics.jsonl, the adapter of the last step, that of the best measurement (best/) and
-/// the checkpoint to options.out; with `resume` goes on from the checkpoint there, exactly as if the run had never
-/// stopped, or to round-off if the number of processes is another. Several processes divide every batch, so that losses
-/// are those of one process; the first one writes. All of them stop after the same step when one is interrupted, and
-/// throw c10::Error if their data, weights or steps differ.
-Outcome run_training(const RunOptions& options, Workload& workload, bool resume, const Display& display,
+/// the checkpoint to options.out; resumed, goes on from the checkpoint there, exactly as if the run had never
+/// stopped, or to round-off if the number of processes is another. Throws Error if that run was begun with other data,
+/// another base or another tokenizer (Start::ResumeAnyway says so and goes on); a checkpoint of before that were
+/// remembered is taken, and said to be one. Several processes divide every batch, so that losses are those of one
+/// process; the first one writes. All of them stop after the same step when one is interrupted, and throw c10::Error if
+/// their data, weights or steps differ.
+Outcome run_training(const RunOptions& options, Workload& workload, Start start, const Display& display,
                      const Processes& processes = {});
 
 }  // namespace finetune

@@ -13,6 +13,7 @@
 
 #include "memory.hpp"
 #include "process_group.hpp"
+#include "run_identity.hpp"
 #include "run_options.hpp"
 #include "step_record.hpp"
 
@@ -72,8 +73,8 @@ class Workload {
   /// The same in a few words for people: "3,000 examples, 2 classes".
   virtual std::string title() const = 0;
 
-  /// Lines that tell apart data that differ, for Processes::check_same.
-  virtual std::string describe() const = 0;
+  /// The run's data, and the base and tokenizer as they were loaded.
+  virtual RunIdentity identity() const = 0;
 };
 
 /// The adapters that `options` ask for; on the layers `natural` unless they name others. Throws Error for a list of

@@ -507,6 +507,16 @@ inline int64_t load_checkpoint_tensors(const std::filesystem::path& path,
   return step;
 }
 
+/// The `values` of a checkpoint and nothing else: what a program noted of a run, to be looked at before the run is
+/// built or loaded. Throws c10::Error naming the file if it is missing, damaged or of a later version.
+inline std::map<std::string, c10::IValue> load_checkpoint_values(const std::filesystem::path& path) {
+  std::map<std::string, c10::IValue> values;
+  detail::with_archive(path, torch::Device(torch::kCPU), [&](torch::serialize::InputArchive& archive) {
+    values = detail::read_named(archive, "values");
+  });
+  return values;
+}
+
 /// The last checkpoints of one run in a folder, as step-<step>.ckpt.
 class CheckpointFolder {
  public:

@@ -282,7 +282,7 @@ const Scenario differences("finetune differences", [](const Process& process) {
     SentenceWorkload workload(options, load_bert(options.model), task);
     std::ostringstream ignored;
     try {
-      run_training(options, workload, false, {ignored}, processes);
+      run_training(options, workload, Start::Anew, {ignored}, processes);
     } catch (const c10::Error& error) {
       return std::string(error.what_without_backtrace());
     } catch (const Error& error) {
@@ -296,7 +296,7 @@ const Scenario differences("finetune differences", [](const Process& process) {
   RunOptions options = tiny_options(process.folder.string(), "rite");
   TaskData task = tiny_task();
   if (is_last) std::swap(task.train.labels.front(), task.train.tokens.front()[0]);
-  expect(message(options, task), "process 1 has '50 training examples of fingerprint");
+  expect(message(options, task), "process 1 has 'training data: 50 examples of fingerprint");
   RunOptions other = options;
   if (is_last) other.seed = 1;
   expect(message(other, tiny_task()), "process 1 has 'bert.encoder.layer.0.attention.self.query.lora_A.default.weight");

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <lora_rite/baselines/muon.hpp>
+
 #include "support.hpp"
 
 namespace finetune {
@@ -36,6 +38,20 @@ TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.beta2 = 0.9; }).find("--beta2 0.9: sgd"), 0u);
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.weight_decay = 0.1; }).find("--weight-decay 0.1: sgd"),
             0u);
+}
+
+TEST(Optimizers, MuonDecaysWeightsByThatOptionAlone) {
+  const TemporaryFolder folder;
+  RunOptions options = tiny_options(folder.string(), "muon");
+  const auto workload = tiny_workload(options);
+  const auto decay = [&] {
+    const TrainingOptimizer training = make_optimizer(options, workload->model());
+    const auto& group = training.optimizers[0]->param_groups()[0];
+    return static_cast<const lora_rite::baselines::MuonOptions&>(group.options()).weight_decay();
+  };
+  EXPECT_EQ(decay(), 0) << "which is --weight-decay's default, and not Muon's";
+  options.weight_decay = 0.25;
+  EXPECT_EQ(decay(), 0.25);
 }
 
 }  // namespace

@@ -125,7 +125,8 @@ inline TinyRun run_tiny(const RunOptions& options, bool resume = false,
     run.records.push_back(step);
     if (after_step) after_step(step);
   };
-  run.outcome = run_training(options, *workload, resume, {output, false, record}, processes);
+  run.outcome =
+      run_training(options, *workload, resume ? Start::Resume : Start::Anew, {output, false, record}, processes);
   run.output = output.str();
   for (const auto& item : workload->model().named_parameters()) {
     if (item.value().requires_grad()) run.trained[item.key()] = item.value().detach().clone();

@@ -196,14 +196,14 @@ TEST(EarlyStopping, BestHoldsTheWeightsOfTheBestMeasurement) {
     std::vector<double> scores;
     const Headline headline = workload->headline();
     std::ostringstream ignored;
-    run_training(options, *workload, false, {ignored, false, [&](const StepRecord& record) {
-                                               scores.push_back(score_of(record.validation, headline.score));
-                                               weights.emplace_back();
-                                               for (const auto& item : workload->model().named_parameters()) {
-                                                 if (item.value().requires_grad())
-                                                   weights.back()[item.key()] = item.value().detach().clone();
-                                               }
-                                             }});
+    run_training(options, *workload, Start::Anew, {ignored, false, [&](const StepRecord& record) {
+                                                     scores.push_back(score_of(record.validation, headline.score));
+                                                     weights.emplace_back();
+                                                     for (const auto& item : workload->model().named_parameters()) {
+                                                       if (item.value().requires_grad())
+                                                         weights.back()[item.key()] = item.value().detach().clone();
+                                                     }
+                                                   }});
     const auto place = headline.higher_is_better ? std::max_element(scores.begin(), scores.end())
                                                  : std::min_element(scores.begin(), scores.end());
     const auto best = static_cast<size_t>(place - scores.begin());

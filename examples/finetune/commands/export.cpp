@@ -56,9 +56,23 @@ std::unique_ptr<Workload> model_at_start(const RunOptions& run) {
   return std::make_unique<LanguageWorkload>(run, load_model(run.model, dtype), std::move(data));
 }
 
+// A PiSSA start is the base's, a head's classes are the training file's.
+void check_model(const fs::path& checkpoint, const Workload& workload) {
+  RunIdentity saved;
+  for (const RunPart& part : workload.identity()) {
+    if (part.is_saved) saved.push_back(part);
+  }
+  const RunDifference found = compare(saved, lora_rite::load_checkpoint_values(checkpoint));
+  if (!found.text.empty()) {
+    fail(checkpoint.string(), ": the run was begun with something else (", found.text,
+         "); name its base by --model, or restore the file");
+  }
+}
+
 // The adapter that the run would write now goes to `folder`. Returns the number of steps it was trained.
 int64_t save_last(const RunOptions& run, const fs::path& checkpoint, const fs::path& folder) {
   const std::unique_ptr<Workload> workload = model_at_start(run);
+  check_model(checkpoint, *workload);
   const int64_t step = lora_rite::load_checkpoint_tensors(checkpoint, lora_rite::trained_tensors(workload->model()));
   workload->save(folder);
   return step;

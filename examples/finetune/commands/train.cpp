@@ -54,6 +54,8 @@ struct Given {
   TrainCommand command;
   std::string config;
   bool print_config = false;
+  bool resume = false;
+  bool resume_anyway = false;
 };
 
 void add_data_options(CLI::App& app, RunOptions& options) {
@@ -82,7 +84,8 @@ void add_optimizer_options(CLI::App& app, RunOptions& options) {
       ->default_str(concat(default_lr("rite"), " for rite, ", default_lr("adam"), " for the others"))
       ->group(group);
   add_option(app, "--head-lr", options.head_lr, "Classifiers: peak learning rate of the head")->group(group);
-  add_option(app, "--weight-decay", options.weight_decay, "On the factors: decoupled for rite and adamw, L2 for adam")
+  add_option(app, "--weight-decay", options.weight_decay,
+             "On the factors: decoupled for rite, adamw and muon, L2 for adam")
       ->group(group);
   add_option(app, "--beta2", options.beta2, "rite, adam, adamw: decay rate of the second moment")->group(group);
   add_option(app, "--max-grad-norm", options.max_grad_norm,
@@ -186,8 +189,12 @@ void add_running_options(CLI::App& app, Given& given) {
   app.add_flag("--print-config", given.print_config, "Print all options as such a file, and end")
       ->configurable(false)
       ->group(group);
-  app.add_flag("--resume", given.command.resume,
-               "Go on with the run in --out; every other option comes from its run.json")
+  app.add_flag("--resume", given.resume,
+               "Go on with the run in --out; every other option comes from its run.json. Refused if data, base or "
+               "tokenizer are others than it was begun with")
+      ->configurable(false)
+      ->group(group);
+  app.add_flag("--resume-anyway", given.resume_anyway, "The same with whatever data, base and tokenizer are there now")
       ->configurable(false)
       ->group(group);
   app.add_flag("--overwrite", "Replace the results in --out")->configurable(false)->group(group);
@@ -307,8 +314,8 @@ void check_combinations(const RunOptions& options) {
 RunOptions saved_options(const CLI::App& app, const RunOptions& given) {
   for (const CLI::Option* option : app.get_options()) {
     const std::string name = option->get_name();
-    const bool allowed = name == "--resume" || name == "--out" || name == "--python" || name == "--log-every" ||
-                         name == "--timeout" || name == "--memory-limit";
+    const bool allowed = name == "--resume" || name == "--resume-anyway" || name == "--out" || name == "--python" ||
+                         name == "--log-every" || name == "--timeout" || name == "--memory-limit";
     if (option->count() > 0 && !allowed) {
       fail(name, " cannot be combined with --resume, which takes it from ", given.out,
            "/run.json; leave it out, or start a new run in another --out");
@@ -375,17 +382,20 @@ void read_config(CLI::App& app, const std::string& path) {
 int run_parsed(CLI::App& app, Given& given, const std::function<int(const TrainCommand&)>& run) {
   TrainCommand& command = given.command;
   RunOptions& options = command.options;
-  if (!command.resume) complete(app, options);
+  if (given.resume) command.start = Start::Resume;
+  if (given.resume_anyway) command.start = Start::ResumeAnyway;
+  const bool is_new = command.start == Start::Anew;
+  if (is_new) complete(app, options);
   if (given.print_config) {
     check_values(options);
     print_config(app, options);
     return 0;
   }
   if (options.out.empty()) fail("--out is missing; see finetune train --help");
-  if (command.resume) {
-    options = saved_options(app, options);
-  } else {
+  if (is_new) {
     check_files(app, options);
+  } else {
+    options = saved_options(app, options);
   }
   check_values(options);
   check_combinations(options);

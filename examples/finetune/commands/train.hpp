@@ -14,7 +14,7 @@ namespace finetune {
 /// What the command line of `finetune train` asks for.
 struct TrainCommand {
   RunOptions options;
-  bool resume = false;
+  Start start = Start::Anew;
   std::string program = "finetune";  ///< as it was called, for the line that says how to go on
 };
 

@@ -49,7 +49,7 @@ std::string quote(const std::string& text) {
 std::string describe(const TrainCommand& command) {
   nlohmann::json options = command.options;
   for (const char* name : {"python", "threads", "log_every"}) options.erase(name);
-  options["resume"] = command.resume;
+  options["start"] = command.start;
   return options.dump(2);
 }
 
@@ -71,7 +71,7 @@ int train(const TrainCommand& command) {
       << ", rank " << options.rank << ", lr " << options.lr << ", " << at::get_num_threads() << " threads"
       << (processes.size > 1 ? concat(", ", processes.size, " processes") : "") << std::endl;
   const Display display{out, isatty(STDOUT_FILENO) != 0};
-  if (run_training(options, *workload, command.resume, display, processes) == Outcome::Interrupted) {
+  if (run_training(options, *workload, command.start, display, processes) == Outcome::Interrupted) {
     out << concat("Stopped and saved. Go on with: ", quote(command.program), " train --resume --out ",
                   quote(options.out), "\n");
     return kInterruptedExitCode;

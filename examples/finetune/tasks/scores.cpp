@@ -2,26 +2,25 @@
 
 #include <algorithm>
 
+#include "tasks/lower_case.hpp"
+
 namespace finetune {
 namespace {
 
 // ASCII alone, whatever the locale.
-bool is_digit(char character) { return character >= '0' && character <= '9'; }
-bool is_lower(char character) { return character >= 'a' && character <= 'z'; }
-char lower(char character) {
-  return character >= 'A' && character <= 'Z' ? static_cast<char>(character - 'A' + 'a') : character;
+bool is_digit(char32_t character) { return character >= '0' && character <= '9'; }
+bool is_letter(char32_t character) {
+  return (character >= 'a' && character <= 'z') || (character >= 'A' && character <= 'Z');
 }
-bool is_space(char character) { return character == ' ' || (character >= '\t' && character <= '\r'); }
-bool is_punctuation(char character) {
-  return character > ' ' && character < '\x7f' && !is_digit(character) && !is_lower(lower(character));
+bool is_punctuation(char32_t character) {
+  return character > ' ' && character < '\x7f' && !is_digit(character) && !is_letter(character);
 }
 
-std::vector<std::string> words(std::string_view text) {
-  std::vector<std::string> result;
+std::vector<std::u32string> words(std::string_view text) {
+  std::vector<std::u32string> result;
   bool inside = false;
-  for (char character : text) {
-    character = lower(character);
-    const bool part = is_lower(character) || is_digit(character);
+  for (const char32_t character : lower_case(text)) {
+    const bool part = is_letter(character) || is_digit(character);
     if (part && !inside) result.emplace_back();
     if (part) result.back() += character;
     inside = part;
@@ -29,10 +28,10 @@ std::vector<std::string> words(std::string_view text) {
   return result;
 }
 
-size_t longest_common_subsequence(const std::vector<std::string>& left, const std::vector<std::string>& right) {
+size_t longest_common_subsequence(const std::vector<std::u32string>& left, const std::vector<std::u32string>& right) {
   // lengths[j]: of the left words so far and the first j right words
   std::vector<size_t> lengths(right.size() + 1, 0);
-  for (const std::string& word : left) {
+  for (const std::u32string& word : left) {
     size_t diagonal = 0;
     for (size_t j = 1; j <= right.size(); ++j) {
       const size_t above = lengths[j];
@@ -43,15 +42,15 @@ size_t longest_common_subsequence(const std::vector<std::string>& left, const st
   return lengths.back();
 }
 
-std::string normalise(std::string_view text) {
-  std::string result;
+std::u32string normalise(std::string_view text) {
+  std::u32string result;
   bool space = false;
-  for (const char character : text) {
+  for (const char32_t character : lower_case(text)) {
     if (is_space(character)) {
       space = true;
     } else if (!is_punctuation(character)) {
       if (space && !result.empty()) result += ' ';
-      result += lower(character);
+      result += character;
       space = false;
     }
   }
@@ -62,7 +61,7 @@ std::string normalise(std::string_view text) {
 std::string bare_number(std::string_view text) {
   std::string result;
   for (const char character : text) {
-    if (character != ',' && character != '$') result += lower(character);
+    if (character != ',' && character != '$') result += character;
   }
   if (!result.empty() && result.back() == '.') result.pop_back();
   return result;
@@ -111,8 +110,8 @@ std::string_view flexible_number(std::string_view text) {
 }  // namespace
 
 double rouge_l(std::string_view prediction, std::string_view reference) {
-  const std::vector<std::string> left = words(prediction);
-  const std::vector<std::string> right = words(reference);
+  const std::vector<std::u32string> left = words(prediction);
+  const std::vector<std::u32string> right = words(reference);
   const auto common = static_cast<double>(longest_common_subsequence(left, right));
   if (common == 0) return 0;
   const double precision = common / static_cast<double>(left.size());
@@ -127,7 +126,7 @@ double rouge_l(std::string_view prediction, const std::vector<std::string>& refe
 }
 
 bool exact_match(std::string_view prediction, const std::vector<std::string>& references) {
-  const std::string wanted = normalise(prediction);
+  const std::u32string wanted = normalise(prediction);
   return std::any_of(references.begin(), references.end(),
                      [&](const std::string& reference) { return normalise(reference) == wanted; });
 }

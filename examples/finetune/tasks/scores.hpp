@@ -7,13 +7,13 @@
 namespace finetune {
 
 /// ROUGE-L: the F-measure of the longest common subsequence of words, in [0, 1]. Words are runs of a–z and 0–9 after
-/// lower-casing, as in Google's rouge_score without its stemmer; 0 where one side has none.
+/// lower_case, as in Google's rouge_score without its stemmer; 0 where one side has none.
 double rouge_l(std::string_view prediction, std::string_view reference);
 
 /// The best of the references.
 double rouge_l(std::string_view prediction, const std::vector<std::string>& references);
 
-/// Whether the prediction is one of the references but for case, ASCII punctuation and spaces.
+/// Whether the prediction is one of the references but for case (lower_case), ASCII punctuation and spaces.
 bool exact_match(std::string_view prediction, const std::vector<std::string>& references);
 
 /// Which number of a text is its answer.

@@ -14,7 +14,7 @@ struct LambOptions : public BaselineOptions<LambOptions> {
   TORCH_ARG(double, lr) = 1e-3;  ///< ≥ 0
   TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
   TORCH_ARG(double, eps) = 1e-6;          ///< ≥ 0
-  TORCH_ARG(double, weight_decay) = 0.0;  ///< λ ≥ 0, inside the trust ratio
+  TORCH_ARG(double, weight_decay) = 0.0;  ///< λ ≥ 0, inside the trust ratio; 0.01 in timm
 
  public:
   void check() const {

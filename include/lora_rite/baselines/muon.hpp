@@ -14,7 +14,7 @@ struct MuonOptions : public BaselineOptions<MuonOptions> {
   TORCH_ARG(double, lr) = 1e-3;           ///< ≥ 0
   TORCH_ARG(double, momentum) = 0.95;     ///< μ, in [0, 1)
   TORCH_ARG(bool, nesterov) = true;       ///< look ahead by one more step of the momentum
-  TORCH_ARG(double, weight_decay) = 0.0;  ///< ≥ 0, decoupled
+  TORCH_ARG(double, weight_decay) = 0.1;  ///< λ ≥ 0, decoupled
   TORCH_ARG(int64_t, steps) = 5;          ///< Newton–Schulz steps, ≥ 1
 
  public:
@@ -35,8 +35,8 @@ struct MuonOptions : public BaselineOptions<MuonOptions> {
 };
 
 /// Muon (Jordan et al. 2024): the momentum M ← μM + (1−μ)G, its singular values made about 1 by a quintic Newton–Schulz
-/// iteration: x ← (1−ηλ) x − η √max(1, m/n) NS(M). As in torch.optim.Muon, but in the parameter's dtype instead of
-/// bfloat16.
+/// iteration: x ← (1−ηλ) x − η √max(1, m/n) NS(M). As in torch.optim.Muon with its defaults, the weight decay of 0.1
+/// among them, but in the parameter's dtype instead of bfloat16.
 class Muon : public Baseline<MuonOptions> {
  public:
   explicit Muon(const std::vector<torch::optim::OptimizerParamGroup>& groups, MuonOptions defaults = MuonOptions())

@@ -17,8 +17,8 @@ struct SoapOptions : public BaselineOptions<SoapOptions> {
   TORCH_ARG(betas_t, betas) = std::make_tuple(0.95, 0.95);
   TORCH_ARG(double, shampoo_beta) = 0.95;             ///< of the statistics, in [0, 1)
   TORCH_ARG(double, eps) = 1e-8;                      ///< ≥ 0
-  TORCH_ARG(double, weight_decay) = 0.0;              ///< ≥ 0, decoupled
-  TORCH_ARG(int64_t, max_preconditioner_dim) = 1024;  ///< a longer side is not rotated
+  TORCH_ARG(double, weight_decay) = 0.0;              ///< ≥ 0, decoupled; the authors' default is 0.01
+  TORCH_ARG(int64_t, max_preconditioner_dim) = 1024;  ///< a longer side is not rotated; 10000 in the authors' code
   TORCH_ARG(int64_t, interval) = 10;                  ///< steps between two corrections of the bases, ≥ 1
 
  public:

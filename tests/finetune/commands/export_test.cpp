@@ -142,6 +142,29 @@ TEST(Export, ABaseThatMovedIsNamed) {
   EXPECT_TRUE(fs::exists(options.out / "adapter_config.json"));
 }
 
+TEST(Export, OtherWeightsOrClassNamesThanTheRunsAreRefused) {
+  const TemporaryFolder folder;
+  fs::copy(golden("tiny"), folder / "other");
+  Safetensors other = load_safetensors(folder / "other/model.safetensors");
+  torch::Tensor& weight = other.tensors.at("encoder.layer.0.attention.self.query.weight");
+  weight = weight.clone().neg_();
+  save_safetensors(folder / "other/model.safetensors", other.tensors, other.metadata);
+  const RunOptions run = tiny_run(folder, golden("tiny"));
+  interrupt_after(2, run);
+  ExportOptions options = export_options(folder);
+  options.model = folder / "other";
+  const std::string message = message_of([&] { exported(options); });
+  EXPECT_EQ(
+      message.find((folder / "run/checkpoint.pt: the run was begun with something else (base weights: ").string()), 0U)
+      << message;
+  options.model.clear();
+  write_bytes(run.train, "good\ta\nbad\tb\n");
+  EXPECT_NE(message_of([&] { exported(options); }).find("(class names: 2 of fingerprint "), std::string::npos);
+  EXPECT_FALSE(fs::exists(options.out));
+  write_bytes(run.train, "no\tx\nyes\ty\n");  // other examples: only their classes matter
+  exported(options);
+}
+
 TEST(Export, NonsenseIsRefusedAndNothingWritten) {
   const TemporaryFolder folder;
   const RunOptions run = tiny_run(folder, model_golden("llama"));

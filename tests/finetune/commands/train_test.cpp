@@ -208,7 +208,9 @@ TEST(CommandLine, ResumeTakesEveryOptionFromTheRun) {
   saved.out = "/moved/since";
   std::ofstream(folder / "run.json") << nlohmann::json(saved);
   const TrainCommand command = parse({"--resume", "--out", out});
-  EXPECT_TRUE(command.resume);
+  EXPECT_EQ(command.start, Start::Resume);
+  EXPECT_EQ(parse({"--resume-anyway", "--out", out}).start, Start::ResumeAnyway);
+  EXPECT_EQ(parse({"--resume", "--resume-anyway", "--out", out}).start, Start::ResumeAnyway);
   EXPECT_EQ(command.options.model, "/m");
   EXPECT_EQ(command.options.lr, 0.125);
   EXPECT_EQ(command.options.seed, saved.seed);

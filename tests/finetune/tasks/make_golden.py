@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import string
+import sys
 
 from rouge_score import rouge_scorer
 
@@ -27,6 +28,19 @@ PAIRS = [
     ("It's  fine", ["its fine", "nothing"]),
     ("the the the cat", ["the cat the", "the end"]),
     ("under_score", ["under score"]),
+    # Capitals that Python lowers into ASCII, U+0130 and U+212A, and others.
+    ("\u0130stanbul is big", ["istanbul is big", "i stanbul is big"]),
+    ("300 \u212aELVIN", ["300 kelvin"]),
+    ("\u212a", ["k"]),
+    ("\u00c9T\u00c9 \u00c0 PARIS", ["\u00e9t\u00e9 \u00e0 Paris"]),
+    ("\u041c\u041e\u0421\u041a\u0412\u0410!", ["\u043c\u043e\u0441\u043a\u0432\u0430"]),
+    ("\u039f\u0394\u039f\u03a3 \u03a3\u039f\u03a6\u039f\u03a3", ["\u03bf\u03b4\u03bf\u03c2 \u03c3\u03bf\u03c6\u03bf\u03c2"]),
+    ("\u039f\u0394\u039f\u03a3", ["\u03bf\u03b4\u03bf\u03c3"]),
+    ("\u03a3", ["\u03c3"]),
+    ("no\u00a0break \u3000 here", ["no break here"]),
+    ("zero\u200bwidth", ["zero width"]),
+    ("\U00010400", ["\U00010428"]),
+    ("stra\u00dfe STRASSE", ["STRASSE stra\u00dfe", "STRA\u1e9eE strasse"]),
 ]
 
 NUMBERS = [
@@ -81,6 +95,14 @@ def normalise(text: str) -> str:
     return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
 
 
+def lower_cases() -> dict:
+    """What str.lower() makes of each code point alone: those that become ASCII, and all of them in one number."""
+    codes = [code for code in range(128, sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    return {"ascii": {chr(code): chr(code).lower() for code in codes if re.search("[a-z0-9]", chr(code).lower())},
+            "sum": str(sum(code * sum(map(ord, chr(code).lower())) for code in codes) % 2**64),
+            "spaces": "".join(chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace())}
+
+
 def main() -> None:
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     texts = [{"prediction": prediction, "references": references,
@@ -90,7 +112,7 @@ def main() -> None:
              for prediction, references in PAIRS]
     numbers = [{"text": text, "strict": strict(text), "flexible": flexible(text)} for text in NUMBERS]
     path = pathlib.Path(__file__).parent / "golden/scores.json"
-    path.write_text(json.dumps({"texts": texts, "numbers": numbers}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"texts": texts, "numbers": numbers, "lower_case": lower_cases()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

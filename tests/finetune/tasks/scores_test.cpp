@@ -1,9 +1,11 @@
 #include "tasks/scores.hpp"
 
+#include <algorithm>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "finetune/support.hpp"
+#include "tasks/lower_case.hpp"
 
 namespace finetune {
 namespace {
@@ -24,6 +26,45 @@ TEST(TextScore, RougeAndExactMatchAreThoseOfThePackages) {
     EXPECT_NEAR(rouge_l(prediction, references), test["rouge_l"].get<double>(), 1e-15) << prediction;
     EXPECT_EQ(exact_match(prediction, references), test["exact_match"].get<bool>()) << prediction;
   }
+}
+
+std::string utf8(char32_t code) {
+  const auto byte = [](char32_t value) { return std::string(1, static_cast<char>(value)); };
+  const auto rest = [&](int shift) { return byte(0x80 | (code >> shift & 0x3F)); };
+  if (code < 0x80) return byte(code);
+  if (code < 0x800) return byte(0xC0 | code >> 6) + rest(0);
+  if (code < 0x10000) return byte(0xE0 | code >> 12) + rest(6) + rest(0);
+  return byte(0xF0 | code >> 18) + rest(12) + rest(6) + rest(0);
+}
+
+TEST(LowerCase, OfEveryCharacterIsThatOfPython) {
+  const nlohmann::json golden = read_golden()["lower_case"];
+  ASSERT_EQ(golden["ascii"].size(), 2U);
+  uint64_t sum = 0;
+  size_t into_ascii = 0;
+  std::string spaces;
+  for (char32_t code = 0; code <= 0x10FFFF; ++code) {
+    if (code >= 0xD800 && code < 0xE000) continue;
+    if (is_space(code)) spaces += utf8(code);
+    const std::u32string lower = lower_case(utf8(code));
+    ASSERT_FALSE(lower.empty());
+    if (code < 128) continue;
+    for (const char32_t part : lower) sum += uint64_t{code} * part;
+    if (std::none_of(lower.begin(), lower.end(), [](char32_t part) { return part < 128; })) continue;
+    ++into_ascii;
+    std::string text;
+    for (const char32_t part : lower) text += utf8(part);
+    EXPECT_EQ(golden["ascii"].value(utf8(code), ""), text);
+  }
+  EXPECT_EQ(into_ascii, 2U);
+  EXPECT_EQ(std::to_string(sum), golden["sum"]);
+  EXPECT_EQ(spaces, golden["spaces"]);
+  EXPECT_EQ(lower_case("AZ az 09"), U"az az 09");
+}
+
+TEST(LowerCase, BytesThatAreNoUtf8StayApart) {
+  const std::u32string found = lower_case("A\xC3(\xE2\x84\xAA\xFF\xC0\x80");
+  EXPECT_EQ(found, (std::u32string{U'a', 0x1100C3, U'(', U'k', 0x1100FF, 0x1100C0, 0x110080}));
 }
 
 TEST(TextScore, RougeIsSymmetricAndOneForItself) {
