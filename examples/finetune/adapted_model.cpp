@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "adapter_files.hpp"
+#include "base_checkpoint.hpp"
 #include "error.hpp"
 #include "models/load_model.hpp"
 

@@ -9,12 +9,10 @@
 #include <lora_rite/io/safetensors.hpp>
 #include <lora_rite/nn/module_names.hpp>
 #include <lora_rite/nn/peft.hpp>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
 
 #include "error.hpp"
-#include "files.hpp"
 #include "fingerprint.hpp"
 
 namespace finetune {
@@ -51,10 +49,6 @@ std::string module_name(const std::string& pair_name) {
     if (ends_with(pair_name, ending)) return pair_name.substr(0, pair_name.size() - std::string(ending).size());
   }
   return pair_name;
-}
-
-std::string joined(const std::string& module, const std::string& parameter) {
-  return module.empty() ? parameter : module + "." + parameter;
 }
 
 }  // namespace
@@ -152,87 +146,6 @@ std::string fingerprint(const AdapterFile& adapter) {
   char text[17];
   std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash.value()));
   return text;
-}
-
-BaseCheckpoint::BaseCheckpoint(fs::path folder) : folder_(std::move(folder)) {
-  const fs::path path = folder_ / "config.json";
-  const nlohmann::json config = read_json(path);
-  if (!config.is_object() || !config.contains("model_type") || !config["model_type"].is_string()) {
-    fail(path.string(), ": lacks the text 'model_type'; the config.json of a transformers model is expected");
-  }
-  model_type_ = config["model_type"].get<std::string>();
-  // What transformers takes where nothing is said.
-  is_tied_ = model_type_ != "llama" && model_type_ != "bert";
-  if (config.contains("tie_word_embeddings") && config["tie_word_embeddings"].is_boolean()) {
-    is_tied_ = config["tie_word_embeddings"].get<bool>();
-  }
-  const lora_rite::Checkpoint checkpoint = lora_rite::open_checkpoint(folder_);
-  is_sharded_ = checkpoint.is_sharded;
-  for (const lora_rite::CheckpointFile& part : checkpoint.files) {
-    metadata_[part.name] = part.file.metadata();
-    for (const std::string& name : part.tensors) {
-      tensors_[name] = part.file.tensor(name);
-      file_of_[name] = part.name;
-    }
-  }
-}
-
-std::vector<std::string> BaseCheckpoint::merged_adapters() const {
-  std::set<std::string> merged;
-  for (const auto& [file, texts] : metadata_) {
-    const auto found = texts.find(kMergedKey);
-    if (found == texts.end()) continue;
-    const nlohmann::json list = nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
-    if (!list.is_array()) {
-      fail((folder_ / file).string(), ": the text '", kMergedKey, "' of its header is '", found->second,
-           "', expected a JSON list; take the weights from where they came");
-    }
-    for (const auto& entry : list) {
-      if (entry.is_string()) merged.insert(entry.get<std::string>());
-    }
-  }
-  return {merged.begin(), merged.end()};
-}
-
-std::string BaseCheckpoint::tensor_of(const std::string& module, const std::string& parameter,
-                                      const fs::path& adapter) const {
-  const std::string prefix = model_type_ == "bert" ? "bert." : "model.";
-  const std::string name = joined(module, parameter);
-  std::vector<std::string> candidates = {name, prefix + name};
-  if (name.rfind(prefix, 0) == 0) candidates.push_back(name.substr(prefix.size()));
-  for (const std::string& candidate : candidates) {
-    const auto found = tensors_.find(candidate);
-    if (found == tensors_.end()) continue;
-    if (!found->second.is_floating_point()) {
-      fail(folder_.string(), ": tensor '", candidate, "' has dtype ", c10::toString(found->second.scalar_type()),
-           "; expected are floating-point weights");
-    }
-    return candidate;
-  }
-  std::vector<std::string> some;
-  for (const auto& item : tensors_) {
-    if (item.second.dim() >= 2 && some.size() < 4) some.push_back(item.first);
-  }
-  fail(folder_.string(), ": has no tensor '", name, "', which the adapter ", adapter.string(), " changes (there are ",
-       join(some), ", …); it was trained on another base model");
-}
-
-void BaseCheckpoint::check_not_tied(const AdapterFile& adapter) const {
-  if (!is_tied_) return;
-  for (const AdapterLayer& layer : adapter.layers) {
-    const bool is_output = layer.module == "lm_head" || ends_with(layer.module, ".lm_head");
-    if (!layer.embedding && !is_output) continue;
-    fail(adapter.folder.string(), ": the adapter changes '", layer.module, "', but ", folder_.string(),
-         " uses one matrix as embedding and as output (tie_word_embeddings), which cannot hold the change of one of ",
-         "them; use the base with the adapter beside it, or train without that layer (--exclude-modules)");
-  }
-}
-
-void check_not_merged(const AdapterFile& adapter, const BaseCheckpoint& base) {
-  const std::vector<std::string> merged = base.merged_adapters();
-  if (merged.empty() || std::find(merged.begin(), merged.end(), fingerprint(adapter)) == merged.end()) return;
-  fail(adapter.folder.string(), ": was merged into ", base.folder().string(),
-       " already, and its change would be added twice. Use the base it was trained on, or the merged one without it");
 }
 
 }  // namespace finetune

@@ -48,49 +48,4 @@ torch::Tensor delta_weight(const AdapterLayer& layer, at::IntArrayRef shape);
 /// values, in hexadecimal.
 std::string fingerprint(const AdapterFile& adapter);
 
-/// The weights of a model's folder by the names its files have, mapped rather than read.
-class BaseCheckpoint {
- public:
-  /// Reads config.json and the headers of model.safetensors or of the shards of model.safetensors.index.json. Throws
-  /// Error or c10::Error naming the file if one is missing or damaged.
-  explicit BaseCheckpoint(std::filesystem::path folder);
-
-  const std::filesystem::path& folder() const { return folder_; }
-  const std::map<std::string, torch::Tensor>& tensors() const { return tensors_; }
-
-  /// Which file each tensor stands in; all in "model.safetensors" where there is no index.
-  const std::map<std::string, std::string>& file_of() const { return file_of_; }
-  bool is_sharded() const { return is_sharded_; }
-
-  /// The free texts of each file's header, by the file's name.
-  const std::map<std::string, std::map<std::string, std::string>>& metadata() const { return metadata_; }
-
-  /// The fingerprints of the adapters that `finetune merge` put into these weights.
-  std::vector<std::string> merged_adapters() const;
-
-  /// The name of the tensor that is the `parameter` ("weight", "bias") of a module that an adapter names. Names may
-  /// differ by the prefix that transformers gives a model with a head ("bert.", "model."). Throws Error, naming the
-  /// adapter's module and some of the tensors, if there is none.
-  std::string tensor_of(const std::string& module, const std::string& parameter,
-                        const std::filesystem::path& adapter) const;
-
-  /// Throws Error if the adapter changes a matrix that the model uses twice, as embedding and as output.
-  void check_not_tied(const AdapterFile& adapter) const;
-
- private:
-  std::filesystem::path folder_;
-  std::string model_type_;
-  bool is_tied_ = false;
-  bool is_sharded_ = false;
-  std::map<std::string, torch::Tensor> tensors_;
-  std::map<std::string, std::string> file_of_;
-  std::map<std::string, std::map<std::string, std::string>> metadata_;
-};
-
-/// Throws Error if `finetune merge` put the adapter into these weights.
-void check_not_merged(const AdapterFile& adapter, const BaseCheckpoint& base);
-
-/// The key of a safetensors header's metadata under which merge remembers what it merged: a JSON list of fingerprints.
-constexpr const char* kMergedKey = "merged_adapters";
-
 }  // namespace finetune

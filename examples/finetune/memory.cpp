@@ -12,13 +12,13 @@
 #include <fstream>
 #include <functional>
 #include <limits>
-#include <lora_rite/io/safetensors.hpp>
 #include <lora_rite/nn/inject.hpp>
 #include <map>
 #include <numeric>
 #include <optional>
 #include <sstream>
 
+#include "base_checkpoint.hpp"
 #include "dtypes.hpp"
 #include "error.hpp"
 #include "models/bert.hpp"
@@ -91,29 +91,24 @@ double state_bytes(const MemoryQuestion& question, const Factors& pair) {
 // --- Files ----------------------------------------------------------------------------------------------------------
 
 // What the headers tell.
-struct Checkpoint {
+struct Headers {
   bool has_both_outputs = false;  // an output matrix beside the embedding
   double largest_cast = 0;        // bytes in the file of the largest tensor that is of another dtype
   c10::ScalarType largest_dtype = c10::kFloat;
 };
 
-Checkpoint read_headers(const fs::path& folder, c10::ScalarType dtype) {
-  Checkpoint result;
-  bool has_output = false, has_embedding = false;
-  for (const lora_rite::CheckpointFile& part : lora_rite::open_checkpoint(folder).files) {
-    for (const std::string& name : part.tensors) {
-      const auto info = part.file.info(name);
-      const auto ends_in = [&](const char* ending) { return lora_rite::nn::detail::is_or_ends_in(name, ending); };
-      has_output = has_output || name == "lm_head.weight";
-      has_embedding = has_embedding || ends_in("embed_tokens.weight") || ends_in("shared.weight");
-      const double bytes = count(info.shape) * static_cast<double>(c10::elementSize(info.dtype));
-      if (info.dtype != dtype && bytes > result.largest_cast) {
-        result.largest_cast = bytes;
-        result.largest_dtype = info.dtype;
-      }
+Headers read_headers(const fs::path& folder, c10::ScalarType dtype) {
+  Headers result;
+  const BaseCheckpoint base(folder);
+  for (const auto& item : base.file_of()) {
+    const lora_rite::TensorInfo info = base.info(item.first);
+    const double bytes = count(info.shape) * static_cast<double>(c10::elementSize(info.dtype));
+    if (info.dtype != dtype && bytes > result.largest_cast) {
+      result.largest_cast = bytes;
+      result.largest_dtype = info.dtype;
     }
   }
-  result.has_both_outputs = has_output && has_embedding;
+  result.has_both_outputs = !base.output_name().empty() && !base.embedding_name().empty();
   return result;
 }
 
@@ -354,7 +349,7 @@ MemoryPlan plan_memory(const MemoryQuestion& question) {
   if (is_classifier) asked.dtype = c10::kFloat;
   const auto element = static_cast<double>(c10::elementSize(asked.dtype));
   const Parts parts = plan_parts(asked, element);
-  const Checkpoint checkpoint = read_headers(asked.model, asked.dtype);
+  const Headers checkpoint = read_headers(asked.model, asked.dtype);
 
   double weights = 0;
   double output = 0;

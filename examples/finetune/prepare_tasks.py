@@ -275,6 +275,30 @@ def read_super_ni(path: str) -> Iterator[tuple[str, dict | Malformed]]:
 # --- Tokens
 
 
+# What transformers' classes take where config.json says nothing: as in models/config.cpp.
+DEFAULT_ENDS = {"llama": 2, "gemma": 1, "gemma2": 1, "t5": 1, "mt5": 1}
+
+
+def end_token(model: str, config: dict) -> int | None:
+    """The first of the tokens at which the model stops writing: generation_config.json's, and config.json's where there
+    is no such file or it names none."""
+    generation = {}
+    path = os.path.join(model, "generation_config.json")
+    if os.path.exists(path):
+        try:
+            generation = parse(read_text(path))
+            if not isinstance(generation, dict):
+                raise Malformed("is no JSON object")
+        except Malformed as error:
+            sys.exit(f"{path}: {error}")
+    default = DEFAULT_ENDS.get(config.get("model_type"))
+    for ends in (generation.get("eos_token_id"), config.get("eos_token_id", default)):
+        first = ends[0] if isinstance(ends, list) and ends else ends
+        if type(first) is int:
+            return first
+    return None
+
+
 class Encoder:
     """Texts as the model sees them. `shortened` counts the records whose prompt lost something."""
 
@@ -311,9 +335,8 @@ class Encoder:
             if self.end is None:
                 sys.exit(f"--end {end}: is no token of {model}")
         else:
-            ends = config.get("eos_token_id")
-            self.end = ends[0] if isinstance(ends, list) and ends else ends
-            if type(self.end) is not int:
+            self.end = end_token(model, config)
+            if self.end is None:
                 sys.exit(f"{path}: has no eos_token_id; name the token that ends a text with --end")
 
     def ids(self, text: str) -> list[int]:
@@ -387,7 +410,8 @@ def main() -> None:
     parser.add_argument("--labels", help="piqa's file of labels, one a line")
     parser.add_argument("--positive-examples", type=int, default=2,
                         help="super_ni: how many are shown, as far as they fit (default %(default)s)")
-    parser.add_argument("--end", help="token that ends a completion (default: eos_token_id of config.json)")
+    parser.add_argument("--end", help="token that ends a completion (default: the first eos_token_id of generation_config.json, "
+                             "or of config.json where that names none)")
     options = parser.parse_args()
     if options.labels is not None and len(options.input) != 1:
         sys.exit("--labels belongs to one file; give that alone")

@@ -143,8 +143,9 @@ def check_model(name: str, folder: pathlib.Path, any_model: bool) -> None:
                  "name another folder, or allow it by --any-model")
     if not (folder / "tokenizer.json").is_file():
         sys.exit(f"reproduce: {folder}/tokenizer.json: does not exist; it belongs to the model")
-    index = folder / "model.safetensors.index.json"
-    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    index, shards = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # the whole file counts first
+        shards = set(read_json(index)["weight_map"].values())
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         sys.exit(f"reproduce: {folder}: lacks {', '.join(missing)}; it belongs to the model")

@@ -176,9 +176,14 @@ class Reproduce(unittest.TestCase):
         make_model(self.path / "model", "gemma")
         with self.assertRaisesRegex(SystemExit, "is not that of Gemma 2B: hidden_size is 16, expected 2048"):
             self.run_script("gemma-2b")
+        index = json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
+        write(self.path / "model/model.safetensors.index.json", index)  # the whole file counts first
         with self.assertRaisesRegex(SystemExit, "(?s)gsm8k: lacks train.jsonl, test.jsonl.*GSM8K"):
             self.run_script("gemma-2b", "--any-model")
         (self.path / "model/model.safetensors").unlink()
+        with self.assertRaisesRegex(SystemExit, "lacks model-00001-of-00001.safetensors"):
+            self.run_script("gemma-2b", "--any-model")
+        (self.path / "model/model.safetensors.index.json").unlink()
         with self.assertRaisesRegex(SystemExit, "lacks model.safetensors"):
             self.run_script("gemma-2b", "--any-model")
 

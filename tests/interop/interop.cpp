@@ -3,6 +3,8 @@
 // - gives model/ the adapter that wanted/adapter_config.json describes, with random factors, and writes it into made/,
 //   its logits into made.safetensors; then the model with the product in its weights into merged/, and its logits into
 //   merged.safetensors.
+// A folder without wanted/ holds a model that Python alone knows: `finetune merge` puts peft/ into model/ and writes
+// merged/.
 
 #include <torch/torch.h>
 
@@ -21,6 +23,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "commands/merge.hpp"
 #include "models/bert.hpp"
 #include "models/load_model.hpp"
 
@@ -95,6 +98,14 @@ int main(int count, char** arguments) {
   for (int i = 1; i < count; ++i) {
     const path folder = arguments[i];
     try {
+      if (!std::filesystem::exists(folder / "wanted")) {
+        finetune::MergeOptions options;
+        options.model = folder / "model";
+        options.adapters = {{folder / "peft", 1}};
+        options.out = folder / "merged";
+        finetune::merge_adapters(options, std::cout);
+        continue;
+      }
       const Tensors inputs = lora_rite::load_safetensors(folder / "inputs.safetensors").tensors;
       load(folder, inputs);
       make(folder, inputs);

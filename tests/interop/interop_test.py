@@ -7,7 +7,9 @@
 Tiny random models of every kind, and SmolLM2-135M where it is at hand (LORA_RITE_SMOLLM2_DIR, .deps/smollm2):
 - PEFT writes an adapter, C++ loads model and adapter: its logits are Python's;
 - C++ makes an adapter and writes it, PeftModel.from_pretrained loads it: its logits are those of C++;
-- C++ merges it into the weights and writes a checkpoint, transformers loads it: likewise.
+- C++ merges it into the weights and writes a checkpoint, transformers loads it: likewise;
+- models with a vision tower, whose tensors have other names in files than in memory: `finetune merge` puts PEFT's
+  adapter into them, and transformers computes with the merged checkpoint what PEFT computes.
 
 scripts/setup --tests makes an environment with these libraries, .deps/interop; without it the test is skipped.
 """
@@ -83,6 +85,27 @@ CASES = {
 }
 SMOLLM2 = (dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]),
            dict(r=8, lora_alpha=16, target_modules="all-linear"))
+
+
+TEXT = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64)
+VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, image_size=16,
+              patch_size=8)
+ROPE = dict(rope_scaling=dict(type="mrope", mrope_section=[1, 1, 0]))
+# name: (class, config, how older files call what transformers writes now)
+WRAPPERS = {
+    "llava": ("LlavaForConditionalGeneration",
+              dict(text_config=TEXT | dict(model_type="llama"), image_token_index=47,
+                   vision_config=VISION | dict(model_type="clip_vision_model")),
+              {"vision_tower.": "vision_tower.vision_model."}),
+    "gemma3": ("Gemma3ForConditionalGeneration",
+               dict(text_config=TEXT | dict(model_type="gemma3_text", head_dim=8), mm_tokens_per_image=4,
+                    vision_config=VISION | dict(model_type="siglip_vision_model")),
+               {"vision_tower.": "vision_tower.vision_model."}),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration",
+                 dict(text_config=TEXT | ROPE, vision_config=dict(depth=1, embed_dim=16, hidden_size=16, num_heads=4,
+                                                                  patch_size=8, mlp_ratio=2)), {}),
+}
 
 
 def build(kind: str, options: dict) -> torch.nn.Module:
@@ -185,6 +208,32 @@ def check(folder: pathlib.Path, kind: str, inputs: dict, plain: torch.Tensor, lo
     return good
 
 
+def prepare_wrapper(folder: pathlib.Path, kind: str, options: dict, older: dict) -> dict:
+    model = build(kind, options)
+    model.save_pretrained(folder / "model")
+    path = folder / "model/model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        now = next((now for now in older if name.startswith(now)), "")
+        tensors[older.get(now, "") + name[len(now):]] = tensor
+    save_file(tensors, path, {"format": "pt"})
+    inputs = {"tokens": torch.randint(3, 40, (3, 9)), "mask": torch.ones(3, 9, dtype=torch.bool)}
+    plain = logits_of(model, inputs)
+    target = dict(r=4, lora_alpha=6, target_modules=r".*(language_model|vision_tower|visual).*(q_proj|down_proj|qkv)")
+    return {"kind": kind, "inputs": inputs, "plain": plain, "logits": write_adapter(model, target, inputs, folder)}
+
+
+def check_wrapper(folder: pathlib.Path, kind: str, inputs: dict, plain: torch.Tensor, logits: torch.Tensor) -> bool:
+    merged = logits_of(read(kind, folder / "merged"), inputs)
+    changed = {name for name, tensor in load_file(folder / "merged/model.safetensors").items()
+               if not torch.equal(tensor, load_file(folder / "model/model.safetensors")[name])}
+    error, effect = distance(merged, logits), distance(logits, plain)
+    good = error <= MERGING_TOLERANCE and effect >= LEAST_EFFECT and any("vis" in name for name in changed)
+    print(f"{folder.name}: {'' if good else 'WRONG: '}merged by C++ → transformers {error:.1e}, "
+          f"{len(changed)} weights; the adapter changes the logits by {effect:.1e}")
+    return good
+
+
 def check_trained(program: str, model: pathlib.Path, adapter: pathlib.Path) -> int:
     """An adapter that was trained here: PEFT's logits are those of C++."""
     kind = json.loads((model / "config.json").read_text())["architectures"][0]
@@ -219,8 +268,12 @@ def main(program: str) -> int:
             known[folder] = prepare(folder, "LlamaForCausalLM", read("LlamaForCausalLM", smollm2), *SMOLLM2)
         else:
             print(f"smollm2: skipped, {smollm2} is not there")
-        subprocess.run([program, *map(str, known)], check=True)
+        wrappers = {}
+        for case, (kind, options, older) in WRAPPERS.items():
+            wrappers[work / case] = prepare_wrapper(work / case, kind, options, older)
+        subprocess.run([program, *map(str, known), *map(str, wrappers)], check=True)
         results = [check(folder, **facts) for folder, facts in known.items()]
+        results += [check_wrapper(folder, **facts) for folder, facts in wrappers.items()]
     return 0 if all(results) else 1
 
 

@@ -441,10 +441,30 @@ TEST(ShardedSafetensors, AFolderOfOneFileNeedsNoIndex) {
   EXPECT_EQ(content.metadata.at("format"), "pt");
 }
 
-TEST(ShardedSafetensors, AnEmptyFolderIsNamed) {
+TEST(ShardedSafetensors, TheWholeFileCountsBeforeAnIndex) {  // as in transformers
   const TemporaryFolder folder;
+  write_shards(folder, R"({"weight_map":{"a":"1.safetensors","b":"2.safetensors"}})");
+  save_safetensors(folder / "model.safetensors", {{"c", torch::ones({2})}});
+  const Checkpoint checkpoint = open_checkpoint(folder.string());
+  EXPECT_FALSE(checkpoint.is_sharded);
+  ASSERT_EQ(checkpoint.files.size(), 1U);
+  EXPECT_EQ(checkpoint.files[0].tensors, std::vector<std::string>{"c"});
+}
+
+TEST(ShardedSafetensors, AFolderWithoutThemIsToldWhatItHas) {
+  const TemporaryFolder folder;
+  const auto message = [&] { return error_of([&] { load_sharded(folder.string()); }); };
   EXPECT_TRUE(
-      mentions(error_of([&] { load_sharded(folder.string()); }), "model.safetensors.index.json: does not exist"));
+      mentions(message(), folder.string() + ": has neither model.safetensors nor model.safetensors.index.json"));
+  write_bytes(folder / "adapter_model.safetensors", "");
+  write_bytes(folder / "config.json", "{}");
+  EXPECT_TRUE(mentions(message(), "; there is 'adapter_model.safetensors', which is read under another name only"));
+  write_bytes(folder / "pytorch_model.bin", "");
+  EXPECT_TRUE(mentions(message(), "; there is 'adapter_model.safetensors', 'pytorch_model.bin'. A .bin file is"));
+  for (const char* name : {"1.pt", "2.pt", "3.pt"}) write_bytes(folder / name, "");
+  EXPECT_TRUE(mentions(message(), "'1.pt', '2.pt', '3.pt', 'adapter_model.safetensors', …. A .bin file is"));
+  EXPECT_TRUE(mentions(error_of([&] { load_sharded((folder / "gone").string()); }), "gone: does not exist"));
+  EXPECT_TRUE(mentions(error_of([&] { load_sharded((folder / "1.pt").string()); }), "1.pt: is no folder"));
 }
 
 class BadShardIndex : public ::testing::TestWithParam<Damage> {};

@@ -12,6 +12,7 @@
 #include <optional>
 #include <system_error>
 
+#include "base_checkpoint.hpp"
 #include "error.hpp"
 #include "files.hpp"
 #include "subprocess.hpp"

@@ -17,6 +17,8 @@ class App;
 
 namespace finetune {
 
+class BaseCheckpoint;
+
 /// What one layer of an adapter holds.
 struct LayerReport {
   std::string module;

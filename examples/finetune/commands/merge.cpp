@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "adapter_files.hpp"
+#include "base_checkpoint.hpp"
 #include "classifier.hpp"
 #include "dtypes.hpp"
 #include "error.hpp"
@@ -29,30 +30,73 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kIndexFile = "model.safetensors.index.json";
 constexpr double kGiga = 1e9;
 
-// What belongs to a model beside its weights: descriptions, the tokenizer, the licence.
-bool is_companion(const fs::path& path) {
-  const std::string name = path.filename().string();
-  const std::string extension = path.extension().string();
-  if (name == "config.json" || name == "adapter_config.json" || name == "run.json") return false;
-  if (ends_with(name, ".index.json")) return false;
-  if (name.rfind("LICENSE", 0) == 0 || name.rfind("NOTICE", 0) == 0) return true;
-  for (const char* known : {".json", ".txt", ".model", ".jinja"}) {
-    if (extension == known) return true;
+// Copies what belongs to a model beside its weights: descriptions, the tokenizer, code, the licence, at any depth.
+class Companions {
+ public:
+  // `out` is left out of the copy if it lies within `from`.
+  Companions(fs::path from, fs::path to, fs::path out)
+      : from_(std::move(from)), to_(std::move(to)), out_(std::move(out)) {
+    find_parts();
+    copy("");
   }
-  return false;
-}
 
-void copy_companions(const fs::path& from, const fs::path& to) {
-  for (const auto& entry : fs::directory_iterator(from)) {
-    if (!entry.is_regular_file() || !is_companion(entry.path())) continue;
-    std::error_code error;
-    fs::copy_file(entry.path(), to / entry.path().filename(), error);
-    if (error) fail(entry.path().string(), ": cannot be copied to ", to.string(), ": ", error.message());
+  // What was not copied, by its path in the folder: weights, which the merged ones replace or which are as the base's
+  // were, and what belongs to adapters and runs or is hidden.
+  const std::vector<std::string>& left_out() const { return left_out_; }
+
+ private:
+  // sentence-transformers puts modules behind the model into folders; their weights are theirs alone.
+  void find_parts() {
+    if (!fs::exists(from_ / "modules.json")) return;
+    const nlohmann::json modules = read_json(from_ / "modules.json");
+    if (!modules.is_array()) return;
+    for (const auto& module : modules) {
+      if (!module.is_object() || !module.contains("path") || !module["path"].is_string()) continue;
+      const auto path = fs::path(module["path"].get<std::string>()).lexically_normal();
+      if (!path.empty() && path != ".") parts_.insert(path.begin()->string());
+    }
   }
-}
+
+  bool is_left_out(const fs::path& inner) const {
+    const std::string name = inner.filename().string();
+    if (name.empty() || name[0] == '.') return true;  // a repository's own, a cache
+    const fs::path path = from_ / inner;
+    const bool is_folder = fs::is_directory(path);
+    if (is_folder ? fs::is_symlink(path) : !fs::is_regular_file(path)) return true;  // may lead anywhere, or nowhere
+    if (parts_.count(inner.begin()->string()) > 0) return false;
+    if (is_folder) return fs::exists(path / "adapter_config.json");
+    if (ends_with(name, ".index.json") || name == "adapter_config.json" || name == "run.json") return true;
+    return lora_rite::detail::is_weight_file(name) && inner != kHeadFile;
+  }
+
+  void copy(const fs::path& folder) {
+    std::vector<fs::path> entries;
+    for (const auto& entry : fs::directory_iterator(from_ / folder)) {
+      entries.push_back(folder / entry.path().filename());
+    }
+    std::sort(entries.begin(), entries.end());
+    for (const fs::path& inner : entries) {
+      std::error_code error;
+      if (fs::equivalent(from_ / inner, out_, error) || fs::equivalent(from_ / inner, to_, error)) continue;
+      if (inner == "config.json") continue;  // write_config's
+      error.clear();
+      if (is_left_out(inner)) {
+        left_out_.push_back(inner.string());
+      } else if (fs::is_directory(from_ / inner)) {
+        copy(inner);
+      } else if (fs::create_directories((to_ / inner).parent_path(), error), !error) {
+        fs::copy_file(from_ / inner, to_ / inner, error);
+      }
+      if (error) fail((from_ / inner).string(), ": cannot be copied to ", to_.string(), ": ", error.message());
+    }
+  }
+
+  fs::path from_, to_, out_;
+  std::set<std::string> parts_;
+  std::vector<std::string> left_out_;
+};
 
 // config.json says in which dtype the weights are.
 void write_config(const fs::path& from, const fs::path& to, const std::string& dtype) {
@@ -209,7 +253,7 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
   const auto files = divide(base, bytes, options.shard_size * kGiga);
 
   NewFolder folder(options.out);
-  copy_companions(options.model, folder.inside());
+  const Companions companions(options.model, folder.inside(), options.out);
   write_config(options.model, folder.inside(), options.dtype);
   for (const AdapterFile& adapter : adapters) {
     if (fs::exists(adapter.folder / kHeadFile)) {
@@ -235,9 +279,15 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
     log << "wrote " << file << ": " << tensors.size() << " tensors\n";
   }
   if (files.size() > 1 || base.is_sharded()) {
-    write_json(folder.inside() / kIndexFile, {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}});
+    write_json(folder.inside() / lora_rite::detail::kShardIndex,
+               {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}});
   }
   folder.finish();
+  std::vector<std::string> left_out;  // beside the very files that were merged
+  for (const std::string& name : companions.left_out()) {
+    if (base.metadata().count(name) == 0 && name != lora_rite::detail::kShardIndex) left_out.push_back(name);
+  }
+  if (!left_out.empty()) log << "left out what is none of the merged model's: " << join(left_out) << '\n';
   log << "Merged " << plan.changes.size() << " weights of " << base.tensors().size() << " tensors; the model is in "
       << options.out.string() << '\n';
 }
@@ -268,7 +318,8 @@ void add_merge_command(CLI::App& app, std::function<int()>& action) {
   command->footer(
       "\n"
       "Every weight that the adapter changes becomes W + scale * B A, computed in float32 and rounded once; all other\n"
-      "tensors and the tokenizer's files are copied. transformers loads the folder, and so does this program.\n"
+      "tensors and whatever lies beside the weights are copied, subfolders included; what is left out is said.\n"
+      "transformers loads the folder, and so does this program.\n"
       "Any model works whose tensors are called as transformers calls them, also such that cannot be trained here.\n"
       "\n"
       "An adapter that is in the weights already is refused: the files remember what was merged into them.\n"

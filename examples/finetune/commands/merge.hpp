@@ -32,11 +32,13 @@ struct MergeOptions {
 WeightedAdapter parse_weighted_adapter(const std::string& text);
 
 /// Writes a checkpoint of the base's tensors by their names, W + Σ weight · ΔW where an adapter changes one, all others
-/// untouched, with config.json, the tokenizer's files and a classifier's head beside them. Sums are made in float and
-/// rounded once. The folder appears whole or not at all. Progress goes to `log`.
+/// untouched, with config.json, a classifier's head and all that lies in the base's folder and is no weight file beside
+/// them, subfolders included. Sums are made in float and rounded once. The folder appears whole or not at all. Progress
+/// goes to `log`, and so does what was left out: weights in other formats (those of sentence-transformers' modules are
+/// copied), what belongs to adapters and runs, hidden files.
 ///
 /// Throws Error or c10::Error naming file and tensor if an adapter does not fit the base, was merged into it before, or
-/// is no plain LoRA, if `out` is there already, or the system refuses.
+/// is no plain LoRA, if the base is quantised (see BaseCheckpoint), if `out` is there already, or the system refuses.
 void merge_adapters(const MergeOptions& options, std::ostream& log);
 
 /// Registers `finetune merge`; once it is parsed, `action` does it.

@@ -1,9 +1,8 @@
 #include "models/bert.hpp"
 
-#include <algorithm>
-#include <lora_rite/io/safetensors.hpp>
 #include <utility>
 
+#include "base_checkpoint.hpp"
 #include "error.hpp"
 #include "models/layers.hpp"
 #include "models/linear.hpp"
@@ -113,16 +112,6 @@ struct Intermediate : torch::nn::Module {
   std::shared_ptr<Linear> dense;
 };
 
-// The names a parameter goes by in checkpoints: those of models with a head put the encoder under
-// "bert.", and the oldest call a norm's weight and bias gamma and beta.
-std::vector<std::string> checkpoint_names(const std::string& name) {
-  std::string old = name;
-  if (const size_t at = name.find("LayerNorm."); at != std::string::npos) {
-    old.replace(at, std::string::npos, name.back() == 't' ? "LayerNorm.gamma" : "LayerNorm.beta");
-  }
-  return {name, "bert." + name, old, "bert." + old};
-}
-
 }  // namespace
 
 struct BertModel::Embeddings : torch::nn::Module {
@@ -182,19 +171,20 @@ torch::Tensor BertModel::forward(const torch::Tensor& tokens, const torch::Tenso
 
 std::shared_ptr<BertModel> load_bert(const std::filesystem::path& folder) {
   auto model = std::make_shared<BertModel>(BertConfig::from_file(folder / "config.json"));
-  const std::filesystem::path path = folder / "model.safetensors";
-  lora_rite::Safetensors file = lora_rite::load_safetensors(path);
+  const BaseCheckpoint base(folder);
   for (auto& item : model->named_parameters()) {
-    const auto names = checkpoint_names(item.key());
-    const auto name = std::find_if(names.begin(), names.end(),
-                                   [&](const std::string& candidate) { return file.tensors.count(candidate) > 0; });
-    if (name == names.end()) {
-      fail(path.string(), ": lacks the tensor '", item.key(), "'; it does not belong to the config.json beside it");
+    const std::string name = base.find(item.key());
+    if (name.empty()) {
+      fail(folder.string(), ": lacks the tensor '", item.key(), "'; it does not belong to the config.json beside it");
     }
-    const torch::Tensor& values = file.tensors[*name];
+    const torch::Tensor values = base.tensor(name);
     if (values.sizes() != item.value().sizes()) {
-      fail(path.string(), ": tensor '", *name, "' has shape ", values.sizes(), ", but config.json asks for ",
+      fail(folder.string(), ": tensor '", name, "' has shape ", values.sizes(), ", but config.json asks for ",
            item.value().sizes());
+    }
+    if (!values.is_floating_point()) {
+      fail(folder.string(), ": tensor '", name, "' has dtype ", c10::toString(values.scalar_type()),
+           "; expected are floating-point weights");
     }
     // Assigning the data keeps the handles that the modules hold, and frees the zeros.
     item.value().set_data(values.to(torch::kFloat));

@@ -34,8 +34,8 @@ class BertModel : public torch::nn::Module {
   std::vector<std::shared_ptr<Layer>> layers_;
 };
 
-/// Builds the encoder from `folder`'s config.json and model.safetensors. A tensor that is missing,
-/// or has another shape, is an Error; the pooler and other heads in the file are ignored.
+/// Builds the encoder from `folder`'s config.json and its BaseCheckpoint, whose errors are thrown. A tensor that is
+/// missing, or has another shape, is an Error; the pooler and other heads in the files are ignored.
 std::shared_ptr<BertModel> load_bert(const std::filesystem::path& folder);
 
 /// Mean of the hidden states over the real tokens: hidden [batch, length, d], mask [batch, length]

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
@@ -13,7 +14,8 @@ namespace finetune {
 /// The token ids that generation and training need; -1 where config.json has none.
 struct SpecialTokens {
   int64_t pad = -1;
-  std::vector<int64_t> end;    ///< any of them ends a text
+  /// Any of them ends a text: generation_config.json's, and config.json's where there is no such file or it names none.
+  std::vector<int64_t> end;
   int64_t decoder_start = -1;  ///< what the decoder of an encoder-decoder model begins with
 };
 
@@ -30,7 +32,6 @@ struct DecoderConfig {
   Activation activation = Activation::Silu;
   bool attention_bias = false;
   bool mlp_bias = false;
-  bool tie_word_embeddings = false;
   double attention_dropout = 0;
   RopeConfig rope;
   SpecialTokens special_tokens;
@@ -64,7 +65,6 @@ struct T5Config {
   double layer_norm_epsilon = 1e-6;
   Activation activation = Activation::Relu;
   bool gated = false;
-  bool tie_word_embeddings = true;
   bool scale_decoder_outputs = true;  ///< by 1/√d_model before the output matrix, as T5 1.0 does
   SpecialTokens special_tokens;
 
@@ -84,11 +84,27 @@ struct BertConfig {
   int64_t pad_token_id = 0;
   double layer_norm_eps = 1e-12;
 
-  /// Reads config.json of model_type "bert" (which may be left out); errors as DecoderConfig::from_file.
+  /// Reads config.json of model_type "bert"; errors as DecoderConfig::from_file.
   static BertConfig from_file(const std::filesystem::path& path);
 };
 
-/// The field `model_type` of a config.json.
+/// A config.json as it is. Throws Error naming the file and field if it is no object with the text `model_type`, or
+/// says that the weights are quantised (it, or a text_config within) or are in a file of another name.
+nlohmann::json read_config(const std::filesystem::path& path);
+
+/// Throws the Error for a quantised checkpoint; `what` says where that was seen and how.
+[[noreturn]] void refuse_quantised(const std::string& what);
+
+/// What transformers 5.24's class takes for the fields that a config.json of this `model_type` (llama, gemma, gemma2,
+/// t5, mt5, bert) has not, null where it takes none; no fields for other types. Only such as are read here.
+const nlohmann::json& config_defaults(const std::string& model_type);
+
+/// Whether transformers makes one matrix of embedding and output by this config.json, unless the files hold two that
+/// differ. T5's and mT5's does so whatever it says; BERT's encoder has no output. Of a type that is not known here,
+/// true unless the file says otherwise.
+bool ties_embedding(const nlohmann::json& config);
+
+/// The field `model_type` of a config.json; errors as read_config.
 std::string read_model_type(const std::filesystem::path& path);
 
 }  // namespace finetune

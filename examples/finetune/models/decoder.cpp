@@ -200,9 +200,7 @@ torch::Tensor DecoderModel::advance(const torch::Tensor& tokens, Generation& gen
 
 std::string DecoderModel::parameter_of(const std::string& tensor) const {
   // Old checkpoints carry the frequencies of the rotary embedding.
-  if (tensor.find(".rotary_emb.inv_freq") != std::string::npos) return {};
-  if (tensor.rfind("lm_head.", 0) == 0 || tensor.rfind("model.", 0) == 0) return tensor;
-  return "model." + tensor;  // a checkpoint of the model without its head
+  return tensor.find(".rotary_emb.inv_freq") == std::string::npos ? tensor : "";
 }
 
 void DecoderModel::set_output(std::shared_ptr<Linear> output) {

@@ -78,10 +78,10 @@ class LanguageModel : public torch::nn::Module {
  private:
   friend class CheckpointLoader;
 
-  // The parameter that a checkpoint's tensor fills; empty = none, it is left unread on purpose.
+  // The parameter that a checkpoint's tensor fills, spelt as in files or in memory (plain_name); empty = none, it is
+  // left unread on purpose.
   virtual std::string parameter_of(const std::string& tensor) const = 0;
   virtual Embedding& token_embedding() = 0;
-  virtual bool ties_embedding() const = 0;
   virtual void set_output(std::shared_ptr<Linear> output) = 0;
 
   bool gradient_checkpointing_ = false;

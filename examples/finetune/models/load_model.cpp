@@ -3,10 +3,11 @@
 #include <torch/torch.h>
 
 #include <map>
-#include <set>
+#include <string>
+#include <utility>
 
+#include "base_checkpoint.hpp"
 #include "error.hpp"
-#include "lora_rite/io/safetensors.hpp"
 #include "models/config.hpp"
 #include "models/decoder.hpp"
 #include "models/t5.hpp"
@@ -16,46 +17,40 @@ namespace {
 
 constexpr const char* kOutput = "lm_head.weight";
 
-// The checkpoint's tensors by name, mapped rather than read: the only place that knows who reads safetensors.
-std::map<std::string, torch::Tensor> read_tensors(const std::filesystem::path& folder) {
-  return lora_rite::load_sharded(folder).tensors;
-}
-
 }  // namespace
 
 // Moves tensors from the files into a model's parameters, one by one, so that hardly anything is held twice.
 class CheckpointLoader {
  public:
-  CheckpointLoader(LanguageModel& model, std::filesystem::path folder, c10::ScalarType dtype)
-      : model_(model), folder_(std::move(folder)), dtype_(dtype) {
-    for (const auto& item : model.named_parameters()) waiting_[item.key()] = item.value();
+  CheckpointLoader(LanguageModel& model, const BaseCheckpoint& base, c10::ScalarType dtype)
+      : model_(model), base_(base), dtype_(dtype) {
+    for (const auto& item : model.named_parameters()) waiting_[plain(item.key())] = {item.key(), item.value()};
     embedding_name_ = name_of(model.token_embedding().weight);
   }
 
   void load() {
-    auto tensors = read_tensors(folder_);
-    while (!tensors.empty()) {
-      const auto tensor = tensors.extract(tensors.begin());
-      take(tensor.key(), tensor.mapped());
-    }
+    for (const auto& item : base_.file_of()) take(item.first, base_.tensor(item.first));
     finish_output();
     if (!waiting_.empty()) {
-      fail(folder_.string(), ": the weights lack the tensor '", waiting_.begin()->first, "' of shape ",
-           waiting_.begin()->second.sizes(), " (and ", waiting_.size() - 1,
-           " more); they do not belong to the config.json beside them");
+      const auto& [name, parameter] = waiting_.begin()->second;
+      fail(where(), "the weights lack the tensor '", name, "' of shape ", parameter.sizes(), " (and ",
+           waiting_.size() - 1, " more); they do not belong to the config.json beside them");
     }
   }
 
  private:
+  std::string plain(const std::string& name) const { return plain_name(base_.model_type(), name); }
+  std::string where() const { return base_.folder().string() + ": "; }
+
   std::string name_of(const torch::Tensor& parameter) const {
     for (const auto& [name, candidate] : waiting_) {
-      if (candidate.is_same(parameter)) return name;
+      if (candidate.second.is_same(parameter)) return name;
     }
     fail("the embedding is no parameter of the model");
   }
 
   void take(const std::string& tensor, const torch::Tensor& values) {
-    const std::string name = model_.parameter_of(tensor);
+    const std::string name = plain(model_.parameter_of(tensor));
     if (name.empty()) return;
     if (name == kOutput) {
       check_shape(tensor, values, model_.token_embedding().weight.sizes());
@@ -64,52 +59,55 @@ class CheckpointLoader {
     }
     const auto place = waiting_.find(name);
     if (place == waiting_.end()) {
-      if (filled_.count(name) > 0 && name == embedding_name_) return;  // a copy under another name
-      fail(folder_.string(), ": holds the tensor '", tensor, "' of shape ", values.sizes(),
-           filled_.count(name) > 0 ? ", which was there already"
-                                   : ", which the model of the config.json beside it has not");
+      const auto filled = filled_.find(name);
+      if (filled == filled_.end()) {
+        fail(where(), "holds the tensor '", tensor, "' of shape ", values.sizes(),
+             ", which the model of the config.json beside it has not");
+      }
+      // Of the embedding there may be copies under other names.
+      if (name == embedding_name_ && values.to(dtype_).equal(model_.token_embedding().weight.detach())) return;
+      fail(where(), "holds the tensor '", tensor, "' of shape ", values.sizes(), ", which was there already as '",
+           filled->second, "'", name == embedding_name_ ? " with other values" : "");
     }
-    check_shape(tensor, values, place->second.sizes());
+    auto& parameter = place->second.second;
+    check_shape(tensor, values, parameter.sizes());
     // Assigning the data keeps the handles that the modules hold.
-    place->second.set_data(values.to(dtype_));
+    parameter.set_data(values.to(dtype_));
     waiting_.erase(place);
-    filled_.insert(name);
+    filled_[name] = tensor;
   }
 
   void check_shape(const std::string& tensor, const torch::Tensor& values, at::IntArrayRef expected) const {
     if (values.sizes() != expected) {
-      fail(folder_.string(), ": tensor '", tensor, "' has shape ", values.sizes(), ", but config.json asks for ",
-           expected);
+      fail(where(), "tensor '", tensor, "' has shape ", values.sizes(), ", but config.json asks for ", expected);
     }
     if (!values.is_floating_point()) {
-      fail(folder_.string(), ": tensor '", tensor, "' has dtype ", c10::toString(values.scalar_type()),
+      fail(where(), "tensor '", tensor, "' has dtype ", c10::toString(values.scalar_type()),
            "; expected are floating-point weights");
     }
   }
 
-  // Of a tied pair either may be in the file; both, and different, are no pair whatever config.json says.
+  // Of a tied pair either may be in the file.
   void finish_output() {
     torch::Tensor& embedding = model_.token_embedding().weight;
-    const bool has_embedding = filled_.count(embedding_name_) > 0;
-    if (!has_embedding && output_.defined() && model_.ties_embedding()) {
+    const bool tied = base_.is_tied();
+    if (tied && output_.defined() && filled_.count(embedding_name_) == 0) {
       embedding.set_data(output_);
       waiting_.erase(embedding_name_);
     }
-    const bool tied =
-        model_.ties_embedding() && (!output_.defined() || !has_embedding || output_.equal(embedding.detach()));
     if (!tied && !output_.defined()) {
-      fail(folder_.string(), ": the weights lack the tensor '", kOutput, "' of shape ", embedding.sizes(),
+      fail(where(), "the weights lack the tensor '", kOutput, "' of shape ", embedding.sizes(),
            ", and config.json does not tie it to the embedding");
     }
     model_.set_output(make_linear(tied ? embedding : output_));
   }
 
   LanguageModel& model_;
-  std::filesystem::path folder_;
+  const BaseCheckpoint& base_;
   c10::ScalarType dtype_;
-  std::map<std::string, torch::Tensor> waiting_;
-  std::set<std::string> filled_;
-  std::string embedding_name_;
+  std::map<std::string, std::pair<std::string, torch::Tensor>> waiting_;  // names and parameters by plain names
+  std::map<std::string, std::string> filled_;                             // from which tensors, by plain names
+  std::string embedding_name_;                                            // plain
   torch::Tensor output_;
 };
 
@@ -128,7 +126,7 @@ std::shared_ptr<LanguageModel> load_model(const std::filesystem::path& folder, c
     fail("the model's dtype is ", c10::toString(dtype), ", but only Float and BFloat16 are supported");
   }
   const auto model = build_model(folder);
-  CheckpointLoader(*model, folder, dtype).load();
+  CheckpointLoader(*model, BaseCheckpoint(folder), dtype).load();
   model->eval();
   return model;
 }

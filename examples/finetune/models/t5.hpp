@@ -31,7 +31,6 @@ class T5Model : public LanguageModel {
 
   std::string parameter_of(const std::string& tensor) const override;
   Embedding& token_embedding() override { return *embedding_; }
-  bool ties_embedding() const override { return config_.tie_word_embeddings; }
   void set_output(std::shared_ptr<Linear> output) override;
 
   // tokens [b, s] → [b, s, d]

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "base_checkpoint.hpp"
 #include "files.hpp"
 #include "support.hpp"
 #include "table.hpp"

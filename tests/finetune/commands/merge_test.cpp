@@ -1,5 +1,6 @@
 #include "commands/merge.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <lora_rite/io/peft.hpp>
 #include <lora_rite/io/safetensors.hpp>
@@ -388,27 +389,82 @@ TEST(Merge, NonsenseIsRefusedAndNothingWritten) {
   EXPECT_TRUE(fs::exists(out / "model.safetensors"));
 }
 
-TEST(Merge, TokenizerAndHeadComeAlong) {
-  const TemporaryFolder folder;
-  fs::copy(model_golden("llama"), folder / "base");
-  const fs::path adapter = save_golden_adapter("llama", folder / "adapter");
-  for (const char* name : {"tokenizer.json", "special_tokens_map.json", "spiece.model", "merges.txt", "LICENSE",
-                           "chat_template.jinja", "pytorch_model.bin", "old.safetensors", "train.tokens"}) {
-    write_bytes(folder / "base" / name, name);
-  }
-  write_bytes(folder / "adapter/head.safetensors", "head");
-  merge(merge_options(folder / "base", adapter, folder / "merged/"));
+// The names of the files below a folder. Those of `folder` that hold no name of their own are the model's.
+std::vector<std::string> names_in(const fs::path& folder) {
   std::vector<std::string> names;
-  for (const auto& [name, bytes] : content_of(folder / "merged")) {
-    names.push_back(name);
-    if (name != "config.json" && name != "model.safetensors" && name != "head.safetensors" &&
-        name.rfind("expected", 0)) {
-      EXPECT_EQ(bytes, name);
+  for (const auto& item : content_of(folder)) names.push_back(item.first);
+  return names;
+}
+
+TEST(Merge, WhatIsNoWeightFileComesAlong) {
+  const TemporaryFolder folder;
+  fs::create_directories(folder / "base");
+  for (const char* own : {"config.json", "model.safetensors"}) {
+    fs::copy_file(model_golden("llama") / own, folder / "base" / own);
+  }
+  const fs::path adapter = save_golden_adapter("llama", folder / "adapter");
+  const std::vector<std::string> copied = {"LICENSE",
+                                           "README.md",
+                                           "chat_template.jinja",
+                                           "merges.txt",
+                                           "modeling_own.py",
+                                           "qwen.tiktoken",
+                                           "spiece.model",
+                                           "tokenizer.json",
+                                           "additional_chat_templates/tool.jinja",
+                                           "onnx/config.json",
+                                           "1_Pooling/config.json",
+                                           "2_Dense/config.json",
+                                           "2_Dense/model.safetensors",
+                                           "2_Dense/pytorch_model.bin"};
+  const std::vector<std::string> left = {".cache/lock",
+                                         "adapter_config.json",
+                                         "old.safetensors",
+                                         "onnx/model.onnx",
+                                         "original/consolidated.00.pth",
+                                         "pytorch_model.bin",
+                                         "pytorch_model.bin.index.json",
+                                         "runs/arc/adapter_config.json",
+                                         "runs/arc/adapter_model.safetensors"};
+  for (const auto& names : {copied, left}) {
+    for (const std::string& name : names) {
+      fs::create_directories((folder / "base" / name).parent_path());
+      write_bytes(folder / "base" / name, name);
     }
   }
-  EXPECT_EQ(names, (std::vector<std::string>{"LICENSE", "chat_template.jinja", "config.json", "head.safetensors",
-                                             "merges.txt", "model.safetensors", "special_tokens_map.json",
-                                             "spiece.model", "tokenizer.json"}));
+  write_json(folder / "base/modules.json",
+             {{{"idx", 0}, {"path", ""}}, {{"idx", 1}, {"path", "1_Pooling"}}, {{"idx", 2}, {"path", "2_Dense"}}});
+  write_bytes(folder / "adapter/head.safetensors", "head");
+  fs::create_symlink(".", folder / "base/loop");
+  fs::create_symlink("nowhere", folder / "base/broken");
+  std::ostringstream log;
+  merge_adapters(merge_options(folder / "base", adapter, folder / "base/merged/"), log);  // within it: not in itself
+
+  std::vector<std::string> expected = copied;
+  for (const char* name : {"config.json", "head.safetensors", "model.safetensors", "modules.json"}) {
+    expected.push_back(name);
+  }
+  std::sort(expected.begin(), expected.end());
+  EXPECT_EQ(names_in(folder / "base/merged"), expected);
+  const auto content = content_of(folder / "base/merged");
+  for (const std::string& name : copied) EXPECT_EQ(content.at(name), name);
+  EXPECT_EQ(content.at("head.safetensors"), "head");
+  EXPECT_NE(log.str().find("left out what is none of the merged model's: .cache, adapter_config.json, broken, loop, "
+                           "old.safetensors, onnx/model.onnx, original/consolidated.00.pth, pytorch_model.bin, "
+                           "pytorch_model.bin.index.json, runs/arc\n"),
+            std::string::npos)
+      << log.str();
+}
+
+TEST(Merge, AMergedClassifierKeepsItsHead) {
+  const TemporaryFolder folder;
+  fs::create_directories(folder / "base");
+  for (const char* own : {"config.json", "model.safetensors"}) {
+    fs::copy_file(golden("tiny") / own, folder / "base" / own);
+  }
+  write_bytes(folder / "base/head.safetensors", "the base's");
+  merge(merge_options(folder / "base", golden("tiny_adapter"), folder / "merged"));
+  EXPECT_EQ(content_of(folder / "merged").at("head.safetensors"), "the base's");
 }
 
 TEST(Merge, WeightsStandBehindTheFolder) {

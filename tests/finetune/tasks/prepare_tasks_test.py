@@ -28,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "examples/f
 import decode_tokens  # noqa: E402
 import prepare_tasks  # noqa: E402
 
+TESTS = pathlib.Path(__file__).resolve().parents[2]
 BEGIN, END, PAD = 0, 1, 2
 
 
@@ -276,6 +277,25 @@ class Tokens(Case):
         self.assertEqual(self.prepare("alpaca", lines(ALPACA))[1][0]["completion"][-1], END)
         self.assertEqual(self.prepare("alpaca", lines(ALPACA), "--end", "<pad>")[1][0]["completion"][-1], PAD)
         self.assertIn("--end nope: is no token", self.refusal("alpaca", lines(ALPACA), "--end", "nope"))
+
+    def test_generation_configs_end_token_counts_first(self):
+        config = {"model_type": "llama", "eos_token_id": [END, 9]}
+        with tempfile.TemporaryDirectory() as name:
+            for generation, end in [({"eos_token_id": [PAD, END]}, PAD), ({"eos_token_id": PAD}, PAD),
+                                    ({"eos_token_id": None}, END), ({}, END), ({"eos_token_id": []}, END)]:
+                (pathlib.Path(name) / "generation_config.json").write_text(json.dumps(generation))
+                self.assertEqual(prepare_tasks.end_token(name, config), end, generation)
+            (pathlib.Path(name) / "generation_config.json").write_text("[")
+            with self.assertRaisesRegex(SystemExit, "generation_config.json: "):
+                prepare_tasks.end_token(name, config)
+
+    def test_what_config_leaves_out_has_transformers_defaults(self):
+        golden = json.loads((TESTS / "finetune/models/golden/config_defaults.json").read_text())
+        with tempfile.TemporaryDirectory() as name:
+            for model_type, fields in golden.items():
+                self.assertEqual(prepare_tasks.end_token(name, {"model_type": model_type}), fields.get("eos_token_id"))
+            self.assertIsNone(prepare_tasks.end_token(name, {"model_type": "llama", "eos_token_id": None}))
+            self.assertIsNone(prepare_tasks.end_token(name, {"model_type": "gpt2"}))
 
     def test_ids_become_text_again(self):
         ids, out = self.path / "ids", self.path / "texts"

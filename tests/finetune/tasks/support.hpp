@@ -67,7 +67,6 @@ class SumModel : public LanguageModel {
 
   std::string parameter_of(const std::string&) const override { return {}; }
   Embedding& token_embedding() override { throw std::logic_error("SumModel has no Embedding"); }
-  bool ties_embedding() const override { return false; }
   void set_output(std::shared_ptr<Linear>) override {}
 
   bool encoder_decoder_;

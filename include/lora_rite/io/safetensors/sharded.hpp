@@ -2,7 +2,9 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <filesystem>
+#include <iterator>
 #include <map>
 #include <string>
 #include <system_error>
@@ -104,6 +106,43 @@ inline void check_shard_name(const std::string& label, const std::string& name) 
               ", expected the name of a file in the same folder");
 }
 
+inline constexpr const char* kWholeCheckpoint = "model.safetensors";
+inline constexpr const char* kShardIndex = "model.safetensors.index.json";
+
+/// Whether a file is one of those in which weights are kept, in any library's format, by its name's ending.
+inline bool is_weight_file(const std::filesystem::path& path) {
+  static constexpr const char* kEndings[] = {".safetensors", ".bin",  ".pt", ".pth", ".ckpt",      ".h5",   ".msgpack",
+                                             ".gguf",        ".onnx", ".ot", ".npz", ".onnx_data", ".nemo", ".tflite"};
+  const std::string extension = path.extension().string();
+  return std::any_of(std::begin(kEndings), std::end(kEndings), [&](const char* ending) { return extension == ending; });
+}
+
+/// Throws c10::Error for a folder that holds no safetensors checkpoint, and says what weights there are instead.
+[[noreturn]] inline void refuse_folder(const std::filesystem::path& folder) {
+  const std::string label = "checkpoint " + folder.string() + ": ";
+  std::error_code error;
+  TORCH_CHECK(std::filesystem::exists(folder, error), label, "does not exist");
+  TORCH_CHECK(std::filesystem::is_directory(folder, error), label, "is no folder");
+  std::vector<std::string> others;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    if (is_weight_file(entry.path())) others.push_back(entry.path().filename().string());
+  }
+  const std::string lacks =
+      label + "has neither " + kWholeCheckpoint + " nor " + kShardIndex + ", one of which is expected";
+  TORCH_CHECK(!others.empty(), lacks);
+  std::sort(others.begin(), others.end());
+  std::string names;
+  for (size_t i = 0; i < others.size() && i < 4; ++i) names += (i == 0 ? "" : ", ") + in_quotes(others[i]);
+  if (others.size() > 4) names += ", …";
+  const bool is_pickle = std::any_of(others.begin(), others.end(), [](const std::string& name) {
+    return std::filesystem::path(name).extension() == ".bin";
+  });
+  TORCH_CHECK(false, lacks, "; there is ", names,
+              is_pickle ? ". A .bin file is Python's pickle and is not read here: load the model with transformers and "
+                          "save it again, which writes safetensors"
+                        : ", which is read under another name only");
+}
+
 }  // namespace detail
 
 /// A safetensors file of a checkpoint, of which the header is read, and those of its tensors that belong to the
@@ -120,19 +159,21 @@ struct Checkpoint {
   std::vector<CheckpointFile> files;
 };
 
-/// The files of a checkpoint in a folder, as Hugging Face's libraries write it: the shards that
-/// model.safetensors.index.json names, in the order of their names and with the tensors that the index puts there, or
-/// model.safetensors alone. Throws c10::Error naming the file, what was found and what was expected if one is missing
+/// The files of a checkpoint in a folder, as Hugging Face's libraries write and read it: model.safetensors if it is
+/// there, else the shards that model.safetensors.index.json names, in the order of their names and with the tensors
+/// that the index puts there. Throws c10::Error naming the file, what was found and what was expected if one is missing
 /// or damaged, the index (at most 100 MB) is no such index, a shard's name leads out of the folder (absolute, or with
-/// ".."), or a shard lacks a tensor. Symbolic links are followed, as in the libraries' caches.
+/// ".."), or a shard lacks a tensor; a folder with neither is told what weights it has, such as pytorch_model.bin.
+/// Symbolic links are followed, as in the libraries' caches.
 inline Checkpoint open_checkpoint(const std::filesystem::path& folder) {
-  const std::filesystem::path index = folder / "model.safetensors.index.json";
-  const std::string whole = "model.safetensors";
+  const std::filesystem::path index = folder / detail::kShardIndex;
+  const std::string whole = detail::kWholeCheckpoint;
   std::error_code error;
-  if (!std::filesystem::exists(index, error) && std::filesystem::exists(folder / whole, error)) {
+  if (std::filesystem::exists(folder / whole, error)) {
     const SafetensorsFile file(folder / whole);
     return {/*is_sharded=*/false, {{whole, file, file.names()}}};
   }
+  if (!std::filesystem::exists(index, error)) detail::refuse_folder(folder);
   const std::string label = "shard index " + index.string() + ": ";
   const std::string text = detail::read_file(index, label, detail::kMaxSafetensorsHeader);
   detail::ShardIndexReader reader(label);
