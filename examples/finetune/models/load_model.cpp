@@ -28,8 +28,11 @@ class CheckpointLoader {
  public:
   CheckpointLoader(LanguageModel& model, std::filesystem::path folder, c10::ScalarType dtype)
       : model_(model), folder_(std::move(folder)), dtype_(dtype) {
-    for (const auto& item : model.named_parameters()) waiting_[item.key()] = item.value();
-    embedding_name_ = name_of(model.token_embedding().weight);
+    std::set<const void*> seen;  // one tensor may have several names
+    for (const auto& item : model.named_parameters()) {
+      if (seen.insert(item.value().unsafeGetTensorImpl()).second) waiting_[item.key()] = item.value();
+    }
+    embedding_name_ = name_of(model.embedding_weight());
   }
 
   void load() {
@@ -58,7 +61,7 @@ class CheckpointLoader {
     const std::string name = model_.parameter_of(tensor);
     if (name.empty()) return;
     if (name == kOutput) {
-      check_shape(tensor, values, model_.token_embedding().weight.sizes());
+      check_shape(tensor, values, model_.embedding_weight().sizes());
       output_ = values.to(dtype_);
       return;
     }
@@ -89,7 +92,7 @@ class CheckpointLoader {
 
   // Of a tied pair either may be in the file; both, and different, are no pair whatever config.json says.
   void finish_output() {
-    torch::Tensor& embedding = model_.token_embedding().weight;
+    torch::Tensor& embedding = model_.embedding_weight();
     const bool has_embedding = filled_.count(embedding_name_) > 0;
     if (!has_embedding && output_.defined() && model_.ties_embedding()) {
       embedding.set_data(output_);
