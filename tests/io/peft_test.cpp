@@ -349,7 +349,7 @@ TEST(Adapter, HasThePlainNamesWhateverWrappersTheModelHad) {
 TEST(AdapterModules, SayWhatAFileHoldsOfEachModule) {
   Adapter adapter = small_adapter();
   const auto one = [](double value) { return torch::full({1}, value); };
-  adapter.config.modules_to_save = std::vector<std::string>{"score", "classifier"};
+  adapter.config.modules_to_save = std::vector<std::string>{"score", "classifier", "weird.norm"};
   adapter.tensors["score.bias"] = one(1);
   adapter.tensors["model.classifier.dense.weight"] = one(2);
   adapter.tensors["words.base_layer.weight"] = one(3);
@@ -360,11 +360,13 @@ TEST(AdapterModules, SayWhatAFileHoldsOfEachModule) {
   adapter.tensors["words.token_adapter.trainable_tokens_delta"] = one(8);
   adapter.tensors["layer.q.lora_velora_embed"] = one(9);
   adapter.tensors["my_score.weight"] = one(10);
+  adapter.tensors["my_weird.norm.inner.weight"] = one(11);
+  adapter.tensors["score_of.weight"] = one(12);
   const auto modules = adapter_modules(adapter);
   std::set<std::string> names;
   for (const auto& item : modules) names.insert(item.first);
   EXPECT_EQ(names, (std::set<std::string>{"layer.q", "layer.conv", "words", "score", "model.classifier.dense", "norm",
-                                          "words.token_adapter", "my_score"}));
+                                          "words.token_adapter", "my_score", "my_weird.norm.inner", "score_of"}));
   const AdapterModule& q = modules.at("layer.q");
   EXPECT_TRUE(q.a.equal(adapter.tensors["layer.q.lora_A.weight"]));
   EXPECT_TRUE(q.b.equal(adapter.tensors["layer.q.lora_B.weight"]));
@@ -382,7 +384,10 @@ TEST(AdapterModules, SayWhatAFileHoldsOfEachModule) {
   EXPECT_TRUE(modules.at("norm").bias.equal(one(5)));
   EXPECT_FALSE(modules.at("norm").a.defined());
   EXPECT_EQ(modules.at("words.token_adapter").others.size(), 1U);
-  EXPECT_EQ(modules.at("my_score").others, std::vector<std::string>{"my_score.weight"});
+  // PEFT asks for the end of a name, not for a word in it.
+  EXPECT_TRUE(modules.at("my_score").whole.at("weight").equal(one(10)));
+  EXPECT_TRUE(modules.at("my_weird.norm.inner").whole.at("weight").equal(one(11)));
+  EXPECT_EQ(modules.at("score_of").others, std::vector<std::string>{"score_of.weight"});
 }
 
 TEST(AdapterTensors, GoByPeftsNamesWithoutTheAdapters) {

@@ -2,7 +2,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
 #include <map>
 #include <string>
 #include <vector>
@@ -24,12 +23,18 @@ struct AdapterModule {
   std::vector<std::string> others;          ///< names of tensors of any other kind
 };
 
-/// Whether modules_to_save names the module, or one around it.
+/// Whether modules_to_save names the module, or one around it: by the end of its name, and to PEFT "norm" is an end of
+/// "input_layernorm" as well.
 inline bool is_saved_whole(const AdapterConfig& config, const std::string& module) {
   if (!config.modules_to_save) return false;
-  return std::any_of(config.modules_to_save->begin(), config.modules_to_save->end(), [&](const std::string& name) {
-    return detail::find_component(module, name) != std::string::npos;
-  });
+  for (size_t end = 0; end != std::string::npos;) {
+    end = module.find('.', end + 1);
+    const std::string around = module.substr(0, end);
+    for (const std::string& name : *config.modules_to_save) {
+      if (detail::ends_with(around, name)) return true;
+    }
+  }
+  return false;
 }
 
 /// The modules of an adapter by their names, and what it holds of each. What was of use in training only is left out.
