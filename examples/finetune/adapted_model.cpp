@@ -20,34 +20,38 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// Another name of the same tensor, empty if there is none.
+std::string other_name(const torch::OrderedDict<std::string, torch::Tensor>& parameters, const std::string& name) {
+  for (const auto& item : parameters) {
+    if (item.key() != name && item.value().is_same(parameters[name])) return item.key();
+  }
+  return {};
+}
+
 // The parameters of modules that were trained whole take the place of the model's.
 void replace_whole_modules(torch::nn::Module& model, const AdapterFile& file) {
   for (const auto& [name, tensor] : file.whole) {
     auto parameters = model.named_parameters();
-    torch::Tensor* own = parameters.find(name);
-    if (own == nullptr) {
-      fail(file.folder.string(), ": '", name, "' was trained whole (modules_to_save), but the model has no such ",
-           "parameter; it was trained on another kind of model");
+    const std::string label = concat(file.folder.string(), ": '", name, "' was trained whole (modules_to_save)");
+    if (!parameters.contains(name)) {
+      fail(label, ", but the model has no such parameter; it was trained on another kind of model");
     }
-    if (own->sizes() != tensor.sizes()) {
-      fail(file.folder.string(), ": '", name, "' was trained whole (modules_to_save) and is ", tensor.sizes(),
-           ", but the model's is ", own->sizes(), "; it was trained on another base model");
+    if (parameters[name].sizes() != tensor.sizes()) {
+      fail(label, " and is ", tensor.sizes(), ", but the model's is ", parameters[name].sizes(),
+           "; it was trained on another base model");
     }
-    if (is_copy(tensor, *own)) continue;
+    if (is_copy(tensor, parameters[name])) continue;
     // As in PEFT, where such a module has a copy of its own, the other use of a tied matrix stays what it was.
-    if (auto* language = dynamic_cast<LanguageModel*>(&model)) {
+    auto* language = dynamic_cast<LanguageModel*>(&model);
+    if (language != nullptr && !other_name(parameters, name).empty()) {
       language->untie_output();
       parameters = model.named_parameters();
-      own = parameters.find(name);
     }
-    for (const auto& item : parameters) {
-      if (item.key() == name || !item.value().is_same(*own)) continue;
-      fail(file.folder.string(), ": '", name,
-           "' was trained whole (modules_to_save), but the model has one matrix for ", "it and '", item.key(),
-           "', and no way to change one of them alone");
+    if (const std::string other = other_name(parameters, name); !other.empty()) {
+      fail(label, ", but in the model it is one matrix with '", other, "', and cannot change alone");
     }
     const torch::NoGradGuard no_grad;
-    own->copy_(tensor);
+    parameters[name].copy_(tensor);
   }
 }
 

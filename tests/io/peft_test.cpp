@@ -314,7 +314,8 @@ TEST(Adapter, AsAPickleOfPythonIsRefusedAsSuch) {
 /// Files that were written from a model's state_dict, or of a compiled model (PEFT writes "_orig_mod" by itself).
 TEST(Adapter, HasThePlainNamesWhateverWrappersTheModelHad) {
   const TemporaryFolder folder;
-  const Adapter adapter = small_adapter();
+  Adapter adapter = small_adapter();
+  adapter.tensors["lora_block.up.weight"] = torch::ones({2});
   const auto saved = [&](const std::map<std::string, std::string>& names) {
     std::map<std::string, torch::Tensor> tensors;
     for (const auto& [name, written] : names) tensors[written] = adapter.tensors.at(name);
@@ -328,7 +329,8 @@ TEST(Adapter, HasThePlainNamesWhateverWrappersTheModelHad) {
       {"layer.conv.lora_B.weight", "base_model.model.layer._checkpoint_wrapped_module.conv.lora_B.default.weight"},
       {"words.lora_embedding_A", "base_model.model.words.lora_embedding_A.default"},
       {"words.lora_embedding_B", "base_model.model.words.lora_embedding_B"},
-      {"score.weight", "base_model.model.score.modules_to_save.default.weight"}};
+      {"score.weight", "base_model.model.score.modules_to_save.default.weight"},
+      {"lora_block.up.weight", "base_model.model.lora_block.up.weight"}};
   saved(names);
   const Adapter read = load_adapter(folder.string());
   ASSERT_EQ(read.tensors.size(), names.size());
@@ -362,11 +364,13 @@ TEST(AdapterModules, SayWhatAFileHoldsOfEachModule) {
   adapter.tensors["my_score.weight"] = one(10);
   adapter.tensors["my_weird.norm.inner.weight"] = one(11);
   adapter.tensors["score_of.weight"] = one(12);
+  adapter.tensors["lora_block.up.bias"] = one(13);
   const auto modules = adapter_modules(adapter);
   std::set<std::string> names;
   for (const auto& item : modules) names.insert(item.first);
   EXPECT_EQ(names, (std::set<std::string>{"layer.q", "layer.conv", "words", "score", "model.classifier.dense", "norm",
-                                          "words.token_adapter", "my_score", "my_weird.norm.inner", "score_of"}));
+                                          "words.token_adapter", "my_score", "my_weird.norm.inner", "score_of",
+                                          "lora_block.up"}));
   const AdapterModule& q = modules.at("layer.q");
   EXPECT_TRUE(q.a.equal(adapter.tensors["layer.q.lora_A.weight"]));
   EXPECT_TRUE(q.b.equal(adapter.tensors["layer.q.lora_B.weight"]));

@@ -42,7 +42,7 @@ inline std::map<std::string, AdapterModule> adapter_modules(const Adapter& adapt
   std::map<std::string, AdapterModule> modules;
   for (const auto& [name, tensor] : adapter.tensors) {
     if (detail::is_of_training_only(name)) continue;
-    const size_t component = detail::find_lora_component(name);
+    const size_t component = detail::find_known_component(name);
     if (component != std::string::npos) {
       AdapterModule& module = modules[component == 0 ? std::string() : name.substr(0, component - 1)];
       const std::string token = name.substr(component);

@@ -25,24 +25,32 @@ inline size_t find_component(const std::string& name, const std::string& part) {
   return std::string::npos;
 }
 
-/// Where the component of a parameter's name stands that says what it is ("lora_A", "lora_magnitude_vector"); npos if
-/// there is none. Modules before it and the adapter behind it may have names that begin with "lora_", too.
-inline size_t find_lora_component(const std::string& name) {
-  size_t found = std::string::npos, known = std::string::npos;
+/// Where the last component of a name stands that `is_meant`; npos if none is.
+template <class IsMeant>
+size_t find_last_component(const std::string& name, const IsMeant& is_meant) {
+  size_t found = std::string::npos;
   for (size_t begin = 0; begin < name.size();) {
     const size_t end = std::min(name.find('.', begin), name.size());
-    const std::string component = name.substr(begin, end - begin);
-    if (begins_with(component, "lora_")) {
-      found = begin;
-      const auto is = [&](const char* word) { return component == word; };
-      if (is("lora_A") || is("lora_B") || is("lora_embedding_A") || is("lora_embedding_B") ||
-          is("lora_magnitude_vector") || is("lora_velora_embed")) {
-        known = begin;
-      }
-    }
+    if (is_meant(name.substr(begin, end - begin))) found = begin;
     begin = end + 1;
   }
-  return known != std::string::npos ? known : found;
+  return found;
+}
+
+/// Where the component of a parameter's name stands that says what PEFT calls it ("lora_A", "lora_magnitude_vector");
+/// npos if there is none.
+inline size_t find_known_component(const std::string& name) {
+  static const std::set<std::string> known = {
+      "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_velora_embed"};
+  return find_last_component(name, [](const std::string& component) { return known.count(component) > 0; });
+}
+
+/// Likewise, or of any other that begins so. Modules before it and the adapter behind it may have names that begin with
+/// "lora_", too.
+inline size_t find_lora_component(const std::string& name) {
+  const size_t known = find_known_component(name);
+  if (known != std::string::npos) return known;
+  return find_last_component(name, [](const std::string& component) { return begins_with(component, "lora_"); });
 }
 
 /// A name as PEFT's files have it, of one that a model in memory has: without the modules that torch.compile, FSDP and
@@ -68,7 +76,7 @@ inline std::string name_in_file(const std::string& name, std::set<std::string>& 
     parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(at));
   };
   const std::string plain = joined();
-  const size_t component = find_lora_component(plain);
+  const size_t component = find_known_component(plain);
   if (component != std::string::npos) {
     const size_t at =
         static_cast<size_t>(std::count(plain.begin(), plain.begin() + static_cast<std::ptrdiff_t>(component), '.'));

@@ -130,7 +130,7 @@ TEST(PeftAdapters, OfAT5sSharedMatrixAreRefusedWithTheReason) {
 TEST(PeftAdapters, WhatReplacesTheBasesIsMergedAlone) {
   const TemporaryFolder folder;
   const std::map<std::string, std::string> reasons = {
-      {"llama_other_base", "another weight than the base's beneath the factors ('model.embed_tokens.weight')"},
+      {"llama_other_base", "another weight than the base's beneath the factors ('lm_head.weight')"},
       {"llama_saved", "modules that were trained whole"}};
   for (const auto& [name, reason] : reasons) {
     const Case data{name};
