@@ -3,10 +3,13 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <lora_rite/io/adapter_modules.hpp>
 #include <lora_rite/io/safetensors.hpp>
+#include <lora_rite/nn/adapters.hpp>
 #include <lora_rite/nn/peft.hpp>
 #include <nlohmann/json.hpp>
 #include <utility>
+#include <variant>
 
 #include "adapter_files.hpp"
 #include "base_checkpoint.hpp"
@@ -18,10 +21,84 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// Another name of the same tensor, empty if there is none.
+std::string other_name(const torch::OrderedDict<std::string, torch::Tensor>& parameters, const std::string& name) {
+  for (const auto& item : parameters) {
+    if (item.key() != name && item.value().is_same(parameters[name])) return item.key();
+  }
+  return {};
+}
+
+// The parameters of modules that were trained whole take the place of the model's.
+void replace_whole_modules(torch::nn::Module& model, const AdapterFile& file) {
+  for (const auto& [name, tensor] : file.whole) {
+    auto parameters = model.named_parameters();
+    const std::string label = concat(file.folder.string(), ": '", name, "' was trained whole (modules_to_save)");
+    if (!parameters.contains(name)) {
+      fail(label, ", but the model has no such parameter; it was trained on another kind of model");
+    }
+    if (parameters[name].sizes() != tensor.sizes()) {
+      fail(label, " and is ", tensor.sizes(), ", but the model's is ", parameters[name].sizes(),
+           "; it was trained on another base model");
+    }
+    if (is_copy(tensor, parameters[name])) continue;
+    // As in PEFT, where such a module has a copy of its own, the other use of a tied matrix stays what it was.
+    auto* language = dynamic_cast<LanguageModel*>(&model);
+    if (language != nullptr && !other_name(parameters, name).empty()) {
+      language->untie_output();
+      parameters = model.named_parameters();
+    }
+    if (const std::string other = other_name(parameters, name); !other.empty()) {
+      fail(label, ", but in the model it is one matrix with '", other, "', and cannot change alone");
+    }
+    const torch::NoGradGuard no_grad;
+    parameters[name].copy_(tensor);
+  }
+}
+
+// The adapter without these modules, which have no factors, whatever target_modules says.
+lora_rite::Adapter without_whole_modules(const torch::nn::Module& model, const AdapterFile& file) {
+  lora_rite::Adapter adapter = file.adapter;
+  if (!adapter.config.modules_to_save) return adapter;
+  for (const auto& item : file.whole) adapter.tensors.erase(item.first);
+  std::vector<std::string> names;
+  for (const auto& layer : lora_rite::nn::lora_layers(model)) {
+    const bool has_factors = std::any_of(file.layers.begin(), file.layers.end(),
+                                         [&](const AdapterLayer& own) { return own.module == layer.name; });
+    if (!has_factors && lora_rite::is_saved_whole(adapter.config, layer.name)) names.push_back(layer.name);
+  }
+  adapter.config.modules_to_save = {};
+  lora_rite::ModuleNames& excluded = adapter.config.exclude_modules;
+  if (auto* pattern = std::get_if<std::string>(&excluded)) {
+    for (const std::string& name : names) *pattern += "|" + lora_rite::nn::detail::pattern_of(name).substr(1);
+  } else {
+    if (const auto* list = std::get_if<std::vector<std::string>>(&excluded)) {
+      names.insert(names.end(), list->begin(), list->end());
+    }
+    excluded = names;
+  }
+  return adapter;
+}
+
+// Throws Error if there are factors of a module that transformers never calls: they change nothing there.
+void check_called(const torch::nn::Module& model, const AdapterFile& file) {
+  const auto* language = dynamic_cast<const LanguageModel*>(&model);
+  if (language == nullptr || !language->is_encoder_decoder()) return;
+  for (const AdapterLayer& layer : file.layers) {
+    if (layer.module != "shared") continue;
+    fail(file.folder.string(), ": has factors of 'shared', which a T5 of transformers never calls, so they change ",
+         "nothing there (it calls encoder.embed_tokens and decoder.embed_tokens); train without that layer");
+  }
+}
+
 void add_adapter(torch::nn::Module& model, const fs::path& base, const fs::path& folder) {
   const AdapterFile file = read_adapter(folder);
+  check_plain(file);
+  check_fits_ordinary_base(file);
   check_not_merged(file, BaseCheckpoint(base));
-  lora_rite::nn::inject_adapter(model, file.adapter);
+  check_called(model, file);
+  replace_whole_modules(model, file);
+  lora_rite::nn::inject_adapter(model, without_whole_modules(model, file));
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cctype>
 #include <cstdint>
 #include <cstdio>
+#include <lora_rite/io/adapter_modules.hpp>
 #include <lora_rite/io/safetensors.hpp>
 #include <lora_rite/nn/module_names.hpp>
 #include <lora_rite/nn/peft.hpp>
@@ -19,6 +20,7 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
+using lora_rite::nn::detail::joined;
 
 // Runs of digits by their value, everything else by its characters.
 bool in_natural_order(const std::string& left, const std::string& right) {
@@ -57,49 +59,65 @@ AdapterFile read_adapter(const fs::path& folder) {
   AdapterFile file;
   file.folder = folder;
   file.adapter = lora_rite::load_adapter(folder);
-  lora_rite::AdapterConfig description = file.adapter.config;
-  description.init_lora_weights = true;  // how the factors started does not matter any more
-  file.config = lora_rite::nn::lora_config(description);
-  torch::OrderedDict<std::string, torch::Tensor> tensors;
-  std::set<std::string> embeddings;
-  for (const auto& [name, tensor] : file.adapter.tensors) {
-    tensors.insert(name, tensor);
-    if (const size_t at = name.find(".lora_embedding_A"); at != std::string::npos)
-      embeddings.insert(name.substr(0, at));
-  }
-  std::set<std::string> modules;
-  for (lora_rite::FactorPair& pair : lora_rite::find_factor_pairs(tensors)) {
-    AdapterLayer layer;
-    layer.module = module_name(pair.name);
-    layer.embedding = embeddings.count(layer.module) > 0;
-    pair.name = layer.module;
-    lora_rite::nn::LoraConfig own = file.config;
+  const lora_rite::AdapterConfig& description = file.adapter.config;
+  const std::vector<std::pair<std::string, double>> alphas(description.alpha_pattern.begin(),
+                                                           description.alpha_pattern.end());
+  std::vector<std::string> names;
+  const auto add_layer = [&](const std::string& module, const std::string& expert, const lora_rite::FactorPair& pair) {
+    lora_rite::nn::LoraConfig own;
+    own.use_rslora = description.use_rslora;
     own.rank = pair.a.size(0);
-    own.alpha = lora_rite::nn::detail::pattern_value("alpha_pattern", own.alpha_pattern, layer.module, own.alpha);
+    own.alpha = lora_rite::nn::detail::pattern_value("alpha_pattern", alphas, module, description.lora_alpha);
+    AdapterLayer layer;
+    layer.module = module + expert;
+    layer.pair = {layer.module, pair.a, pair.b};
     layer.scale = own.scale();
-    layer.pair = std::move(pair);
-    modules.insert(layer.module);
     file.layers.push_back(std::move(layer));
-  }
-  const std::string path = (folder / "adapter_model.safetensors").string();
-  if (file.layers.empty()) fail(path, ": holds no factors; an adapter that PEFT or 'finetune train' wrote is expected");
-  for (const auto& [name, tensor] : file.adapter.tensors) {
-    if (name.find("lora_A") != std::string::npos || name.find("lora_B") != std::string::npos ||
-        name.find("lora_embedding_") != std::string::npos) {
-      continue;
+    names.push_back(module);
+  };
+  const bool has_experts = lora_rite::detail::has_target_parameters(description);
+  if (has_experts) {
+    for (const lora_rite::FactorPair& pair : lora_rite::expert_pairs(file.adapter)) {
+      const size_t bracket = std::min(pair.name.rfind('['), pair.name.size());
+      add_layer(module_name(pair.name.substr(0, bracket)), pair.name.substr(bracket), pair);
     }
-    std::string module = name.substr(0, name.rfind('.'));
-    if (!ends_with(name, ".bias")) {
-      fail(path, ": tensor '", name, "' is neither a factor nor a bias, and this program would lose it; ",
-           "use an adapter of linear layers alone");
-    }
-    const std::string inner = ".base_layer";
-    if (ends_with(module, inner)) module.erase(module.size() - inner.size());
-    file.biases.emplace(module, tensor);
   }
+  for (const auto& [module, parts] : lora_rite::adapter_modules(file.adapter)) {
+    if (parts.a.defined() && !has_experts) {
+      add_layer(module, "", {module, parts.a, parts.b});
+      file.layers.back().embedding = parts.embedding;
+      file.layers.back().base_weight = parts.base_weight;
+    } else if (parts.base_weight.defined()) {
+      file.others.push_back(joined(module, "base_layer.weight"));
+    }
+    if (parts.bias.defined()) file.biases.emplace(module, parts.bias);
+    for (const auto& [parameter, tensor] : parts.whole) file.whole.emplace(joined(module, parameter), tensor);
+    if (parts.magnitude.defined()) file.others.push_back(joined(module, "lora_magnitude_vector"));
+    file.others.insert(file.others.end(), parts.others.begin(), parts.others.end());
+  }
+  if (file.layers.empty()) {
+    fail((folder / "adapter_model.safetensors").string(),
+         ": holds no factors; an adapter that PEFT or 'finetune train' wrote is expected");
+  }
+  file.notes = lora_rite::nn::idle_patterns(description, names);
   std::sort(file.layers.begin(), file.layers.end(),
             [](const auto& left, const auto& right) { return in_natural_order(left.module, right.module); });
   return file;
+}
+
+void check_plain(const AdapterFile& file) {
+  lora_rite::AdapterConfig description = file.adapter.config;
+  description.init_lora_weights = true;  // how the factors started does not matter any more
+  description.modules_to_save = {};      // the file has them
+  lora_rite::nn::lora_config(description);
+  if (file.others.empty()) return;
+  fail((file.folder / "adapter_model.safetensors").string(), ": tensor '", file.others.front(),
+       "' is neither a factor, a bias nor a part of a module of modules_to_save, and what it does would be lost; ",
+       "let PEFT merge the adapter (merge_and_unload)");
+}
+
+bool is_copy(const torch::Tensor& own, const torch::Tensor& base) {
+  return own.sizes() == base.sizes() && own.equal(base.to(own.scalar_type()));
 }
 
 void check_fits_ordinary_base(const AdapterFile& file) {

@@ -171,16 +171,6 @@ bool BaseCheckpoint::is_tied() const {
   return embedding_.empty() || output_.empty() || are_equal(tensor(embedding_), tensor(output_));
 }
 
-void BaseCheckpoint::check_not_tied(const AdapterFile& adapter) const {
-  for (const AdapterLayer& layer : adapter.layers) {
-    const bool is_output = layer.module == "lm_head" || ends_with(layer.module, ".lm_head");
-    if ((!layer.embedding && !is_output) || !is_tied()) continue;
-    fail(adapter.folder.string(), ": the adapter changes '", layer.module, "', but ", folder_.string(),
-         " uses one matrix as embedding and as output (tie_word_embeddings), which cannot hold the change of one of ",
-         "them; use the base with the adapter beside it, or train without that layer (--exclude-modules)");
-  }
-}
-
 void check_not_merged(const AdapterFile& adapter, const BaseCheckpoint& base) {
   const std::vector<std::string> merged = base.merged_adapters();
   if (merged.empty() || std::find(merged.begin(), merged.end(), fingerprint(adapter)) == merged.end()) return;

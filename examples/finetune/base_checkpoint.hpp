@@ -68,9 +68,6 @@ class BaseCheckpoint {
   /// Reads both where they hold two.
   bool is_tied() const;
 
-  /// Throws Error if the adapter changes a matrix that the model uses twice, as embedding and as output.
-  void check_not_tied(const AdapterFile& adapter) const;
-
  private:
   const lora_rite::SafetensorsFile& holder_of(const std::string& name) const;
 

@@ -16,6 +16,7 @@
 #include <map>
 #include <numeric>
 #include <optional>
+#include <set>
 #include <sstream>
 
 #include "base_checkpoint.hpp"
@@ -353,7 +354,9 @@ MemoryPlan plan_memory(const MemoryQuestion& question) {
 
   double weights = 0;
   double output = 0;
+  std::set<const void*> seen;  // one tensor may have several names
   for (const auto& item : parts.model->named_parameters()) {
+    if (!seen.insert(item.value().unsafeGetTensorImpl()).second) continue;
     weights += as_double(item.value().numel());
     if (lora_rite::nn::detail::is_or_ends_in_any(item.key(), {"embed_tokens.weight", "shared.weight"})) {
       output = as_double(item.value().numel());

@@ -108,7 +108,8 @@ TEST(LanguageWorkload, EveryStartLeavesTheModelAsItWas) {
     options.init = init;
     options.rslora = rslora;
     LanguageWorkload workload(options, load_model(model_golden("llama")), tiny_language_data());
-    const auto layer = lora_rite::nn::lora_layers(workload.model()).front().layer;
+    const auto layers = lora_rite::nn::lora_layers(workload.model());
+    const auto* layer = layers[1].layer;  // the first one is the embedding
     EXPECT_EQ(layer->adapter("default").config.scale(), rslora ? 2 : 1);
     const bool draws_both = init == "orthogonal" || init == "pissa";
     EXPECT_EQ(layer->adapter("default").b.count_nonzero().item<int64_t>() > 0, draws_both) << init;

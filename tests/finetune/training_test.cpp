@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "adapted_model.hpp"
 #include "best_so_far.hpp"
 #include "files.hpp"
 #include "finetune/models/support.hpp"
@@ -377,6 +378,35 @@ TEST(Training, DropoutActsAndIsAFunctionOfTheSeed) {
     const TinyRun with = run_tiny(options);
     EXPECT_GT(curve_distance(with, without), 1e-3) << model;
     EXPECT_EQ(curve_distance(run_tiny(options), with), 0) << model;
+  }
+}
+
+TEST(Training, EmbeddingsAndOutputsLearnAndComeBackFromTheirFiles) {
+  for (const char* model : {"llama", "gemma", "t5"}) {  // Gemma's and T5's embedding is the output's matrix
+    const TemporaryFolder folder;
+    RunOptions options = tiny_options(folder.string(), "rite");
+    options.model = model_golden(model).string();
+    options.target_modules = "embed_tokens,lm_head";
+    options.lr = 2e-2;
+    options.steps = 30;
+    const TinyRun run = run_tiny(options);
+    double first = 0, last = 0;
+    for (size_t step = 0; step < 6; ++step) first += run.records[step].loss, last += run.records[24 + step].loss;
+    EXPECT_LT(last, first - 0.6) << model << ": it learns";
+    const auto read = load_adapted_language_model(options.model, options.out, torch::kFloat, torch::kCPU);
+    size_t count = 0;
+    for (const auto& item : read->named_parameters()) {
+      if (!item.value().requires_grad()) continue;
+      ++count;
+      EXPECT_GT(item.value().norm().item<double>(), 1e-3) << item.key();
+      EXPECT_TRUE(item.value().equal(run.trained.at(item.key()))) << item.key();
+    }
+    EXPECT_EQ(count, run.trained.size());
+    EXPECT_EQ(count, std::string(model) == "t5" ? 6U : 4U);
+    // One use of a tied matrix learns alone.
+    const auto parameters = read->named_parameters();
+    const torch::Tensor base = load_model(options.model)->named_parameters()["lm_head.weight"];
+    EXPECT_TRUE(parameters["lm_head.base_layer.weight"].equal(base)) << model;
   }
 }
 

@@ -1,14 +1,13 @@
 // The C++ half of interop_test.py: for every case folder named on the command line it
 // - loads model/ with the adapter that PEFT wrote into peft/ and writes the logits into loaded.safetensors;
 // - gives model/ the adapter that wanted/adapter_config.json describes, with random factors, and writes it into made/,
-//   its logits into made.safetensors; then the model with the product in its weights into merged/, and its logits into
-//   merged.safetensors.
+//   its logits into made.safetensors; then the logits with the product in the weights into merged.safetensors, and what
+//   `finetune merge` makes of model/ and made/ into merged/.
 // A folder without wanted/ holds a model that Python alone knows: `finetune merge` puts peft/ into model/ and writes
 // merged/.
 
 #include <torch/torch.h>
 
-#include <algorithm>
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -21,6 +20,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 
 #include "commands/merge.hpp"
@@ -61,19 +61,6 @@ void load(const path& folder, const Tensors& inputs) {
   lora_rite::save_safetensors(folder / "loaded.safetensors", {{"logits", model.logits(inputs)}});
 }
 
-/// A full checkpoint: each tensor under its first name only, as the tied ones of transformers.
-void save_model(const path& folder, const torch::nn::Module& model, const path& config) {
-  Tensors tensors;
-  for (const auto& [name, tensor] : lora_rite::nn::base_state(model)) {
-    const bool is_there = std::any_of(tensors.begin(), tensors.end(),
-                                      [&, &own = tensor](const auto& other) { return other.second.is_same(own); });
-    if (!is_there) tensors.emplace(name, tensor);
-  }
-  std::filesystem::create_directories(folder);
-  lora_rite::save_safetensors(folder / "model.safetensors", tensors, {{"format", "pt"}});
-  std::filesystem::copy_file(config, folder / "config.json", std::filesystem::copy_options::overwrite_existing);
-}
-
 void make(const path& folder, const Tensors& inputs) {
   const Model model = read_model(folder / "model");
   const auto description =
@@ -87,7 +74,12 @@ void make(const path& folder, const Tensors& inputs) {
   lora_rite::save_adapter(folder / "made", lora_rite::nn::peft_adapter(*model.module, "mine", description));
   lora_rite::nn::merge_and_unload(*model.module);
   lora_rite::save_safetensors(folder / "merged.safetensors", {{"logits", model.logits(inputs)}});
-  save_model(folder / "merged", *model.module, folder / "model" / "config.json");
+  finetune::MergeOptions options;
+  options.model = folder / "model";
+  options.adapters = {{folder / "made", 1}};
+  options.out = folder / "merged";
+  std::ostringstream ignored;
+  finetune::merge_adapters(options, ignored);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <fstream>
 #include <lora_rite/factor_pair.hpp>
+#include <lora_rite/io/adapter_modules.hpp>
 #include <lora_rite/io/peft.hpp>
 
 #include "support/pairs.hpp"
@@ -300,6 +301,97 @@ TEST(Adapter, WithoutOneOfItsFilesIsRefusedByThatFile) {
   save_adapter(folder.string(), small_adapter());
   std::filesystem::remove(folder / "adapter_model.safetensors");
   EXPECT_TRUE(mentions(error_of([&] { load_adapter(folder.string()); }), "adapter_model.safetensors: does not exist"));
+}
+
+TEST(Adapter, AsAPickleOfPythonIsRefusedAsSuch) {
+  const TemporaryFolder folder;
+  save_adapter(folder.string(), small_adapter());
+  std::filesystem::rename(folder / "adapter_model.safetensors", folder / "adapter_model.bin");
+  EXPECT_TRUE(mentions(error_of([&] { load_adapter(folder.string()); }),
+                       "adapter_model.safetensors: does not exist, but adapter_model.bin does"));
+}
+
+/// Files that were written from a model's state_dict, or of a compiled model (PEFT writes "_orig_mod" by itself).
+TEST(Adapter, HasThePlainNamesWhateverWrappersTheModelHad) {
+  const TemporaryFolder folder;
+  Adapter adapter = small_adapter();
+  adapter.tensors["lora_block.up.weight"] = torch::ones({2});
+  const auto saved = [&](const std::map<std::string, std::string>& names) {
+    std::map<std::string, torch::Tensor> tensors;
+    for (const auto& [name, written] : names) tensors[written] = adapter.tensors.at(name);
+    save_adapter(folder.string(), adapter);
+    save_safetensors(folder / "adapter_model.safetensors", tensors);
+  };
+  const std::map<std::string, std::string> names = {
+      {"layer.q.lora_A.weight", "base_model.model._orig_mod.layer.q.lora_A.default.weight"},
+      {"layer.q.lora_B.weight", "_orig_mod.base_model.model.layer.q.lora_B.default.weight"},
+      {"layer.conv.lora_A.weight", "base_model.model.layer._fsdp_wrapped_module.conv.lora_A.weight"},
+      {"layer.conv.lora_B.weight", "base_model.model.layer._checkpoint_wrapped_module.conv.lora_B.default.weight"},
+      {"words.lora_embedding_A", "base_model.model.words.lora_embedding_A.default"},
+      {"words.lora_embedding_B", "base_model.model.words.lora_embedding_B"},
+      {"score.weight", "base_model.model.score.modules_to_save.default.weight"},
+      {"lora_block.up.weight", "base_model.model.lora_block.up.weight"}};
+  saved(names);
+  const Adapter read = load_adapter(folder.string());
+  ASSERT_EQ(read.tensors.size(), names.size());
+  for (const auto& [name, tensor] : adapter.tensors) EXPECT_TRUE(read.tensors.at(name).equal(tensor)) << name;
+
+  auto two = names;
+  two["layer.q.lora_B.weight"] = "base_model.model.layer.q.lora_B.other.weight";
+  saved(two);
+  EXPECT_TRUE(mentions(error_of([&] { load_adapter(folder.string()); }),
+                       "holds the adapters 'default' and 'other', expected one"));
+  auto twice = names;
+  twice["layer.q.lora_B.weight"] = "base_model.model.layer.q.lora_A.weight";
+  saved(twice);
+  EXPECT_TRUE(mentions(error_of([&] { load_adapter(folder.string()); }),
+                       "is there twice, as 'base_model.model.layer.q.lora_A.weight'"));
+}
+
+TEST(AdapterModules, SayWhatAFileHoldsOfEachModule) {
+  Adapter adapter = small_adapter();
+  const auto one = [](double value) { return torch::full({1}, value); };
+  adapter.config.modules_to_save = std::vector<std::string>{"score", "classifier", "weird.norm"};
+  adapter.tensors["score.bias"] = one(1);
+  adapter.tensors["model.classifier.dense.weight"] = one(2);
+  adapter.tensors["words.base_layer.weight"] = one(3);
+  adapter.tensors["layer.q.base_layer.bias"] = one(4);
+  adapter.tensors["norm.bias"] = one(5);
+  adapter.tensors["layer.q.lora_magnitude_vector"] = one(6);
+  adapter.tensors["layer.q.lora_B.bias"] = one(7);
+  adapter.tensors["words.token_adapter.trainable_tokens_delta"] = one(8);
+  adapter.tensors["layer.q.lora_velora_embed"] = one(9);
+  adapter.tensors["my_score.weight"] = one(10);
+  adapter.tensors["my_weird.norm.inner.weight"] = one(11);
+  adapter.tensors["score_of.weight"] = one(12);
+  adapter.tensors["lora_block.up.bias"] = one(13);
+  const auto modules = adapter_modules(adapter);
+  std::set<std::string> names;
+  for (const auto& item : modules) names.insert(item.first);
+  EXPECT_EQ(names, (std::set<std::string>{"layer.q", "layer.conv", "words", "score", "model.classifier.dense", "norm",
+                                          "words.token_adapter", "my_score", "my_weird.norm.inner", "score_of",
+                                          "lora_block.up"}));
+  const AdapterModule& q = modules.at("layer.q");
+  EXPECT_TRUE(q.a.equal(adapter.tensors["layer.q.lora_A.weight"]));
+  EXPECT_TRUE(q.b.equal(adapter.tensors["layer.q.lora_B.weight"]));
+  EXPECT_FALSE(q.embedding);
+  EXPECT_TRUE(q.bias.equal(one(4)));
+  EXPECT_TRUE(q.magnitude.equal(one(6)));
+  EXPECT_FALSE(q.base_weight.defined());
+  EXPECT_EQ(q.others, std::vector<std::string>{"layer.q.lora_B.bias"}) << "and nothing of VeLoRA";
+  EXPECT_TRUE(modules.at("words").embedding);
+  EXPECT_TRUE(modules.at("words").a.equal(adapter.tensors["words.lora_embedding_A"]));
+  EXPECT_TRUE(modules.at("words").base_weight.equal(one(3)));
+  EXPECT_TRUE(modules.at("score").whole.at("bias").equal(one(1)));
+  EXPECT_TRUE(modules.at("score").whole.at("weight").equal(adapter.tensors["score.weight"]));
+  EXPECT_TRUE(modules.at("model.classifier.dense").whole.at("weight").equal(one(2)));
+  EXPECT_TRUE(modules.at("norm").bias.equal(one(5)));
+  EXPECT_FALSE(modules.at("norm").a.defined());
+  EXPECT_EQ(modules.at("words.token_adapter").others.size(), 1U);
+  // PEFT asks for the end of a name, not for a word in it.
+  EXPECT_TRUE(modules.at("my_score").whole.at("weight").equal(one(10)));
+  EXPECT_TRUE(modules.at("my_weird.norm.inner").whole.at("weight").equal(one(11)));
+  EXPECT_EQ(modules.at("score_of").others, std::vector<std::string>{"score_of.weight"});
 }
 
 TEST(AdapterTensors, GoByPeftsNamesWithoutTheAdapters) {

@@ -155,6 +155,15 @@ def make_names() -> dict:
         ("experts", dict(target_modules=["up"], layers_to_transform=[1])),
         ("experts", dict(target_modules=["up"], layers_to_transform=[1], layers_pattern=["layers"])),
         ("experts", dict(target_modules=["up"], layers_to_transform=[2], layers_pattern=["experts"])),
+        # Expressions that only Python's re reads so.
+        ("llama", dict(target_modules=r"\Amodel\.layers\.\d\..*(?<!v)_proj\Z")),
+        ("llama", dict(target_modules=r"^(?!.*layers\.[^]1]\.).*(?P<kind>q|k)_proj$",
+                       rank_pattern={r"(?<=layers\.)1\..*": 5, r"(?<!layers)\.1\..*": 6, r"\060": 7},
+                       alpha_pattern={r"layers\.\060*1\..*k_proj\Z": 3, r"[^]1]\.self_attn\.q_proj": 9, "Q_proj": 8})),
+        ("llama", dict(target_modules=r"(?i)MODEL\.layers\.\u0031\..*_proj")),
+        ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1, 2], layers_pattern=["blocks", r"model\.lay\w+"])),
+        ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1, 2], layers_pattern=[r"layers$"])),
+        ("experts", dict(target_modules=["up"], layers_to_transform=[2], layers_pattern=[r"model\.layers"])),
     ]
     kinds = {"Linear": "linear", "Embedding": "embedding"}
     result = {"trees": {}, "cases": []}

@@ -124,6 +124,8 @@ TEST(PeftConfig, NamesEveryStartAndBiasAsPeftDoes) {
   description.target_modules = std::vector<std::string>{"q"};
   description.layers_pattern = "h";
   EXPECT_EQ(nn::lora_config(description).layers_pattern, std::vector<std::string>{"h"});
+  description.layers_pattern = "";  // to PEFT no pattern, as none
+  EXPECT_EQ(nn::lora_config(description).layers_pattern, std::vector<std::string>{});
 }
 
 TEST(PeftConfig, RefusesWhatLayersCannotDoByTheFieldsName) {
@@ -376,6 +378,42 @@ TEST(InjectAdapter, TakesBaseWeightsThatPeftWroteBesideTheFactors) {
   adapter.tensors["norm.base_layer.weight"] = torch::randn({4});
   EXPECT_TRUE(mentions(error_of([&] { inject_adapter(*third, adapter); }), "unexpected: 'norm.base_layer.weight'"));
   EXPECT_TRUE(third->embed->adapter_names().empty());
+}
+
+TEST(InjectAdapter, LeavesOutWhatWasOfUseInTrainingOnly) {
+  Small model, other;
+  inject_lora(*model, testing::lora_config(2, 4, {"head"}));
+  randomize_factors(*model);
+  Adapter adapter = through_files(peft_adapter(*model));
+  adapter.config.other["velora_config"] = {{"num_groups", 2}, {"scale", 1.0}};
+  adapter.tensors["head.lora_velora_embed"] = torch::ones({2});
+  inject_adapter(*other, adapter);
+  EXPECT_TRUE(same_bits(nn::adapter_state(*other).at("head.lora_A.weight"), adapter.tensors["head.lora_A.weight"]));
+  EXPECT_EQ(peft_adapter(*other).tensors.size(), 2U);
+}
+
+/// Collects what TORCH_WARN says.
+struct Warnings : c10::WarningHandler {
+  void process(const c10::Warning& warning) override { text += warning.msg() + "\n"; }
+  std::string text;
+};
+
+TEST(InjectAdapter, PatternsMeanWhatPeftMeansAndIdleOnesAreSaid) {
+  Small model, other;
+  inject_lora(*model, testing::lora_config(2, 4, {"head", "0"}));
+  Adapter adapter = peft_adapter(*model);
+  // std::regex would take the A and the Z for letters.
+  adapter.config.alpha_pattern = {{R"(\Ahead\Z)", 6}, {R"(body\.\060)", 7}, {"tail", 9}, {"(?<!body\\.)0", 10}};
+  Warnings warnings;
+  {
+    const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+    inject_adapter(*other, adapter);
+  }
+  EXPECT_EQ(other->head->adapter("default").config.alpha, 6);
+  EXPECT_EQ(dynamic_cast<nn::LoraLayer&>(*other->body->ptr(0)).adapter("default").config.alpha, 7);
+  EXPECT_TRUE(mentions(warnings.text, "alpha_pattern['tail'] means none of the layers"));
+  EXPECT_TRUE(mentions(warnings.text, R"(alpha_pattern['(?<!body\.)0'])"));
+  EXPECT_EQ(std::count(warnings.text.begin(), warnings.text.end(), '\n'), 2);
 }
 
 TEST(PeftAdapter, NamesTheLayersOfAllLinear) {

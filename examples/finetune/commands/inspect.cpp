@@ -15,6 +15,7 @@
 #include "base_checkpoint.hpp"
 #include "error.hpp"
 #include "files.hpp"
+#include "merge_plan.hpp"
 #include "subprocess.hpp"
 #include "table.hpp"
 
@@ -60,6 +61,23 @@ std::string summary_of(const std::vector<LayerReport>& reports, bool has_base) {
   return text + "\n";
 }
 
+// What the adapter holds beside its factors, and what of the description has no effect.
+std::string rest_of(const AdapterFile& adapter) {
+  std::string text;
+  const lora_rite::AdapterConfig& config = adapter.adapter.config;
+  if (lora_rite::detail::is_on(config, "use_dora")) {
+    text += "use_dora: the layers' weights are also scaled (DoRA), of which the table says nothing\n";
+  }
+  if (!adapter.biases.empty()) text += concat("trained biases: ", adapter.biases.size(), "\n");
+  for (const auto& [name, tensor] : adapter.whole) text += concat("trained whole: ", name, " ", tensor.sizes(), "\n");
+  for (const AdapterLayer& layer : adapter.layers) {
+    if (layer.base_weight.defined()) text += concat("a copy of the base's weight: ", layer.module, "\n");
+  }
+  for (const std::string& name : adapter.others) text += concat("neither factor nor bias: ", name, "\n");
+  for (const std::string& note : adapter.notes) text += note + "\n";
+  return text;
+}
+
 // Runs inspect_plot.py on the figures, which are in a file for as long as that takes.
 void draw(const nlohmann::json& figures, const InspectOptions& options) {
   fs::path input = options.picture;
@@ -89,9 +107,11 @@ std::vector<LayerReport> inspect_adapter(const AdapterFile& adapter, const BaseC
     report.scale = layer.scale;
     report.spectrum = lora_rite::product_spectrum(layer.pair, layer.scale);
     if (base != nullptr) {
-      const std::string name = base->tensor_of(layer.module, "weight", adapter.folder);
+      const std::string name = stored_weight(*base, layer.module, adapter);
       const torch::Tensor& weight = base->tensors().at(name);
-      check_shape(layer, weight.sizes(), concat(base->folder().string(), ": tensor '", name, "'"));
+      std::vector<int64_t> shape = weight.sizes().vec();
+      if (adapter.adapter.config.fan_in_fan_out && !layer.embedding) std::reverse(shape.begin(), shape.end());
+      check_shape(layer, shape, concat(base->folder().string(), ": tensor '", name, "'"));
       report.base_norm = weight.to(torch::kDouble).norm().item<double>();
       report.relative_change =
           report.spectrum.frobenius_norm > 0 ? report.spectrum.frobenius_norm / report.base_norm : 0;
@@ -151,6 +171,10 @@ void inspect(const InspectOptions& options, std::ostream& out) {
   const AdapterFile adapter = read_adapter(options.adapter);
   const bool has_base = !options.model.empty();
   std::optional<BaseCheckpoint> base;
+  if (has_base && lora_rite::detail::has_target_parameters(adapter.adapter.config)) {
+    fail("--model ", options.model.string(), ": the adapter has factors of parameters that hold many experts ",
+         "(target_parameters), whose weights are not looked up; leave it out");
+  }
   if (has_base) base.emplace(options.model);
   std::vector<LayerReport> reports = inspect_adapter(adapter, has_base ? &*base : nullptr);
   const nlohmann::json figures = to_json(adapter, reports, has_base);
@@ -166,6 +190,7 @@ void inspect(const InspectOptions& options, std::ostream& out) {
     out << concat("init_lora_weights is '", std::get<std::string>(config.init_lora_weights),
                   "': the base has lost what the factors started with, so ΔW is not the way from it\n");
   }
+  out << rest_of(adapter);
 }
 
 void add_inspect_command(CLI::App& app, std::function<int()>& action) {

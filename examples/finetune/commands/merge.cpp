@@ -23,6 +23,7 @@
 #include "dtypes.hpp"
 #include "error.hpp"
 #include "files.hpp"
+#include "merge_plan.hpp"
 #include "new_folder.hpp"
 
 namespace finetune {
@@ -109,91 +110,30 @@ void write_config(const fs::path& from, const fs::path& to, const std::string& d
   write_json(to / "config.json", config);
 }
 
-// What is added to one tensor: a sum in the order of the adapters.
-struct Change {
-  const AdapterLayer* layer;
-  double weight;
-};
-
-struct Plan {
-  std::map<std::string, std::vector<Change>> changes;  // by the tensor's name
-  std::map<std::string, torch::Tensor> replacements;   // biases that were trained
-  std::vector<std::string> merged;                     // fingerprints
-};
-
-void plan_adapter(const BaseCheckpoint& base, const AdapterFile& adapter, double weight, bool is_alone, Plan& plan) {
-  check_fits_ordinary_base(adapter);
-  base.check_not_tied(adapter);
-  for (const AdapterLayer& layer : adapter.layers) {
-    const std::string name = base.tensor_of(layer.module, "weight", adapter.folder);
-    check_shape(layer, base.tensors().at(name).sizes(), concat(base.folder().string(), ": tensor '", name, "'"));
-    plan.changes[name].push_back({&layer, weight});
-  }
-  if (!adapter.biases.empty() && !(is_alone && weight == 1)) {
-    fail(adapter.folder.string(), ": has trained biases ('bias' is '", adapter.adapter.config.bias,
-         "'), which replace the base's and have no sum or share; merge it alone and without a weight");
-  }
-  for (const auto& [module, bias] : adapter.biases) {
-    const std::string name = base.tensor_of(module, "bias", adapter.folder);
-    const torch::Tensor& own = base.tensors().at(name);
-    if (bias.sizes() != own.sizes()) {
-      fail(base.folder().string(), ": tensor '", name, "' has shape ", own.sizes(), ", but the adapter's bias ",
-           bias.sizes(), "; it was trained on another base model");
-    }
-    plan.replacements[name] = bias;
-  }
-}
-
-// W + Σ weight · ΔW, in float (or double) and rounded once.
-torch::Tensor changed(const torch::Tensor& weight, const std::vector<Change>& changes, c10::ScalarType dtype) {
-  torch::Tensor sum = weight.to(weight.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat, false,
-                                /*copy=*/true);
-  for (const Change& change : changes) sum.add_(delta_weight(*change.layer, weight.sizes()), change.weight);
-  return sum.to(dtype);
-}
-
-// The tensor of this name as the merged checkpoint has it.
-torch::Tensor merged(const BaseCheckpoint& base, const Plan& plan, const std::string& name, c10::ScalarType dtype) {
-  const torch::Tensor& weight = base.tensors().at(name);
-  const auto changes = plan.changes.find(name);
-  const auto replacement = plan.replacements.find(name);
-  torch::Tensor result;
-  if (changes != plan.changes.end()) {
-    result = changed(weight, changes->second, dtype);
-  } else if (replacement != plan.replacements.end()) {
-    result = replacement->second.to(dtype);
-  } else {
-    return weight.to(dtype);
-  }
-  if (!at::isfinite(result).all().item<bool>()) {
-    fail(base.folder().string(), ": tensor '", name, "' would hold values that are not finite in ",
-         c10::toString(dtype), "; check the adapter with 'finetune inspect', or choose another --dtype");
-  }
-  return result;
-}
-
 int64_t bytes_of(const torch::Tensor& tensor, c10::ScalarType dtype) {
   return tensor.numel() * static_cast<int64_t>(c10::elementSize(dtype));
 }
 
-// The tensors of each file: as the base has them, or cut where a file would get too large.
+// The tensors of each file: as the base has them, or cut where a file would get too large. `sources` tells the base's
+// tensor that each comes from.
 std::map<std::string, std::vector<std::string>> divide(const BaseCheckpoint& base,
+                                                       const std::map<std::string, std::string>& sources,
                                                        const std::function<int64_t(const std::string&)>& bytes,
                                                        double limit) {
   std::map<std::string, std::vector<std::string>> files;
   if (base.is_sharded()) {
-    for (const auto& [name, file] : base.file_of()) files[file].push_back(name);
+    for (const auto& [name, source] : sources) files[base.file_of().at(source)].push_back(name);
     return files;
   }
   std::vector<std::vector<std::string>> parts(1);
   double size = 0;
-  for (const auto& item : base.tensors()) {
-    const auto own = static_cast<double>(bytes(item.first));
+  for (const auto& [name, source] : sources) {
+    const auto own = static_cast<double>(bytes(source));
     if (!parts.back().empty() && size + own > limit) {
       parts.emplace_back();
       size = 0;
     }
-    parts.back().push_back(item.first);
+    parts.back().push_back(name);
     size += own;
   }
   if (parts.size() == 1) return {{"model.safetensors", parts[0]}};
@@ -230,17 +170,18 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
 
   std::vector<AdapterFile> adapters;
   for (const WeightedAdapter& adapter : options.adapters) adapters.push_back(read_adapter(adapter.folder));
-  Plan plan;
-  plan.merged = base.merged_adapters();
+  MergePlan plan(base);
+  std::vector<std::string> fingerprints = base.merged_adapters();
   std::set<std::string> own;
   for (size_t i = 0; i < adapters.size(); ++i) {
     check_not_merged(adapters[i], base);
-    plan.merged.push_back(fingerprint(adapters[i]));
-    if (!own.insert(plan.merged.back()).second) {
+    fingerprints.push_back(fingerprint(adapters[i]));
+    if (!own.insert(fingerprints.back()).second) {
       fail("--adapter ", adapters[i].folder.string(),
            ": the same adapter stands there twice; give it a weight instead");
     }
     plan_adapter(base, adapters[i], options.adapters[i].weight, adapters.size() == 1, plan);
+    for (const std::string& note : adapters[i].notes) log << adapters[i].folder.string() << ": " << note << '\n';
   }
 
   const auto dtype_of = [&](const torch::Tensor& tensor) {
@@ -250,11 +191,13 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
     const torch::Tensor& tensor = base.tensors().at(name);
     return bytes_of(tensor, dtype_of(tensor));
   };
-  const auto files = divide(base, bytes, options.shard_size * kGiga);
+  const std::map<std::string, std::string> sources = plan.tensors(base);
+  const auto files = divide(base, sources, bytes, options.shard_size * kGiga);
 
   NewFolder folder(options.out);
   const Companions companions(options.model, folder.inside(), options.out);
   write_config(options.model, folder.inside(), options.dtype);
+  if (plan.unties) write_untied(folder.inside() / "config.json");
   for (const AdapterFile& adapter : adapters) {
     if (fs::exists(adapter.folder / kHeadFile)) {
       fs::copy_file(adapter.folder / kHeadFile, folder.inside() / kHeadFile, fs::copy_options::overwrite_existing);
@@ -265,15 +208,16 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
   for (const auto& [file, names] : files) {
     std::map<std::string, torch::Tensor> tensors;
     for (const std::string& name : names) {
-      tensors.emplace(name, merged(base, plan, name, dtype_of(base.tensors().at(name))));
+      const std::string& source = sources.at(name);
+      tensors.emplace(name, merged_tensor(base, plan, name, source, dtype_of(base.tensors().at(source))));
       weight_map[name] = file;
-      total += bytes(name);
+      total += bytes(source);
     }
     const auto old = base.metadata().find(file);
     std::map<std::string, std::string> metadata =
         old != base.metadata().end() ? old->second : std::map<std::string, std::string>();
     metadata["format"] = "pt";  // transformers asks for it
-    metadata[kMergedKey] = nlohmann::json(plan.merged).dump();
+    metadata[kMergedKey] = nlohmann::json(fingerprints).dump();
     fs::create_directories((folder.inside() / file).parent_path());  // an index may put shards into a folder of theirs
     lora_rite::save_safetensors(folder.inside() / file, tensors, metadata);
     log << "wrote " << file << ": " << tensors.size() << " tensors\n";
@@ -288,6 +232,7 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
     if (base.metadata().count(name) == 0 && name != lora_rite::detail::kShardIndex) left_out.push_back(name);
   }
   if (!left_out.empty()) log << "left out what is none of the merged model's: " << join(left_out) << '\n';
+  if (plan.unties) log << "Embedding and output are two matrices now (tie_word_embeddings is false)\n";
   log << "Merged " << plan.changes.size() << " weights of " << base.tensors().size() << " tensors; the model is in "
       << options.out.string() << '\n';
 }
@@ -320,9 +265,13 @@ void add_merge_command(CLI::App& app, std::function<int()>& action) {
       "Every weight that the adapter changes becomes W + scale * B A, computed in float32 and rounded once; all other\n"
       "tensors and whatever lies beside the weights are copied, subfolders included; what is left out is said.\n"
       "transformers loads the folder, and so does this program.\n"
+      "Biases and modules that were trained whole (modules_to_save) replace the base's. If an adapter changes "
+      "embedding\n"
+      "or output of a decoder that has one matrix for both, both are written, and config.json says so.\n"
       "Any model works whose tensors are called as transformers calls them, also such that cannot be trained here.\n"
       "\n"
-      "An adapter that is in the weights already is refused: the files remember what was merged into them.\n"
+      "An adapter that is in the weights already is refused: the files remember what was merged into them. So is one\n"
+      "that is more than B A and whole parameters (DoRA, fan_in_fan_out, lora_bias, factors of experts, ...).\n"
       "\n"
       "Example:\n"
       "  finetune merge --model .deps/smollm2 --adapter runs/arc --out merged --dtype bfloat16\n");

@@ -146,7 +146,8 @@ void add_adapter_options(CLI::App& app, RunOptions& options) {
   add_option(app, "--dropout", options.dropout, "Dropout on the adapters' inputs")->group(group);
   app.add_option("--target-modules", options.target_modules,
                  "Layers that get one: ends of names with commas between (q_proj,v_proj), all-linear, or re: and a "
-                 "regular expression for the whole name. By default every linear layer but an output head")
+                 "regular expression (of Python's) for the whole name. Embeddings can be named, too (embed_tokens). By "
+                 "default every linear layer but an output head")
       ->type_name("NAMES")
       ->group(group);
   app.add_option("--exclude-modules", options.exclude_modules, "Layers among them that get none, likewise")

@@ -118,8 +118,11 @@ struct DecoderModel::Layer : torch::nn::Module {
 
 DecoderModel::DecoderModel(const DecoderConfig& config) : config_(config) {
   const auto model = register_module("model", std::make_shared<Scope>());
-  embedding_ =
-      model->register_module("embed_tokens", std::make_shared<Embedding>(config.vocab_size, config.hidden_size));
+  const int64_t padding = config.special_tokens.pad;
+  const bool has_padding = padding >= 0 && padding < config.vocab_size;
+  embedding_ = model->register_module("embed_tokens",
+                                      make_embedding(config.vocab_size, config.hidden_size,
+                                                     has_padding ? std::optional<int64_t>(padding) : std::nullopt));
   const auto list = model->register_module("layers", std::make_shared<Scope>());
   for (int64_t index = 0; index < config.num_hidden_layers; ++index) {
     layers_.push_back(list->register_module(std::to_string(index), std::make_shared<Layer>(config, index)));
@@ -204,7 +207,8 @@ std::string DecoderModel::parameter_of(const std::string& tensor) const {
 }
 
 void DecoderModel::set_output(std::shared_ptr<Linear> output) {
-  output_ = register_module("lm_head", std::move(output));
+  output_ = named_children().contains("lm_head") ? replace_module("lm_head", std::move(output))
+                                                 : register_module("lm_head", std::move(output));
 }
 
 }  // namespace finetune

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "models/config.hpp"
+#include "models/embedding.hpp"
 #include "models/language_model.hpp"
 
 namespace finetune {
@@ -30,7 +31,7 @@ class DecoderModel : public LanguageModel {
   struct Layer;
 
   std::string parameter_of(const std::string& tensor) const override;
-  Embedding& token_embedding() override { return *embedding_; }
+  torch::Tensor& embedding_weight() override { return embedding_->base_layer().ptr()->weight; }
   void set_output(std::shared_ptr<Linear> output) override;
 
   // tokens [b, l] that stand at the positions from `begin` of a text, of which mask [b, begin + l] tells the padding
@@ -38,7 +39,7 @@ class DecoderModel : public LanguageModel {
   torch::Tensor run(const torch::Tensor& tokens, const torch::Tensor& mask, int64_t begin, Generation* generation);
 
   DecoderConfig config_;
-  std::shared_ptr<Embedding> embedding_;
+  std::shared_ptr<TokenEmbedding> embedding_;
   std::vector<std::shared_ptr<Layer>> layers_;
   std::shared_ptr<RmsNorm> norm_;
   std::shared_ptr<Linear> output_;

@@ -31,6 +31,13 @@ torch::Tensor LanguageModel::generate(const LanguageInput& prompt, int64_t max_n
   return at::stack(made, 1);
 }
 
+void LanguageModel::untie_output() {
+  const auto parameters = named_parameters();
+  const torch::Tensor* output = parameters.find("lm_head.weight");
+  if (output == nullptr || !output->is_same(embedding_weight())) return;
+  set_output(make_linear(output->detach().clone()));
+}
+
 void LanguageModel::check_tokens(const std::string& what, const torch::Tensor& tokens, const torch::Tensor& mask) {
   const auto describe = [](const torch::Tensor& tensor) {
     return tensor.defined() ? concat(c10::toString(tensor.scalar_type()), " ", tensor.sizes())

@@ -49,6 +49,10 @@ class LanguageModel : public torch::nn::Module {
   /// Whether to keep only every layer's input for the backward pass and compute its inside again (recompute.hpp).
   void set_gradient_checkpointing(bool on) { gradient_checkpointing_ = on; }
 
+  /// Gives the output a matrix of its own with the values it has, if it is the embedding's: then one of them can change
+  /// alone.
+  void untie_output();
+
   virtual bool is_encoder_decoder() const = 0;
   virtual const SpecialTokens& special_tokens() const = 0;
 
@@ -81,8 +85,8 @@ class LanguageModel : public torch::nn::Module {
   // The parameter that a checkpoint's tensor fills, spelt as in files or in memory (plain_name); empty = none, it is
   // left unread on purpose.
   virtual std::string parameter_of(const std::string& tensor) const = 0;
-  virtual Embedding& token_embedding() = 0;
-  virtual void set_output(std::shared_ptr<Linear> output) = 0;
+  virtual torch::Tensor& embedding_weight() = 0;
+  virtual void set_output(std::shared_ptr<Linear> output) = 0;  // in place of one that is there
 
   bool gradient_checkpointing_ = false;
 };

@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include "error.hpp"
+#include "models/embedding.hpp"
 #include "models/linear.hpp"
 
 namespace finetune {
@@ -21,6 +22,15 @@ struct GivenLinear : torch::nn::LinearImpl {
   }
 };
 
+// LibTorch's table likewise.
+struct GivenEmbedding : torch::nn::EmbeddingImpl {
+  GivenEmbedding(const torch::Tensor& given, std::optional<int64_t> padding)
+      : torch::nn::EmbeddingImpl(torch::nn::EmbeddingOptions(1, 1)) {
+    options.num_embeddings(given.size(0)).embedding_dim(given.size(1)).padding_idx(padding);
+    parameters_["weight"] = weight = given;
+  }
+};
+
 std::shared_ptr<Linear> over(const torch::Tensor& weight, const torch::Tensor& bias) {
   const std::shared_ptr<torch::nn::LinearImpl> base = std::make_shared<GivenLinear>(weight, bias);
   return std::make_shared<Linear>(torch::nn::Linear(base));
@@ -33,6 +43,15 @@ std::shared_ptr<Linear> make_linear(int64_t in_features, int64_t out_features, b
 }
 
 std::shared_ptr<Linear> make_linear(const torch::Tensor& weight) { return over(weight, torch::Tensor()); }
+
+std::shared_ptr<TokenEmbedding> make_embedding(int64_t rows, int64_t columns, std::optional<int64_t> padding) {
+  return make_embedding(placeholder({rows, columns}), padding);
+}
+
+std::shared_ptr<TokenEmbedding> make_embedding(const torch::Tensor& weight, std::optional<int64_t> padding) {
+  const std::shared_ptr<torch::nn::EmbeddingImpl> base = std::make_shared<GivenEmbedding>(weight, padding);
+  return std::make_shared<TokenEmbedding>(torch::nn::Embedding(base));
+}
 
 Embedding::Embedding(int64_t rows, int64_t columns)
     : weight(register_parameter("weight", placeholder({rows, columns}), false)) {}

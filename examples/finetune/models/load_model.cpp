@@ -24,8 +24,12 @@ class CheckpointLoader {
  public:
   CheckpointLoader(LanguageModel& model, const BaseCheckpoint& base, c10::ScalarType dtype)
       : model_(model), base_(base), dtype_(dtype) {
-    for (const auto& item : model.named_parameters()) waiting_[plain(item.key())] = {item.key(), item.value()};
-    embedding_name_ = name_of(model.token_embedding().weight);
+    std::set<const void*> seen;  // one tensor may have several names
+    for (const auto& item : model.named_parameters()) {
+      if (seen.insert(item.value().unsafeGetTensorImpl()).second)
+        waiting_[plain(item.key())] = {item.key(), item.value()};
+    }
+    embedding_name_ = name_of(model.embedding_weight());
   }
 
   void load() {
@@ -53,7 +57,7 @@ class CheckpointLoader {
     const std::string name = plain(model_.parameter_of(tensor));
     if (name.empty()) return;
     if (name == kOutput) {
-      check_shape(tensor, values, model_.token_embedding().weight.sizes());
+      check_shape(tensor, values, model_.embedding_weight().sizes());
       output_ = values.to(dtype_);
       return;
     }
@@ -65,7 +69,7 @@ class CheckpointLoader {
              ", which the model of the config.json beside it has not");
       }
       // Of the embedding there may be copies under other names.
-      if (name == embedding_name_ && values.to(dtype_).equal(model_.token_embedding().weight.detach())) return;
+      if (name == embedding_name_ && values.to(dtype_).equal(model_.embedding_weight().detach())) return;
       fail(where(), "holds the tensor '", tensor, "' of shape ", values.sizes(), ", which was there already as '",
            filled->second, "'", name == embedding_name_ ? " with other values" : "");
     }
@@ -89,7 +93,7 @@ class CheckpointLoader {
 
   // Of a tied pair either may be in the file.
   void finish_output() {
-    torch::Tensor& embedding = model_.token_embedding().weight;
+    torch::Tensor& embedding = model_.embedding_weight();
     const bool tied = base_.is_tied();
     if (tied && output_.defined() && filled_.count(embedding_name_) == 0) {
       embedding.set_data(output_);

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "error.hpp"
+#include "models/embedding.hpp"
 #include "models/recompute.hpp"
 
 namespace finetune {
@@ -151,11 +152,12 @@ struct Block : torch::nn::Module {
 
 // The encoder or the decoder.
 struct T5Model::Stack : torch::nn::Module {
-  Stack(const T5Config& config, bool decoder)
+  Stack(const T5Config& config, bool decoder, const torch::Tensor& vocabulary)
       : decoder(decoder),
         buckets(config.relative_attention_num_buckets),
         max_distance(config.relative_attention_max_distance),
-        dropout(config.dropout_rate) {
+        dropout(config.dropout_rate),
+        embedding(register_module("embed_tokens", make_embedding(vocabulary, std::nullopt))) {
     const auto list = register_module("block", std::make_shared<Scope>());
     const int64_t count = decoder ? config.num_decoder_layers : config.num_layers;
     for (int64_t index = 0; index < count; ++index) {
@@ -210,6 +212,7 @@ struct T5Model::Stack : torch::nn::Module {
   int64_t buckets;
   int64_t max_distance;
   double dropout;
+  std::shared_ptr<TokenEmbedding> embedding;  // the shared matrix; an adapter is the stack's own
   std::vector<std::shared_ptr<Block>> blocks;
   std::shared_ptr<RmsNorm> norm;
 };
@@ -217,13 +220,13 @@ struct T5Model::Stack : torch::nn::Module {
 T5Model::T5Model(const T5Config& config)
     : config_(config),
       embedding_(register_module("shared", std::make_shared<Embedding>(config.vocab_size, config.d_model))),
-      encoder_(register_module("encoder", std::make_shared<Stack>(config, false))),
-      decoder_(register_module("decoder", std::make_shared<Stack>(config, true))) {}
+      encoder_(register_module("encoder", std::make_shared<Stack>(config, false, embedding_->weight))),
+      decoder_(register_module("decoder", std::make_shared<Stack>(config, true, embedding_->weight))) {}
 
 torch::Tensor T5Model::encode(const torch::Tensor& tokens, const torch::Tensor& mask) {
   Context context;
   context.own.mask = encoder_->make_bias(0, tokens.size(1), make_padding_mask(mask).mask);
-  return encoder_->forward(embedding_->forward(tokens), {}, context, nullptr, gradient_checkpointing());
+  return encoder_->forward(encoder_->embedding->forward(tokens), {}, context, nullptr, gradient_checkpointing());
 }
 
 torch::Tensor T5Model::decode(const torch::Tensor& tokens, const torch::Tensor& mask, const torch::Tensor& source,
@@ -238,7 +241,7 @@ torch::Tensor T5Model::decode(const torch::Tensor& tokens, const torch::Tensor& 
   context.begin = begin;
   context.capacity = generation != nullptr ? generation->capacity : 0;
   const bool checkpointing = gradient_checkpointing() && generation == nullptr;
-  return decoder_->forward(embedding_->forward(tokens), source, context, generation, checkpointing);
+  return decoder_->forward(decoder_->embedding->forward(tokens), source, context, generation, checkpointing);
 }
 
 torch::Tensor T5Model::hidden_states(const LanguageInput& input) {
@@ -278,7 +281,10 @@ std::string T5Model::parameter_of(const std::string& tensor) const {
   return tensor;
 }
 
-void T5Model::set_output(std::shared_ptr<Linear> output) { output_ = register_module("lm_head", std::move(output)); }
+void T5Model::set_output(std::shared_ptr<Linear> output) {
+  output_ = named_children().contains("lm_head") ? replace_module("lm_head", std::move(output))
+                                                 : register_module("lm_head", std::move(output));
+}
 
 torch::Tensor relative_position_buckets(int64_t begin, int64_t end, int64_t keys, bool bidirectional, int64_t buckets,
                                         int64_t max_distance, torch::Device device) {

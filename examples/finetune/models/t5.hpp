@@ -30,7 +30,7 @@ class T5Model : public LanguageModel {
   struct Stack;
 
   std::string parameter_of(const std::string& tensor) const override;
-  Embedding& token_embedding() override { return *embedding_; }
+  torch::Tensor& embedding_weight() override { return embedding_->weight; }
   void set_output(std::shared_ptr<Linear> output) override;
 
   // tokens [b, s] → [b, s, d]

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "lora_rite/factor_pair.hpp"
+#include "lora_rite/io/adapter_names.hpp"
 #include "lora_rite/io/files.hpp"
 #include "lora_rite/io/json.hpp"
 #include "lora_rite/io/safetensors.hpp"
@@ -68,7 +69,6 @@ namespace detail {
 
 inline constexpr uint64_t kMaxAdapterConfigBytes = uint64_t{16} << 20;
 inline constexpr int kMaxAdapterConfigDepth = 16;
-inline constexpr const char* kPeftPrefix = "base_model.model.";
 
 /// Takes the fields of a description one by one out of a JSON object. A field that is not there leaves the default, as
 /// in PEFT, whose versions differ in what they write. Throws c10::Error with the label and the field's name if one is
@@ -283,37 +283,15 @@ nlohmann::json to_field(const Value& value) {
   return value;
 }
 
-inline bool begins_with(const std::string& text, const std::string& beginning) {
-  return text.compare(0, beginning.size(), beginning) == 0;
+/// A field of a description says nothing: null, false, an empty list or object.
+inline bool is_off(const nlohmann::json& field) {
+  return field.is_null() || field == false || (field.is_structured() && field.empty());
 }
 
-/// Where `part` stands in a dotted name as a whole component; npos if it does not.
-inline size_t find_component(const std::string& name, const std::string& part) {
-  for (size_t at = name.find(part); at != std::string::npos; at = name.find(part, at + 1)) {
-    const size_t end = at + part.size();
-    if ((at == 0 || name[at - 1] == '.') && (end == name.size() || name[end] == '.')) return at;
-  }
-  return std::string::npos;
-}
-
-/// Where the component of a parameter's name stands that says what it is ("lora_A", "lora_magnitude_vector"); npos if
-/// there is none. Modules before it and the adapter behind it may have names that begin with "lora_", too.
-inline size_t find_lora_component(const std::string& name) {
-  size_t found = std::string::npos, known = std::string::npos;
-  for (size_t begin = 0; begin < name.size();) {
-    const size_t end = std::min(name.find('.', begin), name.size());
-    const std::string component = name.substr(begin, end - begin);
-    if (begins_with(component, "lora_")) {
-      found = begin;
-      const auto is = [&](const char* word) { return component == word; };
-      if (is("lora_A") || is("lora_B") || is("lora_embedding_A") || is("lora_embedding_B") ||
-          is("lora_magnitude_vector")) {
-        known = begin;
-      }
-    }
-    begin = end + 1;
-  }
-  return known != std::string::npos ? known : found;
+/// Whether a field among the others asks for something.
+inline bool is_on(const AdapterConfig& config, const char* field) {
+  const auto found = config.other.find(field);
+  return found != config.other.end() && !is_off(*found);
 }
 
 /// The ranks that a description has for some module.
@@ -323,11 +301,8 @@ inline std::set<int64_t> ranks_of(const AdapterConfig& config) {
   return ranks;
 }
 
-/// Whether parameters have factors, which can hold many experts, and not modules alone. PEFT writes an empty list, too.
-inline bool has_target_parameters(const AdapterConfig& config) {
-  const auto field = config.other.find("target_parameters");
-  return field != config.other.end() && !field->is_null() && !(field->is_structured() && field->empty());
-}
+/// Whether parameters have factors, which can hold many experts, and not modules alone.
+inline bool has_target_parameters(const AdapterConfig& config) { return is_on(config, "target_parameters"); }
 
 /// How many experts may share an A of so many rows: 1, or with target_parameters every number that leaves one of the
 /// description's ranks to each. Empty: the description does not know the rank.
@@ -406,9 +381,12 @@ inline std::string adapter_config_text(const AdapterConfig& config) {
 }
 
 /// Reads an adapter from a folder with adapter_config.json (at most 16 MB) and adapter_model.safetensors. The tensors
-/// are as SafetensorsFile::tensor gives them. Throws c10::Error naming the file, the field or tensor, what was found
-/// and what was expected if a file is missing or damaged, describes no LoRA adapter, a tensor's name does not begin
-/// with "base_model.model.", or a factor lacks its partner or has a rank that the description does not know.
+/// are as SafetensorsFile::tensor gives them. Names as a model in memory has them are taken, too: with the adapter's
+/// own (lora_A.default.weight) and with the modules of torch.compile and FSDP (_orig_mod); they are left out. Throws
+/// c10::Error naming the file, the field or tensor, what was found and what was expected if a file is missing or
+/// damaged (an adapter_model.bin is not read), describes no LoRA adapter, a tensor's name does not begin with
+/// "base_model.model.", there are several adapters, or a factor lacks its partner or has a rank that the description
+/// does not know.
 inline Adapter load_adapter(const std::filesystem::path& folder) {
   const std::filesystem::path config_path = folder / "adapter_config.json";
   const std::string config_label = "adapter description " + config_path.string() + ": ";
@@ -419,10 +397,20 @@ inline Adapter load_adapter(const std::filesystem::path& folder) {
   const std::filesystem::path path = folder / "adapter_model.safetensors";
   const std::string label = "adapter " + path.string() + ": ";
   const std::string prefix = detail::kPeftPrefix;
-  for (auto& [name, tensor] : load_safetensors(path).tensors) {
+  std::error_code ignored;
+  TORCH_CHECK(std::filesystem::exists(path, ignored) || !std::filesystem::exists(folder / "adapter_model.bin", ignored),
+              label,
+              "does not exist, but adapter_model.bin does, a pickle of Python, which is not read; let PEFT write "
+              "the adapter again (PeftModel.from_pretrained(...).save_pretrained(folder))");
+  std::set<std::string> adapters;
+  for (auto& [full_name, tensor] : load_safetensors(path).tensors) {
+    const std::string name = detail::name_in_file(full_name, adapters);
     TORCH_CHECK(detail::begins_with(name, prefix) && name.size() > prefix.size(), label, "tensor ",
-                detail::in_quotes(name), " has a name that does not begin with '", prefix, "'");
-    adapter.tensors.emplace(name.substr(prefix.size()), tensor);
+                detail::in_quotes(full_name), " has a name that does not begin with '", prefix, "'");
+    TORCH_CHECK(adapters.size() <= 1, label, "holds the adapters ", detail::in_quotes(*adapters.begin()), " and ",
+                detail::in_quotes(*adapters.rbegin()), ", expected one");
+    TORCH_CHECK(adapter.tensors.emplace(name.substr(prefix.size()), tensor).second, label, "tensor ",
+                detail::in_quotes(full_name), " is there twice, as ", detail::in_quotes(name));
   }
   detail::check_factors(label, adapter);
   return adapter;

@@ -14,7 +14,7 @@
 namespace lora_rite::nn {
 
 /// Which modules are meant, by their full names ("encoder.0.query"): nothing said; one text, a regular expression
-/// (ECMAScript's, of std::regex) that matches the whole name; or a list, each entry of which stands for every module
+/// (Python's, as PEFT has them) that matches the whole name; or a list, each entry of which stands for every module
 /// whose name is that or ends in "." and that.
 using ModuleNames = std::variant<std::monostate, std::string, std::vector<std::string>>;
 

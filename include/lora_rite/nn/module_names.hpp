@@ -6,43 +6,16 @@
 #include <cctype>
 #include <cstdint>
 #include <optional>
-#include <regex>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "lora_rite/nn/lora_config.hpp"
+#include "lora_rite/nn/python_regex.hpp"
 
 /// PEFT's rules for which module a name or a pattern means. Pure functions of names.
 namespace lora_rite::nn::detail {
-
-// libstdc++ can match in polynomial time, at the price of back-references, which PEFT's users have no use for.
-#ifdef __GLIBCXX__
-inline constexpr auto kPolynomial = std::regex_constants::__polynomial;
-#else
-inline constexpr std::regex::flag_type kPolynomial = {};
-#endif
-
-/// A regular expression; throws c10::Error naming the field if it is none, or one that only a hostile file would have:
-/// the standard library compiles them by recursion, whose depth grows with their length and their brackets.
-inline std::regex to_regex(const std::string& field, const std::string& pattern,
-                           std::regex::flag_type more = kPolynomial) {
-  constexpr size_t kMostCharacters = 8192, kMostBrackets = 100;
-  TORCH_CHECK(pattern.size() <= kMostCharacters, "LoraConfig: ", field, " is a pattern of ", pattern.size(),
-              " characters, expected at most ", kMostCharacters);
-  const auto brackets = static_cast<size_t>(std::count(pattern.begin(), pattern.end(), '('));
-  TORCH_CHECK(brackets <= kMostBrackets, "LoraConfig: ", field, " is a pattern with ", brackets,
-              " opening brackets, expected at most ", kMostBrackets);
-  std::regex result;
-  try {
-    result.assign(pattern, std::regex::ECMAScript | more);
-  } catch (const std::regex_error& error) {
-    TORCH_CHECK(false, "LoraConfig: ", field, " is '", pattern, "', expected a regular expression (ECMAScript's: no ",
-                "look-behind, no named groups, no inline flags): ", error.what());
-  }
-  return result;
-}
 
 /// `name` is `ending`, or ends in "." and `ending`.
 inline bool is_or_ends_in(const std::string& name, const std::string& ending) {
@@ -55,15 +28,78 @@ inline bool is_or_ends_in_any(const std::string& name, const std::vector<std::st
   return std::any_of(endings.begin(), endings.end(), [&](const auto& ending) { return is_or_ends_in(name, ending); });
 }
 
-/// The value of the first pattern that matches `name`, from its start or from behind a dot, to its end.
+/// Whether a pattern of rank_pattern or alpha_pattern means a module: from its name's start or from behind a dot, to
+/// its end. The expression is put together as PEFT does it.
+inline bool pattern_means(const std::string& field, const std::string& pattern, const std::string& name) {
+  return PythonRegex(field, pattern, "(.*\\.)?(" + pattern + ")$").match(name);
+}
+
+/// The value of the first pattern that means the module.
 template <class Value>
 Value pattern_value(const std::string& field, const std::vector<std::pair<std::string, Value>>& patterns,
                     const std::string& name, Value otherwise) {
   for (const auto& [pattern, value] : patterns) {
-    if (std::regex_match(name, to_regex(field, "(.*\\.)?(" + pattern + ")"))) return value;
+    if (pattern_means(field, pattern, name)) return value;
   }
   return otherwise;
 }
+
+/// The patterns that mean none of the modules.
+template <class Patterns>
+std::vector<std::string> idle_patterns(const std::string& field, const Patterns& patterns,
+                                       const std::vector<std::string>& modules) {
+  std::vector<std::string> idle;
+  for (const auto& [pattern, value] : patterns) {
+    const bool means_one = std::any_of(modules.begin(), modules.end(), [&, &text = pattern](const std::string& module) {
+      return pattern_means(field, text, module);
+    });
+    if (!means_one) idle.push_back(pattern);
+  }
+  return idle;
+}
+
+/// One text of layers_pattern: what the list of layers is called in a name. Mostly a word ("layers", "h"); PEFT takes
+/// it for a part of a regular expression.
+class LayersPattern {
+ public:
+  explicit LayersPattern(const std::string& pattern)
+      : pattern_(pattern),
+        is_plain_(std::all_of(pattern.begin(), pattern.end(),
+                              [](unsigned char c) { return std::isalnum(c) != 0 || c == '_' || c == '-'; })),
+        expression_("layers_pattern", pattern, "(?:^|.*?\\.)" + pattern + "\\.(?P<idx>\\d+)\\.") {
+    // In PEFT's expression it would end what belongs to the pattern.
+    TORCH_CHECK(pattern.find('|') == std::string::npos, "LoraConfig: layers_pattern is '", pattern,
+                "', expected one without '|'; several are a list");
+  }
+
+  /// The digits of the layer's number in a module's name, empty if there is none.
+  std::string number_in(const std::string& name) const {
+    std::string found;
+    for_each_number(name, [&](size_t begin, const std::string& digits) {
+      if (!expression_.full_match(name.substr(0, begin + digits.size() + 1))) return true;
+      TORCH_CHECK(found.empty(), "LoraConfig: layers_pattern is '", pattern_, "', which finds both ", found, " and ",
+                  digits, " in '", name, "', expected a pattern that finds one number");
+      found = digits;
+      return !is_plain_;  // of a plain word the first one counts
+    });
+    return found;
+  }
+
+  /// Calls visit(begin, digits) for every component of the name that is a number and not the last, until that is false.
+  template <class Visit>
+  static void for_each_number(const std::string& name, const Visit& visit) {
+    for (size_t begin = 0, end = 0; (end = name.find('.', begin)) != std::string::npos; begin = end + 1) {
+      const std::string part = name.substr(begin, end - begin);
+      const bool is_number = !part.empty() && part.find_first_not_of("0123456789") == std::string::npos;
+      if (is_number && !visit(begin, part)) return;
+    }
+  }
+
+ private:
+  std::string pattern_;
+  bool is_plain_;
+  PythonRegex expression_;
+};
 
 /// A LoraConfig's names and patterns, ready to be asked. Throws c10::Error naming the field that is no regular
 /// expression.
@@ -74,11 +110,7 @@ class ModuleMatcher {
         exclusions_("exclude_modules", config.exclude_modules),
         layers_(config.layers_to_transform) {
     if (layers_.empty()) return;
-    // The first number in the name that has something before it, or the one behind the list's name.
-    if (config.layers_pattern.empty()) layer_numbers_ = {std::regex(R"(.*?\.[^.]*\.(\d+)\.)")};
-    for (const auto& pattern : config.layers_pattern) {
-      layer_numbers_.push_back(to_regex("layers_pattern", R"((?:^|.*?\.)(?:)" + pattern + R"()\.(\d+)\.)", {}));
-    }
+    for (const auto& pattern : config.layers_pattern) layer_patterns_.emplace_back(pattern);
   }
 
   bool excludes(const std::string& name) const { return exclusions_.match(name); }
@@ -96,33 +128,44 @@ class ModuleMatcher {
   /// A ModuleNames with its pattern compiled.
   struct Names {
     Names(const std::string& field, const ModuleNames& names) {
-      if (const auto* text = std::get_if<std::string>(&names)) pattern = to_regex(field, *text);
+      if (const auto* text = std::get_if<std::string>(&names)) pattern.emplace(field, *text);
       if (const auto* list = std::get_if<std::vector<std::string>>(&names)) endings = *list;
     }
 
     bool match(const std::string& name) const {
-      return pattern ? std::regex_match(name, *pattern) : is_or_ends_in_any(name, endings);
+      return pattern ? pattern->full_match(name) : is_or_ends_in_any(name, endings);
     }
 
-    std::optional<std::regex> pattern;
+    std::optional<PythonRegex> pattern;
     std::vector<std::string> endings;
   };
 
   bool is_in_layers(const std::string& name) const {
-    for (const auto& number : layer_numbers_) {
-      std::smatch found;
-      if (!std::regex_search(name, found, number, std::regex_constants::match_continuous)) continue;
-      std::string digits = found[found.size() - 1].str();
-      digits.erase(0, std::min(digits.find_first_not_of('0'), digits.size() - 1));
-      return std::any_of(layers_.begin(), layers_.end(),
-                         [&](int64_t layer) { return digits == std::to_string(layer); });
+    std::string digits = layer_number(name);
+    if (digits.empty()) return false;
+    digits.erase(0, std::min(digits.find_first_not_of('0'), digits.size() - 1));
+    return std::any_of(layers_.begin(), layers_.end(), [&](int64_t layer) { return digits == std::to_string(layer); });
+  }
+
+  std::string layer_number(const std::string& name) const {
+    std::string found;
+    for (const auto& pattern : layer_patterns_) {
+      if (!(found = pattern.number_in(name)).empty()) return found;
     }
-    return false;
+    if (!layer_patterns_.empty()) return {};
+    // Without a pattern: the first number that has two components before it.
+    const size_t first = name.find('.');
+    LayersPattern::for_each_number(name, [&](size_t begin, const std::string& digits) {
+      if (begin <= first + 1) return true;
+      found = digits;
+      return false;
+    });
+    return found;
   }
 
   Names targets_, exclusions_;
   std::vector<int64_t> layers_;
-  std::vector<std::regex> layer_numbers_;
+  std::vector<LayersPattern> layer_patterns_;
 };
 
 /// target_modules is "all-linear", in letters of any case.

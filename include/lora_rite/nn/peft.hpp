@@ -32,11 +32,6 @@ namespace lora_rite::nn {
 
 namespace detail {
 
-/// A field of a description says nothing: null, false, an empty list or object.
-inline bool is_off(const nlohmann::json& field) {
-  return field.is_null() || field == false || (field.is_structured() && field.empty());
-}
-
 /// Throws c10::Error naming a field that asks for what the layers cannot do. Fields that only tell how factors started
 /// or were trained (eva_config, runtime_config, …), and those that nobody knows yet, pass.
 inline void check_supported(const AdapterConfig& config) {
@@ -67,8 +62,7 @@ inline void check_supported(const AdapterConfig& config) {
       {"lora_bias", "factors have no bias"},
       {"ensure_weight_tying", "two layers have no adapter in common"}};
   for (const auto& [field, why] : kinds) {
-    const auto found = config.other.find(field);
-    if (found != config.other.end() && !is_off(*found)) refuse(field, found->dump(), "none", why);
+    if (lora_rite::detail::is_on(config, field)) refuse(field, config.other.at(field).dump(), "none", why);
   }
 }
 
@@ -222,6 +216,20 @@ inline void check_fits_ordinary_base(const std::string& label, const AdapterConf
               "path_initial_model_for_weight_conversion");
 }
 
+/// A sentence for every pattern of rank_pattern and alpha_pattern that means none of the modules, of which PEFT warns.
+inline std::vector<std::string> idle_patterns(const AdapterConfig& description,
+                                              const std::vector<std::string>& modules) {
+  std::vector<std::string> sentences;
+  const auto add = [&](const char* field, const auto& patterns) {
+    for (const std::string& pattern : detail::idle_patterns(field, patterns, modules)) {
+      sentences.push_back(std::string(field) + "['" + pattern + "'] means none of the layers with an adapter");
+    }
+  };
+  add("rank_pattern", description.rank_pattern);
+  add("alpha_pattern", description.alpha_pattern);
+  return sentences;
+}
+
 /// What inject_lora needs of a description from a file. PEFT's patterns stand in the order of their texts; factor_dtype
 /// and output_heads are the defaults. Throws c10::Error naming the field, what it is and what was expected if the
 /// layers cannot do what it asks (fan_in_fan_out, modules_to_save, DoRA and others of PEFT's kinds), init_lora_weights
@@ -248,7 +256,9 @@ inline LoraConfig lora_config(const AdapterConfig& description) {
   config.rank_pattern.assign(description.rank_pattern.begin(), description.rank_pattern.end());
   config.alpha_pattern.assign(description.alpha_pattern.begin(), description.alpha_pattern.end());
   config.layers_to_transform = description.layers_to_transform;
-  if (const auto* text = std::get_if<std::string>(&description.layers_pattern)) config.layers_pattern = {*text};
+  if (const auto* text = std::get_if<std::string>(&description.layers_pattern); text != nullptr && !text->empty()) {
+    config.layers_pattern = {*text};
+  }
   if (const auto* list = std::get_if<std::vector<std::string>>(&description.layers_pattern)) {
     config.layers_pattern = *list;
   }
@@ -332,10 +342,12 @@ inline Adapter peft_adapter(const torch::nn::Module& model, const std::string& a
 }
 
 /// inject_lora by an adapter's description, with its tensors for values, cast to the layers' dtypes and copied. Base
-/// weights that PEFT wrote beside the factors (of embeddings and output heads) go into the model. Draws no random
-/// numbers. Throws c10::Error, and nothing has changed, for what inject_lora and lora_config do, for an
-/// adapter whose init_lora_weights has changed the base weight ("pissa", "olora", …: it fits no ordinary base; let PEFT
-/// write it with path_initial_model_for_weight_conversion), and if a tensor is missing, unexpected or of another shape.
+/// weights that PEFT wrote beside the factors (of embeddings and output heads) go into the model; what was of use in
+/// training only (VeLoRA's) is left out. Draws no random numbers. Warns (TORCH_WARN) of rank_pattern and alpha_pattern
+/// that mean none of the layers. Throws c10::Error, and nothing has changed, for what inject_lora and lora_config do,
+/// for an adapter whose init_lora_weights has changed the base weight ("pissa", "olora", …: it fits no ordinary base;
+/// let PEFT write it with path_initial_model_for_weight_conversion), and if a tensor is missing, unexpected or of
+/// another shape.
 inline std::vector<InjectedLayer> inject_adapter(torch::nn::Module& model, const Adapter& adapter,
                                                  const std::string& name = "default") {
   AdapterConfig description = adapter.config;
@@ -344,34 +356,39 @@ inline std::vector<InjectedLayer> inject_adapter(torch::nn::Module& model, const
   const LoraConfig config = lora_config(description);
   detail::Injection injection = detail::plan_injection("inject_adapter", model, config, name);
 
+  NamedTensors tensors;
+  for (const auto& item : adapter.tensors) {
+    if (!lora_rite::detail::is_of_training_only(item.first)) tensors.insert(item);
+  }
   std::set<std::string> adapted;
   NamedTensors own;  // factors undefined: they are not there yet
+  std::vector<std::string> names;
   for (const auto& step : injection.steps) {
     const auto [name_a, name_b] = detail::factor_names(step.target.name, *step.layer);
     own.emplace(name_a, torch::Tensor());
     own.emplace(name_b, torch::Tensor());
     adapted.insert(detail::joined(step.target.name, "bias"));
+    names.push_back(step.target.name);
   }
   NamedTensors others = detail::bias_state(model, config.bias, adapted);
   for (const auto& step : injection.steps) {
     // PEFT adds the weights under embeddings and output heads (save_embedding_layers), and takes them over.
     const std::string name = detail::joined(step.target.name, "base_layer.weight");
-    if (adapter.tensors.count(name) > 0) {
+    if (tensors.count(name) > 0) {
       others.emplace(name, step.layer->base_module().named_parameters(/*recurse=*/false)["weight"]);
     }
   }
   own.insert(others.begin(), others.end());
-  detail::check_names("inject_adapter", detail::left_out(own, adapter.tensors));
-  for (const auto& [other, tensor] : others) {
-    detail::check_shape("inject_adapter", other, tensor, adapter.tensors.at(other));
-  }
+  detail::check_names("inject_adapter", detail::left_out(own, tensors));
+  for (const auto& [other, tensor] : others) detail::check_shape("inject_adapter", other, tensor, tensors.at(other));
   for (auto& step : injection.steps) {
     const auto [name_a, name_b] = detail::factor_names(step.target.name, *step.layer);
     step.adapter = step.layer->prepare_adapter("inject_adapter: '" + step.target.name + "': ", name, step.config,
-                                               FactorValues{adapter.tensors.at(name_a), adapter.tensors.at(name_b)});
+                                               FactorValues{tensors.at(name_a), tensors.at(name_b)});
   }
+  for (const std::string& idle : idle_patterns(description, names)) TORCH_WARN("inject_adapter: ", idle);
   auto injected = detail::carry_out(std::move(injection), model, config, name);
-  detail::copy_values(others, adapter.tensors);
+  detail::copy_values(others, tensors);
   return injected;
 }
 

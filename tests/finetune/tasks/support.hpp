@@ -66,7 +66,7 @@ class SumModel : public LanguageModel {
   }
 
   std::string parameter_of(const std::string&) const override { return {}; }
-  Embedding& token_embedding() override { throw std::logic_error("SumModel has no Embedding"); }
+  torch::Tensor& embedding_weight() override { throw std::logic_error("SumModel has no Embedding"); }
   void set_output(std::shared_ptr<Linear>) override {}
 
   bool encoder_decoder_;

@@ -1,0 +1,201 @@
+#include "merge_plan.hpp"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <lora_rite/nn/module_names.hpp>
+#include <nlohmann/json.hpp>
+
+#include "error.hpp"
+#include "files.hpp"
+
+namespace finetune {
+namespace {
+
+namespace fs = std::filesystem;
+using lora_rite::nn::detail::is_or_ends_in;
+
+constexpr const char* kEmbedding = "embed_tokens";
+constexpr const char* kOutput = "lm_head";
+// What embeddings and outputs are called in other models.
+constexpr const char* kVocabulary[] = {
+    "embed_tokens",           "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings",
+    "cls.predictions.decoder"};
+
+std::string weight_of(const std::string& module) { return module + ".weight"; }
+
+bool is_encoder_decoder(const BaseCheckpoint& base) { return base.model_type() == "t5" || base.model_type() == "mt5"; }
+
+// The one matrix of a decoder's embedding and output, if the names are those that transformers gives them.
+std::optional<TiedMatrix> find_tied(const BaseCheckpoint& base) {
+  if (!base.is_tied() || is_encoder_decoder(base)) return std::nullopt;
+  const std::string &embedding = base.embedding_name(), &output = base.output_name();
+  if (!is_or_ends_in(embedding, weight_of(kEmbedding)) && output != weight_of(kOutput)) return std::nullopt;
+  const std::string stored = embedding.empty() ? output : embedding;
+  return TiedMatrix{embedding.empty() ? weight_of(std::string("model.") + kEmbedding) : embedding, weight_of(kOutput),
+                    stored};
+}
+
+// Several models in one, whose language model has a description of its own.
+bool has_inner_config(const BaseCheckpoint& base) {
+  return read_json(base.folder() / "config.json").contains("text_config");
+}
+
+// Names may differ by the prefix of a model with a head.
+bool is_weight_of(const std::string& tensor, const std::string& module) {
+  return is_or_ends_in(tensor, weight_of(module)) || is_or_ends_in(weight_of(module), tensor);
+}
+
+// Throws Error if a module is one of several uses of a matrix, of which a checkpoint has one.
+void check_not_shared(const BaseCheckpoint& base, const std::string& module, const AdapterFile& adapter) {
+  const char* advice = "train without that layer (--exclude-modules)";
+  if (!is_encoder_decoder(base)) {
+    if (!base.is_tied()) return;
+    const bool is_of_vocabulary = std::any_of(std::begin(kVocabulary), std::end(kVocabulary),
+                                              [&](const char* name) { return is_or_ends_in(module, name); });
+    const bool is_known = find_tied(base).has_value() && !has_inner_config(base);
+    if (!is_of_vocabulary || is_known) return;
+    fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(), " (model_type ",
+         base.model_type(),
+         ") uses one matrix as embedding and as output (tie_word_embeddings), and how a checkpoint "
+         "of this kind holds two is not known here; ",
+         advice);
+  }
+  const bool is_embedding = is_or_ends_in(module, kEmbedding) || is_or_ends_in(module, "shared");
+  const bool is_tied_output = base.is_tied() && is_or_ends_in(module, kOutput);
+  if (!is_embedding && !is_tied_output) return;
+  fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(), " (model_type ",
+       base.model_type(), ") uses one matrix for the embeddings of encoder and decoder",
+       base.is_tied() ? " and, scaled, for the output" : "",
+       ", and no checkpoint of this kind can hold the change of one of them; ", advice);
+}
+
+// The name under which the merged checkpoint has the weight of a module.
+std::string merged_weight(const BaseCheckpoint& base, const std::string& module, const AdapterFile& adapter,
+                          MergePlan& plan) {
+  check_not_shared(base, module, adapter);
+  if (plan.tied) {
+    for (const std::string& name : {plan.tied->embedding, plan.tied->output}) {
+      if (!is_weight_of(name, module)) continue;
+      if (plan.tied->embedding.size() <= weight_of(kEmbedding).size()) {
+        fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(),
+             " has one matrix for embedding and output, '", plan.tied->stored, "', in a checkpoint without a head, ",
+             "which has no place for a second one; use a checkpoint of the model with its head (…ForCausalLM)");
+      }
+      plan.unties = true;
+      return name;
+    }
+  }
+  return base.tensor_of(module, "weight", adapter.folder);
+}
+
+void check_same_shape(const BaseCheckpoint& base, const std::string& name, const torch::Tensor& own,
+                      const torch::Tensor& found, const char* what) {
+  if (own.sizes() == found.sizes()) return;
+  fail(base.folder().string(), ": tensor '", name, "' has shape ", found.sizes(), ", but the adapter's ", what, " ",
+       own.sizes(), "; it was trained on another base model");
+}
+
+}  // namespace
+
+MergePlan::MergePlan(const BaseCheckpoint& base) : tied(find_tied(base)) {}
+
+std::map<std::string, std::string> MergePlan::tensors(const BaseCheckpoint& base) const {
+  std::map<std::string, std::string> sources;
+  for (const auto& item : base.tensors()) sources[item.first] = item.first;
+  if (!unties) return sources;
+  sources.emplace(tied->embedding, tied->stored);
+  sources.emplace(tied->output, tied->stored);
+  return sources;
+}
+
+std::string stored_weight(const BaseCheckpoint& base, const std::string& module, const AdapterFile& adapter) {
+  if (const auto tied = find_tied(base)) {
+    for (const std::string& name : {tied->embedding, tied->output}) {
+      if (is_weight_of(name, module)) return base.tensors().count(name) > 0 ? name : tied->stored;
+    }
+  }
+  if (is_encoder_decoder(base)) {
+    const bool is_embedding = is_or_ends_in(module, kEmbedding) || (base.is_tied() && is_or_ends_in(module, kOutput));
+    if (is_embedding) return base.tensor_of("shared", "weight", adapter.folder);
+  }
+  return base.tensor_of(module, "weight", adapter.folder);
+}
+
+void plan_adapter(const BaseCheckpoint& base, const AdapterFile& adapter, double weight, bool is_alone,
+                  MergePlan& plan) {
+  check_plain(adapter);
+  check_fits_ordinary_base(adapter);
+  // What replaces the base's has no sum and no share.
+  const auto replace = [&](const std::string& name, const torch::Tensor& tensor, const char* what) {
+    if (!(is_alone && weight == 1)) {
+      fail(adapter.folder.string(), ": has ", what, " ('", name,
+           "'), which replace the base's and have no sum or share; merge it alone and without a weight");
+    }
+    const auto [place, is_new] = plan.replacements.emplace(name, tensor);
+    if (!is_new && !place->second.equal(tensor)) {
+      fail(adapter.folder.string(), ": has two different tensors for the base's '", name, "'; which one counts is ",
+           "not to be known");
+    }
+  };
+  for (const AdapterLayer& layer : adapter.layers) {
+    const torch::Tensor& own = base.tensors().at(stored_weight(base, layer.module, adapter));
+    const std::string name = merged_weight(base, layer.module, adapter, plan);
+    check_shape(layer, own.sizes(), concat(base.folder().string(), ": tensor '", name, "'"));
+    plan.changes[name].push_back({&layer, weight});
+    if (!layer.base_weight.defined() || is_copy(layer.base_weight, own)) continue;
+    check_same_shape(base, name, layer.base_weight, own, "weight beneath the factors");
+    const char* what = "another weight than the base's beneath the factors";
+    replace(name, layer.base_weight, what);
+    // To PEFT, too, it is the weight of both uses.
+    if (plan.unties && name == plan.tied->embedding) replace(plan.tied->output, layer.base_weight, what);
+    if (plan.unties && name == plan.tied->output) replace(plan.tied->embedding, layer.base_weight, what);
+  }
+  for (const auto& [module, bias] : adapter.biases) {
+    const std::string name = base.tensor_of(module, "bias", adapter.folder);
+    check_same_shape(base, name, bias, base.tensors().at(name), "bias");
+    if (!is_copy(bias, base.tensors().at(name))) replace(name, bias, "trained biases");
+  }
+  for (const auto& [full_name, tensor] : adapter.whole) {
+    const size_t dot = full_name.rfind('.');
+    const std::string module = full_name.substr(0, dot), parameter = full_name.substr(dot + 1);
+    const bool is_weight = parameter == "weight";
+    const std::string stored =
+        is_weight ? stored_weight(base, module, adapter) : base.tensor_of(module, parameter, adapter.folder);
+    check_same_shape(base, stored, tensor, base.tensors().at(stored), "module that was trained whole");
+    if (is_copy(tensor, base.tensors().at(stored))) continue;
+    replace(is_weight ? merged_weight(base, module, adapter, plan) : stored, tensor, "modules that were trained whole");
+  }
+}
+
+torch::Tensor merged_tensor(const BaseCheckpoint& base, const MergePlan& plan, const std::string& name,
+                            const std::string& source, c10::ScalarType dtype) {
+  const auto replacement = plan.replacements.find(name);
+  const bool is_replaced = replacement != plan.replacements.end();
+  torch::Tensor result = is_replaced ? replacement->second : base.tensors().at(source);
+  const auto changes = plan.changes.find(name);
+  if (changes == plan.changes.end()) {
+    result = result.to(dtype);
+    if (!is_replaced) return result;
+  } else {
+    const auto wide = result.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
+    const torch::Tensor sum = result.to(wide, /*non_blocking=*/false, /*copy=*/true);
+    for (const WeightChange& change : changes->second) {
+      sum.add_(delta_weight(*change.layer, sum.sizes()), change.weight);
+    }
+    result = sum.to(dtype);
+  }
+  if (!at::isfinite(result).all().item<bool>()) {
+    fail(base.folder().string(), ": tensor '", name, "' would hold values that are not finite in ",
+         c10::toString(dtype), "; check the adapter with 'finetune inspect', or choose another --dtype");
+  }
+  return result;
+}
+
+void write_untied(const fs::path& path) {
+  nlohmann::json config = read_json(path);
+  config["tie_word_embeddings"] = false;
+  write_json(path, config);
+}
+
+}  // namespace finetune
