@@ -78,6 +78,7 @@ void make(const path& folder, const Tensors& inputs) {
   options.model = folder / "model";
   options.adapters = {{folder / "made", 1}};
   options.out = folder / "merged";
+  options.dtype = "float32";  // as it was loaded: a base may be in bfloat16
   std::ostringstream ignored;
   finetune::merge_adapters(options, ignored);
 }

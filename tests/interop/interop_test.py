@@ -201,6 +201,7 @@ def check(folder: pathlib.Path, kind: str, inputs: dict, plain: torch.Tensor, lo
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of keys that are missing
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # and of what is meant here
         adapted = PeftModel.from_pretrained(read(kind, folder / "model"), folder / "made").eval()
     names = set(load_file(folder / "made/adapter_model.safetensors"))
     of_peft = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
