@@ -140,7 +140,7 @@ TEST(OtherParametersOfAModule, StridesOfAGradientAndOfASavedMomentDoNotMatter) {
     give_gradients(*module, static_cast<uint64_t>(i));
     for (const auto& parameter : other->named_parameters()) {
       torch::Tensor target = parameter.value();
-      const torch::Tensor& gradient = module->named_parameters()[parameter.key()].grad();
+      const torch::Tensor gradient = module->named_parameters()[parameter.key()].grad();
       if (target.requires_grad()) target.mutable_grad() = i == 1 ? gradient.clone() : gradient.t().clone().t();
     }
     optimizer.step();

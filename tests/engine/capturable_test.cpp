@@ -114,7 +114,7 @@ TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
             torch::manual_seed(1000 + step);
             const torch::Tensor direction = torch::randn({out, 300}, torch::kDouble).to(dtype);
             for (const auto& [pairs, optimizer] :
-                 {std::make_pair(&usual, &exact), std::make_pair(&recorded, &capturable)}) {
+                 {std::pair(&usual, &exact), std::pair(&recorded, &capturable)}) {
               optimizer->zero_grad();
               torch::matmul((*pairs)[0].b, (*pairs)[0].a).mul(direction).sum().backward();
               optimizer->step();
