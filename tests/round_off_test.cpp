@@ -143,7 +143,7 @@ TEST(RoundOff, LeavesColumnsOfVeryDifferentSizesAlone) {
 
 /// A direction that is small, but more than round-off, keeps its full share.
 TEST(RoundOff, FaintDirectionsThatAreNoRoundOffMove) {
-  for (const auto& [dtype, faint] : {std::make_pair(torch::kFloat, 1e-4), std::make_pair(torch::kBFloat16, 0.1)}) {
+  for (const auto& [dtype, faint] : {std::pair(torch::kFloat, 1e-4), std::pair(torch::kBFloat16, 0.1)}) {
     torch::manual_seed(82);
     const int64_t rank = 4, in = 64, out = 48;
     const torch::Tensor a = std::get<0>(torch::linalg_qr(torch::randn({in, rank}, torch::kDouble))).t().contiguous();

@@ -231,7 +231,7 @@ TEST(HostEngineTest, AnEditBeforeASkippedStepIsAnEditAfterIt) {
   const auto device = clone_pairs(host);
   LoraRite<> on_host(host, with_engine(LoraRiteOptions(1e-2), Engine::Host));
   LoraRite<> on_device(device, with_engine(LoraRiteOptions(1e-2), Engine::Device));
-  for (const auto& [pairs, optimizer] : {std::make_pair(&host, &on_host), std::make_pair(&device, &on_device)}) {
+  for (const auto& [pairs, optimizer] : {std::pair(&host, &on_host), std::pair(&device, &on_device)}) {
     run_steps(*optimizer, *pairs, 0, 3);
     {
       torch::NoGradGuard no_grad;
