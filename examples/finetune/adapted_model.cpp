@@ -92,10 +92,12 @@ void check_called(const torch::nn::Module& model, const AdapterFile& file) {
 }
 
 void add_adapter(torch::nn::Module& model, const fs::path& base, const fs::path& folder) {
-  const AdapterFile file = read_adapter(folder);
+  AdapterFile file = read_adapter(folder);
+  const BaseCheckpoint checkpoint(base);
+  drop_copies(file, checkpoint);
   check_plain(file);
   check_fits_ordinary_base(file);
-  check_not_merged(file, BaseCheckpoint(base));
+  check_not_merged(file, checkpoint);
   check_called(model, file);
   replace_whole_modules(model, file);
   lora_rite::nn::inject_adapter(model, without_whole_modules(model, file));

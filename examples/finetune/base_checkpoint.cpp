@@ -68,6 +68,11 @@ BaseCheckpoint::BaseCheckpoint(fs::path folder) : folder_(std::move(folder)) {
   const nlohmann::json config = read_config(folder_ / "config.json");
   model_type_ = config["model_type"].get<std::string>();
   config_ties_ = ties_embedding(config);
+  const nlohmann::json inner = config.value("text_config", nlohmann::json::object());
+  for (const nlohmann::json* object : {&inner, &config}) {
+    const auto found = object->find("vocab_size");
+    if (found != object->end() && found->is_number_integer()) vocab_size_ = found->get<int64_t>();
+  }
   checkpoint_ = lora_rite::open_checkpoint(folder_);
   for (size_t index = 0; index < checkpoint_.files.size(); ++index) {
     const lora_rite::CheckpointFile& part = checkpoint_.files[index];
@@ -155,20 +160,34 @@ std::string BaseCheckpoint::tensor_of(const std::string& module, const std::stri
       }
     }
   }
-  const std::string compiled =
-      name.find(kCompiled) == std::string::npos
-          ? ""
-          : concat(" (torch.compile put '", kCompiled, "' into the adapter's names: take it out of them)");
   fail(folder_.string(), ": has no tensor '", name, "', which the adapter ", adapter.string(), " changes (there are ",
-       join(some), ", …)", compiled,
-       "; it was trained on another base model, or its names are others: an adapter names ",
+       join(some), ", …); it was trained on another base model, or its names are others: an adapter names ",
        "modules as the model has them in memory, and the files of model_type '", model_type_,
        "' may call them otherwise");
 }
 
 bool BaseCheckpoint::is_tied() const {
-  if (!config_ties_) return false;
-  return embedding_.empty() || output_.empty() || are_equal(tensor(embedding_), tensor(output_));
+  if (!is_tied_) {
+    is_tied_ =
+        config_ties_ && (embedding_.empty() || output_.empty() || are_equal(tensor(embedding_), tensor(output_)));
+  }
+  return *is_tied_;
+}
+
+void drop_copies(AdapterFile& adapter, const BaseCheckpoint& base) {
+  const auto is_own = [&](const std::string& name) {
+    const std::string stored = base.find(name);
+    return !stored.empty() && is_copy(adapter.adapter.tensors.at(name), base.tensor(stored));
+  };
+  std::vector<std::string> kept;
+  for (const std::string& name : adapter.others) {
+    if (adapter.adapter.tensors.count(name) > 0 && is_own(name)) {
+      adapter.adapter.tensors.erase(name);
+    } else {
+      kept.push_back(name);
+    }
+  }
+  adapter.others = std::move(kept);
 }
 
 void check_not_merged(const AdapterFile& adapter, const BaseCheckpoint& base) {

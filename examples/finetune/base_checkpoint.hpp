@@ -2,9 +2,11 @@
 
 #include <torch/types.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <lora_rite/io/safetensors.hpp>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -65,8 +67,11 @@ class BaseCheckpoint {
   const std::string& output_name() const { return output_; }
 
   /// Whether embedding and output are one matrix: if config.json ties them, and the files do not hold two that differ.
-  /// Reads both where they hold two.
+  /// Reads both where they hold two, once.
   bool is_tied() const;
+
+  /// config.json's vocab_size, or that of its text_config; 0 where neither says it.
+  int64_t vocab_size() const { return vocab_size_; }
 
  private:
   const lora_rite::SafetensorsFile& holder_of(const std::string& name) const;
@@ -74,6 +79,7 @@ class BaseCheckpoint {
   std::filesystem::path folder_;
   std::string model_type_;
   bool config_ties_ = false;
+  int64_t vocab_size_ = 0;
   lora_rite::Checkpoint checkpoint_;
   std::map<std::string, size_t> part_of_;  // in checkpoint_.files
   std::map<std::string, std::string> file_of_;
@@ -81,7 +87,12 @@ class BaseCheckpoint {
   std::map<std::string, std::map<std::string, std::string>> metadata_;
   std::string embedding_, output_;
   mutable std::map<std::string, torch::Tensor> tensors_;  // filled when asked for
+  mutable std::optional<bool> is_tied_;                   // likewise
 };
+
+/// Takes those of the adapter's other tensors away that are the base's own: with save_embedding_layers PEFT writes the
+/// embeddings beside the factors.
+void drop_copies(AdapterFile& adapter, const BaseCheckpoint& base);
 
 /// Throws Error if `finetune merge` put the adapter into these weights.
 void check_not_merged(const AdapterFile& adapter, const BaseCheckpoint& base);

@@ -8,6 +8,7 @@
 
 #include "error.hpp"
 #include "files.hpp"
+#include "tied_decoders.hpp"
 
 namespace finetune {
 namespace {
@@ -15,68 +16,67 @@ namespace {
 namespace fs = std::filesystem;
 using lora_rite::nn::detail::is_or_ends_in;
 
+constexpr const char* kAdvice = "train without that layer (--exclude-modules)";
+
 constexpr const char* kEmbedding = "embed_tokens";
 constexpr const char* kOutput = "lm_head";
 // What embeddings and outputs are called in other models.
-constexpr const char* kVocabulary[] = {
-    "embed_tokens",           "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings",
-    "cls.predictions.decoder"};
+constexpr const char* kVocabulary[] = {"embed_tokens",
+                                       "lm_head",
+                                       "wte",
+                                       "word_embeddings",
+                                       "embed_in",
+                                       "embed_out",
+                                       "tok_embeddings",
+                                       "cls.predictions.decoder",
+                                       "embeddings",
+                                       "shared",
+                                       "tokens_embed",
+                                       "w",
+                                       "proj_out",
+                                       "output_projection"};
 
 std::string weight_of(const std::string& module) { return module + ".weight"; }
 
 bool is_encoder_decoder(const BaseCheckpoint& base) { return base.model_type() == "t5" || base.model_type() == "mt5"; }
 
-// The one matrix of a decoder's embedding and output, if the names are those that transformers gives them.
+// The one matrix of a decoder's embedding and output, if a checkpoint of its kind can hold two (kTiedDecoders).
 std::optional<TiedMatrix> find_tied(const BaseCheckpoint& base) {
-  if (!base.is_tied() || is_encoder_decoder(base)) return std::nullopt;
+  const bool is_known = std::any_of(std::begin(kTiedDecoders), std::end(kTiedDecoders),
+                                    [&](const char* type) { return base.model_type() == type; });
+  if (!is_known || !base.is_tied()) return std::nullopt;
   const std::string &embedding = base.embedding_name(), &output = base.output_name();
-  if (!is_or_ends_in(embedding, weight_of(kEmbedding)) && output != weight_of(kOutput)) return std::nullopt;
+  if (embedding.empty() && output.empty()) return std::nullopt;
   const std::string stored = embedding.empty() ? output : embedding;
   return TiedMatrix{embedding.empty() ? weight_of(std::string("model.") + kEmbedding) : embedding, weight_of(kOutput),
                     stored};
 }
 
-// Several models in one, whose language model has a description of its own.
-bool has_inner_config(const BaseCheckpoint& base) {
-  return read_json(base.folder() / "config.json").contains("text_config");
+// Whether a module of the adapter, whatever its prefixes, has this tensor for a weight.
+bool is_weight_of(const BaseCheckpoint& base, const std::string& tensor, const std::string& module) {
+  return plain_name(base.model_type(), tensor) == plain_name(base.model_type(), weight_of(module));
 }
 
-// Names may differ by the prefix of a model with a head.
-bool is_weight_of(const std::string& tensor, const std::string& module) {
-  return is_or_ends_in(tensor, weight_of(module)) || is_or_ends_in(weight_of(module), tensor);
-}
-
-// Throws Error if a module is one of several uses of a matrix, of which a checkpoint has one.
-void check_not_shared(const BaseCheckpoint& base, const std::string& module, const AdapterFile& adapter) {
-  const char* advice = "train without that layer (--exclude-modules)";
-  if (!is_encoder_decoder(base)) {
-    if (!base.is_tied()) return;
-    const bool is_of_vocabulary = std::any_of(std::begin(kVocabulary), std::end(kVocabulary),
-                                              [&](const char* name) { return is_or_ends_in(module, name); });
-    const bool is_known = find_tied(base).has_value() && !has_inner_config(base);
-    if (!is_of_vocabulary || is_known) return;
-    fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(), " (model_type ",
-         base.model_type(),
-         ") uses one matrix as embedding and as output (tie_word_embeddings), and how a checkpoint "
-         "of this kind holds two is not known here; ",
-         advice);
-  }
+// T5 has one matrix for three embeddings, and none of them can change alone.
+void check_not_of_t5(const BaseCheckpoint& base, const std::string& module, const AdapterFile& adapter) {
+  if (!is_encoder_decoder(base)) return;
   const bool is_embedding = is_or_ends_in(module, kEmbedding) || is_or_ends_in(module, "shared");
-  const bool is_tied_output = base.is_tied() && is_or_ends_in(module, kOutput);
+  const bool is_tied_output = is_or_ends_in(module, kOutput) && base.is_tied();
   if (!is_embedding && !is_tied_output) return;
   fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(), " (model_type ",
        base.model_type(), ") uses one matrix for the embeddings of encoder and decoder",
        base.is_tied() ? " and, scaled, for the output" : "",
-       ", and no checkpoint of this kind can hold the change of one of them; ", advice);
+       ", and no checkpoint of this kind can hold the change of one of them; ", kAdvice);
 }
 
-// The name under which the merged checkpoint has the weight of a module.
-std::string merged_weight(const BaseCheckpoint& base, const std::string& module, const AdapterFile& adapter,
-                          MergePlan& plan) {
-  check_not_shared(base, module, adapter);
+// The name under which the merged checkpoint has the weight of a module. `is_embedding`: its factors are those of an
+// embedding.
+std::string merged_weight(const BaseCheckpoint& base, const std::string& module, bool is_embedding,
+                          const AdapterFile& adapter, MergePlan& plan) {
+  check_not_of_t5(base, module, adapter);
   if (plan.tied) {
     for (const std::string& name : {plan.tied->embedding, plan.tied->output}) {
-      if (!is_weight_of(name, module)) continue;
+      if (!is_weight_of(base, name, module)) continue;
       if (plan.tied->embedding.size() <= weight_of(kEmbedding).size()) {
         fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(),
              " has one matrix for embedding and output, '", plan.tied->stored, "', in a checkpoint without a head, ",
@@ -86,14 +86,29 @@ std::string merged_weight(const BaseCheckpoint& base, const std::string& module,
       return name;
     }
   }
-  return base.tensor_of(module, "weight", adapter.folder);
+  const std::string name = base.tensor_of(module, "weight", adapter.folder);
+  if (is_encoder_decoder(base)) return name;
+  const bool is_of_vocabulary = is_embedding || name == base.embedding_name() || name == base.output_name() ||
+                                std::any_of(std::begin(kVocabulary), std::end(kVocabulary),
+                                            [&](const char* word) { return is_or_ends_in(module, word); });
+  // A table of positions has another size than the vocabulary, where that is known.
+  const int64_t rows = base.info(name).shape.empty() ? 0 : base.info(name).shape[0];
+  if (is_of_vocabulary && rows >= base.vocab_size() && base.is_tied()) {
+    fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(), " (model_type ",
+         base.model_type(),
+         ") uses one matrix as embedding and as output (tie_word_embeddings), and how a checkpoint of this kind holds ",
+         "two is not known here; ", kAdvice);
+  }
+  return name;
 }
 
 void check_same_shape(const BaseCheckpoint& base, const std::string& name, const torch::Tensor& own,
                       const torch::Tensor& found, const char* what) {
   if (own.sizes() == found.sizes()) return;
   fail(base.folder().string(), ": tensor '", name, "' has shape ", found.sizes(), ", but the adapter's ", what, " ",
-       own.sizes(), "; it was trained on another base model");
+       own.sizes(), "; it was trained on another base model",
+       own.dim() == found.dim() && own.sizes().slice(1) == found.sizes().slice(1) ? ", or one with another vocabulary"
+                                                                                  : "");
 }
 
 }  // namespace
@@ -110,14 +125,11 @@ std::map<std::string, std::string> MergePlan::tensors(const BaseCheckpoint& base
 }
 
 std::string stored_weight(const BaseCheckpoint& base, const std::string& module, const AdapterFile& adapter) {
-  if (const auto tied = find_tied(base)) {
-    for (const std::string& name : {tied->embedding, tied->output}) {
-      if (is_weight_of(name, module)) return base.tensors().count(name) > 0 ? name : tied->stored;
-    }
-  }
-  if (is_encoder_decoder(base)) {
-    const bool is_embedding = is_or_ends_in(module, kEmbedding) || (base.is_tied() && is_or_ends_in(module, kOutput));
-    if (is_embedding) return base.tensor_of("shared", "weight", adapter.folder);
+  const bool is_embedding = is_or_ends_in(module, kEmbedding), is_output = is_or_ends_in(module, kOutput);
+  if ((is_embedding || is_output) && base.find(weight_of(module)).empty()) {
+    const bool is_one = is_encoder_decoder(base) && is_embedding;
+    const std::string& stored = base.embedding_name().empty() ? base.output_name() : base.embedding_name();
+    if (!stored.empty() && (is_one || base.is_tied())) return stored;
   }
   return base.tensor_of(module, "weight", adapter.folder);
 }
@@ -140,7 +152,7 @@ void plan_adapter(const BaseCheckpoint& base, const AdapterFile& adapter, double
   };
   for (const AdapterLayer& layer : adapter.layers) {
     const torch::Tensor& own = base.tensors().at(stored_weight(base, layer.module, adapter));
-    const std::string name = merged_weight(base, layer.module, adapter, plan);
+    const std::string name = merged_weight(base, layer.module, layer.embedding, adapter, plan);
     check_shape(layer, own.sizes(), concat(base.folder().string(), ": tensor '", name, "'"));
     plan.changes[name].push_back({&layer, weight});
     if (!layer.base_weight.defined() || is_copy(layer.base_weight, own)) continue;
@@ -160,11 +172,17 @@ void plan_adapter(const BaseCheckpoint& base, const AdapterFile& adapter, double
     const size_t dot = full_name.rfind('.');
     const std::string module = full_name.substr(0, dot), parameter = full_name.substr(dot + 1);
     const bool is_weight = parameter == "weight";
+    if (base.find(full_name).empty() && !is_or_ends_in(module, kEmbedding) && !is_or_ends_in(module, kOutput)) {
+      fail(adapter.folder.string(), ": brings '", full_name, "', a part of a module of its own (a head for classes?), ",
+           "which ", base.folder().string(), " has not, and cannot be merged into it; ",
+           "use the base with the adapter beside it");
+    }
     const std::string stored =
         is_weight ? stored_weight(base, module, adapter) : base.tensor_of(module, parameter, adapter.folder);
     check_same_shape(base, stored, tensor, base.tensors().at(stored), "module that was trained whole");
     if (is_copy(tensor, base.tensors().at(stored))) continue;
-    replace(is_weight ? merged_weight(base, module, adapter, plan) : stored, tensor, "modules that were trained whole");
+    replace(is_weight ? merged_weight(base, module, /*is_embedding=*/false, adapter, plan) : stored, tensor,
+            "modules that were trained whole");
   }
 }
 

@@ -5,6 +5,7 @@
 #include <set>
 #include <sstream>
 
+#include "adapted_model.hpp"
 #include "commands/inspect.hpp"
 #include "commands/merge.hpp"
 #include "commands/support.hpp"
@@ -219,6 +220,71 @@ TEST(BaseCheckpoint, AnAdapterNamesModulesAsTheyAreInMemoryOrInTheFiles) {
       for (const auto& [own, tensor] : expected) EXPECT_TRUE(merged.at(within(in_files)(own)).equal(tensor)) << own;
     }
   }
+}
+
+// A tied matrix of 12 × 8 under some name, and an adapter of an embedding of `rows` × 8.
+struct TiedCase {
+  const char* model_type;
+  const char* stored;  // the module in the files
+  const char* module;  // as the adapter names it
+  int64_t rows;
+  const char* words;  // of the refusal; none: both matrices are written, or the one is no matrix of the vocabulary
+};
+
+TEST(BaseCheckpoint, ATiedMatrixNeverChangesInSilence) {
+  const char* unknown = "is not known here";
+  for (const auto& [type, stored, module, rows, words] :
+       {TiedCase{"qwen2_vl", "model.embed_tokens", "model.language_model.embed_tokens", 12, unknown},
+        TiedCase{"gemma3", "language_model.model.embed_tokens", "model.language_model.embed_tokens", 12, unknown},
+        TiedCase{"mamba", "backbone.embeddings", "backbone.embeddings", 12, unknown},
+        TiedCase{"bart", "model.shared", "model.shared", 12, unknown},
+        TiedCase{"whisper", "model.decoder.embed_tokens", "model.decoder.embed_tokens", 12, unknown},
+        TiedCase{"gpt2", "transformer.wte", "transformer.wte", 12, unknown},
+        TiedCase{"gpt2", "transformer.wpe", "transformer.wpe", 6, nullptr},
+        TiedCase{"qwen3", "model.embed_tokens", "model.embed_tokens", 12, nullptr},
+        TiedCase{"gemma3_text", "model.embed_tokens", "model.language_model.embed_tokens", 12, nullptr}}) {
+    SCOPED_TRACE(std::string(type) + " " + module);
+    const TemporaryFolder folder;
+    const torch::Tensor weight = torch::randn({rows, 8});
+    write_model(folder / "base", {{"model_type", type}, {"tie_word_embeddings", true}, {"vocab_size", 12}},
+                {{stored + std::string(".weight"), weight}});
+    lora_rite::Adapter adapter;
+    adapter.config.r = 2;
+    adapter.config.lora_alpha = 2;
+    adapter.tensors[module + std::string(".lora_embedding_A")] = torch::randn({2, rows});
+    adapter.tensors[module + std::string(".lora_embedding_B")] = torch::randn({8, 2});
+    lora_rite::save_adapter(folder / "adapter", adapter);
+    const std::string message = message_of([&] { merge(folder / "base", folder / "adapter", folder / "merged"); });
+    if (words != nullptr) {
+      EXPECT_NE(message.find(words), std::string::npos) << message;
+      EXPECT_FALSE(fs::exists(folder / "merged"));
+      continue;
+    }
+    ASSERT_EQ(message, "");
+    const Tensors merged = tensors_of(folder / "merged");
+    EXPECT_FALSE(merged.at(stored + std::string(".weight")).equal(weight));
+    EXPECT_EQ(merged.count("lm_head.weight"), rows == 12 ? 1U : 0U);
+    if (rows == 12) {
+      EXPECT_TRUE(merged.at("lm_head.weight").equal(weight));
+    }
+  }
+}
+
+TEST(BaseCheckpoint, EmbeddingsThatPeftWroteBesideTheFactorsAreDroppedIfTheyAreTheBases) {
+  const TemporaryFolder folder;
+  lora_rite::Adapter adapter = lora_rite::load_adapter(save_golden_adapter("llama", folder / "plain"));
+  const Tensors base = tensors_of(model_golden("llama"));
+  for (const char* name : {"model.embed_tokens.weight", "lm_head.weight"}) adapter.tensors[name] = base.at(name);
+  lora_rite::save_adapter(folder / "with", adapter);
+  merge(model_golden("llama"), folder / "plain", folder / "expected");
+  merge(model_golden("llama"), folder / "with", folder / "merged");
+  const Tensors expected = tensors_of(folder / "expected");
+  for (const auto& [name, tensor] : tensors_of(folder / "merged")) EXPECT_TRUE(tensor.equal(expected.at(name))) << name;
+  EXPECT_NO_THROW(load_adapted_language_model(model_golden("llama"), folder / "with", torch::kFloat, torch::kCPU));
+  adapter.tensors["lm_head.weight"] = base.at("lm_head.weight") + 1;
+  lora_rite::save_adapter(folder / "other", adapter);
+  EXPECT_NE(message_of([&] { merge(model_golden("llama"), folder / "other", folder / "no"); }).find("lm_head.weight"),
+            std::string::npos);
 }
 
 TEST(BaseCheckpoint, OldestNamesOfBertMergeWithBiases) {

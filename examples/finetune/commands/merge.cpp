@@ -170,6 +170,7 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
 
   std::vector<AdapterFile> adapters;
   for (const WeightedAdapter& adapter : options.adapters) adapters.push_back(read_adapter(adapter.folder));
+  for (AdapterFile& adapter : adapters) drop_copies(adapter, base);
   MergePlan plan(base);
   std::vector<std::string> fingerprints = base.merged_adapters();
   std::set<std::string> own;
@@ -265,9 +266,9 @@ void add_merge_command(CLI::App& app, std::function<int()>& action) {
       "Every weight that the adapter changes becomes W + scale * B A, computed in float32 and rounded once; all other\n"
       "tensors and whatever lies beside the weights are copied, subfolders included; what is left out is said.\n"
       "transformers loads the folder, and so does this program.\n"
-      "Biases and modules that were trained whole (modules_to_save) replace the base's. If an adapter changes "
-      "embedding\n"
-      "or output of a decoder that has one matrix for both, both are written, and config.json says so.\n"
+      "Biases and modules that were trained whole (modules_to_save) replace the base's. If an adapter changes\n"
+      "embedding or output of a decoder that has one matrix for both, both are written, and config.json says so\n"
+      "(of Llama, Gemma, Mistral, Qwen, Phi, OLMo and others of their layout; docs/finetune.md).\n"
       "Any model works whose tensors are called as transformers calls them, also such that cannot be trained here.\n"
       "\n"
       "An adapter that is in the weights already is refused: the files remember what was merged into them. So is one\n"
