@@ -113,8 +113,7 @@ TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
           for (uint64_t step = 0; step < 10; ++step) {  // gradients of one loss, so that A's is zero where B is
             torch::manual_seed(1000 + step);
             const torch::Tensor direction = torch::randn({out, 300}, torch::kDouble).to(dtype);
-            for (const auto& [pairs, optimizer] :
-                 {std::pair(&usual, &exact), std::pair(&recorded, &capturable)}) {
+            for (const auto& [pairs, optimizer] : {std::pair(&usual, &exact), std::pair(&recorded, &capturable)}) {
               optimizer->zero_grad();
               torch::matmul((*pairs)[0].b, (*pairs)[0].a).mul(direction).sum().backward();
               optimizer->step();
