@@ -66,7 +66,7 @@ class LayersPattern {
       : pattern_(pattern),
         is_plain_(std::all_of(pattern.begin(), pattern.end(),
                               [](unsigned char c) { return std::isalnum(c) != 0 || c == '_' || c == '-'; })),
-        expression_("layers_pattern", pattern, "(?:^|.*?\\.)" + pattern + "\\.(?P<idx>\\d+)\\.") {
+        expression_("layers_pattern", pattern, "(?:^|.*?\\.)" + pattern + R"(\.(?P<idx>\d+)\.)") {
     // In PEFT's expression it would end what belongs to the pattern.
     TORCH_CHECK(pattern.find('|') == std::string::npos, "LoraConfig: layers_pattern is '", pattern,
                 "', expected one without '|'; several are a list");
