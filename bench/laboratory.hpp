@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "without_decay.hpp"
+
 namespace lora_rite::laboratory {
 
 constexpr int64_t kRank = 4;
@@ -48,17 +50,10 @@ inline std::vector<std::string> contenders() {
   return names;
 }
 
-/// Of all contenders Muon alone decays weights unless told otherwise.
-inline void without_decay(torch::optim::Optimizer& optimizer) {
-  for (auto& group : optimizer.param_groups()) {
-    if (auto* muon = dynamic_cast<baselines::MuonOptions*>(&group.options())) muon->weight_decay(0);
-  }
-}
-
 inline Step make_step(const std::string& name, const Pairs& pairs, double rate) {
   if (name == "scaled-gd") return [pairs, rate] { scaled_gradient_step(pairs, rate); };
   const std::shared_ptr<torch::optim::Optimizer> optimizer = make_optimizer(name, pairs, rate);
-  without_decay(*optimizer);
+  bench::without_decay(*optimizer);
   return [optimizer] { optimizer->step(); };
 }
 

@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "../without_decay.hpp"
+
 namespace {
 
 struct Task {
@@ -148,8 +150,7 @@ int main(int argc, char** argv) try {
                                                                            .row_equilibration(row_equilibration));
       } else {
         optimizer = lora_rite::make_optimizer(run.optimizer, {pair}, lr);
-        auto& group = optimizer->param_groups()[0].options();  // of all, Muon alone decays weights by default
-        if (auto* muon = dynamic_cast<lora_rite::baselines::MuonOptions*>(&group)) muon->weight_decay(0);
+        bench::without_decay(*optimizer);
       }
       const auto start = std::chrono::steady_clock::now();
       std::vector<double> errors = {std::nan("")};
