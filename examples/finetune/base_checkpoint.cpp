@@ -53,7 +53,8 @@ std::string plain_name(const std::string& model_type, std::string name) {
     name.erase(0, prefix.size());
     return true;
   };
-  while (strip("model.") || strip("language_model.") || strip(model_type + ".")) {
+  while (strip("model.") || strip("language_model.") || strip("transformer.") || strip("vlm.") ||
+         strip(model_type + ".")) {
   }
   const std::string tower = "vision_tower.", inner = "vision_model.";
   if (name.rfind(tower + inner, 0) == 0) name.erase(tower.size(), inner.size());

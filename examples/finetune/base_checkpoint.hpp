@@ -15,8 +15,9 @@ namespace finetune {
 struct AdapterFile;
 
 /// One spelling for all that a tensor has: without what wrappers and models with a head put in front of it in memory or
-/// in files ("model.", "language_model.", "bert." in a model of that type, "vision_model." within a vision tower), and
-/// with the weight and bias of a norm that the oldest files of BERT call gamma and beta.
+/// in files ("model.", "language_model.", GPT-2's "transformer.", ColPali's "vlm.", "bert." in a model of that type,
+/// "vision_model." within a vision tower), and with the weight and bias of a norm that the oldest files of BERT call
+/// gamma and beta.
 /// "model.language_model.layers.0" (Gemma 3, LLaVA and Qwen2-VL in memory), "language_model.model.layers.0" (the first
 /// two in files) and "model.layers.0" (the last one in files) are all "layers.0".
 std::string plain_name(const std::string& model_type, std::string name);

@@ -49,8 +49,9 @@ RunPart weights_part(const torch::nn::Module& base, const std::filesystem::path&
 }
 
 // By its fields, whatever their order and spaces, but for what transformers notes of itself when it writes.
-RunPart config_part(const std::filesystem::path& path) {
-  RunPart part{"config.json", path.string(), kNoFile, false};
+RunPart config_part(const std::filesystem::path& folder, const std::string& name) {
+  const std::filesystem::path path = folder / name;
+  RunPart part{name, path.string(), kNoFile, false};
   if (!std::filesystem::exists(path)) return part;
   nlohmann::json config = read_json(path);
   for (const char* note : {"_name_or_path", "transformers_version"}) config.erase(note);
@@ -78,7 +79,8 @@ RunPart data_part(const std::string& name, const std::string& origin, int64_t co
 }
 
 RunIdentity base_identity(const torch::nn::Module& base, const std::filesystem::path& folder) {
-  return {weights_part(base, folder), config_part(folder / "config.json"), tokenizer_part(folder / "tokenizer.json")};
+  return {weights_part(base, folder), config_part(folder, "config.json"), config_part(folder, "generation_config.json"),
+          tokenizer_part(folder / "tokenizer.json")};
 }
 
 std::string lines_of(const RunIdentity& identity) {

@@ -30,7 +30,7 @@ using RunIdentity = std::vector<RunPart>;
 RunPart data_part(const std::string& name, const std::string& origin, int64_t count, const Fingerprint& fingerprint);
 
 /// Of a base without adapters, as it was loaded from `folder`: its weights (all of them, by name, shape and value, at
-/// some GB a second), its config.json and its tokenizer.json, as far as they are there.
+/// some GB a second), its config.json, generation_config.json and tokenizer.json, as far as they are there.
 RunIdentity base_identity(const torch::nn::Module& base, const std::filesystem::path& folder);
 
 /// A line each, for Processes::check_same.

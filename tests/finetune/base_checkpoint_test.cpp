@@ -183,6 +183,13 @@ TEST(BaseCheckpoint, NamesInMemoryAndInFilesAreOneByPlainName) {
   }
 }
 
+TEST(BaseCheckpoint, PrefixesOfModelsThatCannotBeTrainedHereAreKnown) {
+  EXPECT_EQ(plain_name("gpt2", "transformer.h.0.attn.c_attn.weight"), plain_name("gpt2", "h.0.attn.c_attn.weight"));
+  EXPECT_EQ(plain_name("colpali", "model.vlm.model.language_model.layers.0.mlp.up_proj.weight"),
+            plain_name("colpali", "vlm.language_model.model.layers.0.mlp.up_proj.weight"));
+  EXPECT_EQ(plain_name("clip", "vision.transformer.layers.0.weight"), "vision.transformer.layers.0.weight");
+}
+
 // A golden's tensors under other names.
 Tensors renamed(const Tensors& tensors, const std::function<std::string(const std::string&)>& rename) {
   Tensors result;

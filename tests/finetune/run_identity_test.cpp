@@ -132,8 +132,9 @@ struct Begun {
   }
 };
 
-const std::vector<std::string> kParts = {"base weights: ",  "config.json: ",     "tokenizer: ", "class names: ",
-                                         "training data: ", "validation data: ", "test data: "};
+const std::vector<std::string> kParts = {
+    "base weights: ", "config.json: ",   "generation_config.json: ", "tokenizer: ",
+    "class names: ",  "training data: ", "validation data: ",        "test data: "};
 
 class OtherRun : public testing::Test {
  protected:
@@ -166,7 +167,9 @@ class OtherRun : public testing::Test {
         << message;
     EXPECT_NE(message.find("by --resume-anyway"), std::string::npos) << message;
     size_t named = 0;
-    for (const std::string& part : kParts) named += message.find(part) != std::string::npos;
+    for (const std::string& part : kParts) {
+      named += message.find("(" + part) != std::string::npos || message.find("; " + part) != std::string::npos;
+    }
     EXPECT_EQ(named, 1U) << message;
     EXPECT_TRUE(content_of(folder / "run") == before);
   }
@@ -200,6 +203,10 @@ TEST_F(OtherRun, OfALanguageModelIsRefusedByThePartThatDiffers) {
   nlohmann::json config = read_json(folder / "base/config.json");
   config["rms_norm_eps"] = 1e-3;
   expect_file_refused(begun, "config.json", config.dump(), "config.json: fields of fingerprint ");
+  lora_rite::testing::write_bytes(folder / "base/generation_config.json", R"({"eos_token_id":7})");
+  expect_refused(
+      begun, [](Begun&) {}, "generation_config.json: no file then, fields of fingerprint ");
+  fs::remove(folder / "base/generation_config.json");
   expect_file_refused(begun, "tokenizer.json", R"({"version":"1.1"})", "tokenizer: 17 bytes of fingerprint ");
   fs::rename(folder / "base/tokenizer.json", folder / "tokenizer.json");
   expect_refused(

@@ -394,6 +394,13 @@ TEST(AdapterModules, SayWhatAFileHoldsOfEachModule) {
   EXPECT_EQ(modules.at("score_of").others, std::vector<std::string>{"score_of.weight"});
 }
 
+TEST(AdapterModules, AModuleIsALayerOrAnEmbedding) {
+  Adapter adapter = small_adapter();
+  adapter.tensors["layer.q.lora_embedding_A"] = torch::ones({2, 3});
+  EXPECT_TRUE(mentions(error_of([&] { adapter_modules(adapter); }),
+                       "adapter: 'layer.q.' has lora_A or lora_B and lora_embedding_A or lora_embedding_B"));
+}
+
 TEST(AdapterTensors, GoByPeftsNamesWithoutTheAdapters) {
   torch::OrderedDict<std::string, torch::Tensor> parameters;
   for (const char* name :

@@ -465,6 +465,13 @@ TEST(ShardedSafetensors, AFolderWithoutThemIsToldWhatItHas) {
   EXPECT_TRUE(mentions(message(), "'1.pt', '2.pt', '3.pt', 'adapter_model.safetensors', …. A .bin file is"));
   EXPECT_TRUE(mentions(error_of([&] { load_sharded((folder / "gone").string()); }), "gone: does not exist"));
   EXPECT_TRUE(mentions(error_of([&] { load_sharded((folder / "1.pt").string()); }), "1.pt: is no folder"));
+  write_bytes(folder / "model-00002-of-00002.safetensors", "");
+  write_bytes(folder / "model-00001-of-00002.safetensors", "");
+  EXPECT_TRUE(mentions(message(),
+                       "has shards, such as 'model-00001-of-00002.safetensors', but no "
+                       "model.safetensors.index.json"));
+  std::filesystem::create_symlink("cleaned-from-the-cache", folder / "model.safetensors");
+  EXPECT_TRUE(mentions(message(), "'model.safetensors' is a symbolic link to a file that is not there"));
 }
 
 class BadShardIndex : public ::testing::TestWithParam<Damage> {};

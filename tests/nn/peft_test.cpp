@@ -358,6 +358,29 @@ TEST(PeftAdapter, NamesALayerWhoseNameIsTheEndOfAnothersByAPattern) {
   EXPECT_EQ(inject_adapter(*make(), adapter).size(), 1U);
 }
 
+TEST(PeftAdapter, NamesAsManyLayersByAPatternAsAModelHas) {
+  torch::manual_seed(7);
+  const auto make = [] {
+    auto model = std::make_shared<torch::nn::Module>("model");
+    const auto twin = model->register_module("twin", std::make_shared<torch::nn::Module>("twin"));
+    for (const auto& parent : {model, twin}) {
+      for (int layer = 0; layer < 300; ++layer) {
+        parent->register_module("a_projection_with_quite_a_long_name_" + std::to_string(layer), nn::LoraLinear(2, 2));
+      }
+    }
+    return model;
+  };
+  const auto model = make();
+  for (const auto& child : model->named_children()) {
+    if (auto* layer = dynamic_cast<nn::LoraLayer*>(child.value().get())) {
+      layer->add_adapter("default", testing::lora_config(1, 1));
+    }
+  }
+  const Adapter adapter = through_files(peft_adapter(*model));
+  EXPECT_GT(std::get<std::string>(adapter.config.target_modules).size(), 10000U);
+  EXPECT_EQ(inject_adapter(*make(), adapter).size(), 300U);
+}
+
 TEST(InjectAdapter, TakesBaseWeightsThatPeftWroteBesideTheFactors) {
   torch::manual_seed(8);
   Small model;

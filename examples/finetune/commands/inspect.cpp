@@ -110,7 +110,11 @@ std::vector<LayerReport> inspect_adapter(const AdapterFile& adapter, const BaseC
       const std::string name = stored_weight(*base, layer.module, adapter);
       const torch::Tensor& weight = base->tensors().at(name);
       std::vector<int64_t> shape = weight.sizes().vec();
-      if (adapter.adapter.config.fan_in_fan_out && !layer.embedding) std::reverse(shape.begin(), shape.end());
+      // Said of all layers, true of those only that are transformers' Conv1D.
+      const std::vector<int64_t> own = {layer.pair.b.size(0), layer.pair.a.size(1)};
+      if (adapter.adapter.config.fan_in_fan_out && !layer.embedding && shape != own) {
+        std::reverse(shape.begin(), shape.end());
+      }
       check_shape(layer, shape, concat(base->folder().string(), ": tensor '", name, "'"));
       report.base_norm = weight.to(torch::kDouble).norm().item<double>();
       report.relative_change =

@@ -106,6 +106,12 @@ void write_config(const fs::path& from, const fs::path& to, const std::string& d
     const bool is_new = config.contains("dtype");  // transformers 5; before it was "torch_dtype"
     if (is_new) config["dtype"] = dtype;
     if (!is_new || config.contains("torch_dtype")) config["torch_dtype"] = dtype;
+    // Parts of a model, such as text_config, have theirs where they say one.
+    for (auto& part : config) {
+      for (const char* key : {"dtype", "torch_dtype"}) {
+        if (part.is_object() && part.contains(key)) part[key] = dtype;
+      }
+    }
   }
   write_json(to / "config.json", config);
 }

@@ -6,9 +6,11 @@
 #include <filesystem>
 #include <iostream>
 #include <memory>
+#include <set>
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "commands/options.hpp"
 #include "files.hpp"
@@ -191,8 +193,9 @@ void add_running_options(CLI::App& app, Given& given) {
       ->configurable(false)
       ->group(group);
   app.add_flag("--resume", given.resume,
-               "Go on with the run in --out; every other option comes from its run.json. Refused if data, base or "
-               "tokenizer are others than it was begun with")
+               "Go on with the run in --out; every other option comes from its run.json, but that --model, --train, "
+               "--validation and --test may say where they have moved. Refused if data, base or tokenizer are others "
+               "than it was begun with")
       ->configurable(false)
       ->group(group);
   app.add_flag("--resume-anyway", given.resume_anyway, "The same with whatever data, base and tokenizer are there now")
@@ -311,13 +314,28 @@ void check_combinations(const RunOptions& options) {
   }
 }
 
-// The options of the run in `folder`. Those of the machine it runs on may have changed, nothing else.
+// The options that say where a run's base and data lie.
+std::vector<std::pair<std::string, std::string RunOptions::*>> places() {
+  return {{"--model", &RunOptions::model},
+          {"--train", &RunOptions::train},
+          {"--validation", &RunOptions::validation},
+          {"--test", &RunOptions::test}};
+}
+
+// Absolute, so that --resume works from any folder.
+void make_absolute(std::string& path) {
+  if (!path.empty()) path = fs::absolute(path).string();
+}
+
+// The options of the run in `given.out`. Those of the machine it runs on may have changed and files may have moved,
+// nothing else.
 RunOptions saved_options(const CLI::App& app, const RunOptions& given) {
+  std::set<std::string> allowed = {"--resume",    "--resume-anyway", "--out",         "--python",
+                                   "--log-every", "--timeout",       "--memory-limit"};
+  for (const auto& item : places()) allowed.insert(item.first);
   for (const CLI::Option* option : app.get_options()) {
     const std::string name = option->get_name();
-    const bool allowed = name == "--resume" || name == "--resume-anyway" || name == "--out" || name == "--python" ||
-                         name == "--log-every" || name == "--timeout" || name == "--memory-limit";
-    if (option->count() > 0 && !allowed) {
+    if (option->count() > 0 && allowed.count(name) == 0) {
       fail(name, " cannot be combined with --resume, which takes it from ", given.out,
            "/run.json; leave it out, or start a new run in another --out");
     }
@@ -339,6 +357,11 @@ RunOptions saved_options(const CLI::App& app, const RunOptions& given) {
   if (app.count("--log-every") > 0) saved.log_every = given.log_every;
   if (app.count("--timeout") > 0) saved.timeout = given.timeout;
   if (app.count("--memory-limit") > 0) saved.memory_limit = given.memory_limit;
+  for (const auto& [name, place] : places()) {
+    if (app.count(name) == 0) continue;
+    if ((saved.*place).empty()) fail(name, " cannot be given with --resume: ", path.string(), " has none");
+    make_absolute(saved.*place = given.*place);
+  }
   return saved;
 }
 
@@ -352,10 +375,7 @@ void check_files(const CLI::App& app, RunOptions& options) {
   for (const auto& [name, path] : {std::pair("--model", options.model), std::pair("--train", options.train)}) {
     if (path.empty()) fail(name, " is missing; see finetune train --help");
   }
-  // Absolute, so that --resume works from any folder.
-  for (std::string* path : {&options.model, &options.train, &options.validation, &options.test}) {
-    if (!path->empty()) *path = fs::absolute(*path).string();
-  }
+  for (const auto& item : places()) make_absolute(options.*item.second);
   if (fs::exists(fs::path(options.out) / "metrics.jsonl") && app.count("--overwrite") == 0) {
     fail(options.out,
          ": holds a run already; go on with it by --resume, replace it by --overwrite, or choose another --out");

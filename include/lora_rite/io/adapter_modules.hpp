@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <map>
 #include <string>
@@ -38,6 +39,7 @@ inline bool is_saved_whole(const AdapterConfig& config, const std::string& modul
 }
 
 /// The modules of an adapter by their names, and what it holds of each. What was of use in training only is left out.
+/// Throws c10::Error naming a module with factors of two kinds, those of a layer and those of an embedding.
 inline std::map<std::string, AdapterModule> adapter_modules(const Adapter& adapter) {
   std::map<std::string, AdapterModule> modules;
   for (const auto& [name, tensor] : adapter.tensors) {
@@ -47,11 +49,14 @@ inline std::map<std::string, AdapterModule> adapter_modules(const Adapter& adapt
       AdapterModule& module = modules[component == 0 ? std::string() : name.substr(0, component - 1)];
       const std::string token = name.substr(component);
       const auto is = [&](const char* word) { return token == word; };
-      if (is("lora_A.weight") || is("lora_embedding_A")) {
-        module.a = tensor;
-        module.embedding = is("lora_embedding_A");
-      } else if (is("lora_B.weight") || is("lora_embedding_B")) {
-        module.b = tensor;
+      const bool is_a = is("lora_A.weight") || is("lora_embedding_A");
+      if (is_a || is("lora_B.weight") || is("lora_embedding_B")) {
+        const bool is_embedding = is("lora_embedding_A") || is("lora_embedding_B");
+        const bool is_first = !module.a.defined() && !module.b.defined();
+        TORCH_CHECK(is_first || module.embedding == is_embedding, "adapter: '", name.substr(0, component),
+                    "' has lora_A or lora_B and lora_embedding_A or lora_embedding_B, expected one of both kinds");
+        module.embedding = is_embedding;
+        (is_a ? module.a : module.b) = tensor;
       } else if (is("lora_magnitude_vector")) {
         module.magnitude = tensor;
       } else {

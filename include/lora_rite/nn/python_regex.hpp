@@ -46,7 +46,7 @@ class PythonRegex {
   /// expression, uses what is refused, or is one that only a hostile file would have.
   PythonRegex(std::string field, std::string shown, const std::string& pattern)
       : field_(std::move(field)), shown_(std::move(shown)) {
-    constexpr size_t kMostCharacters = 8192, kMostBrackets = 100;
+    constexpr size_t kMostCharacters = 65536, kMostBrackets = 100;
     TORCH_CHECK(pattern.size() <= kMostCharacters, "LoraConfig: ", field_, " is a pattern of ", pattern.size(),
                 " characters, expected at most ", kMostCharacters);
     const auto brackets = static_cast<size_t>(std::count(pattern.begin(), pattern.end(), '('));

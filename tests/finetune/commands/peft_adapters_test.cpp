@@ -214,6 +214,22 @@ TEST(PeftAdapters, AreShownWhateverTheyHoldBesideFactors) {
             }).find("alpha_pattern['layers.7.*'] means none of the layers"),
             std::string::npos);
   changed([](auto& adapter) { adapter.config.fan_in_fan_out = true; });
+
+  // PEFT sets it for a GPT-2, of which some layers are Conv1D and the head is none.
+  lora_rite::Adapter adapter = lora_rite::load_adapter(save_golden_adapter("llama", folder / "mixed"));
+  adapter.config.fan_in_fan_out = true;
+  lora_rite::save_adapter(folder / "mixed", adapter);
+  fs::copy(model_golden("llama"), folder / "turned");
+  Tensors tensors = load_safetensors(folder / "turned/model.safetensors").tensors;
+  const std::string module = "model.layers.0.self_attn.v_proj";
+  ASSERT_TRUE(adapter.tensors.count(module + ".lora_A.weight") > 0);
+  torch::Tensor& weight = tensors.at(module + ".weight");
+  ASSERT_NE(weight.size(0), weight.size(1));
+  weight = weight.t().contiguous();
+  lora_rite::save_safetensors(folder / "turned/model.safetensors", tensors);
+  const std::string mixed = inspect_text(folder / "mixed", folder / "turned");
+  EXPECT_NE(mixed.find(" layers, all of ΔW: "), std::string::npos) << mixed;
+  EXPECT_EQ(mixed, inspect_text(folder / "mixed", model_golden("llama")));
   changed([](auto& adapter) {
     adapter.config.other["target_parameters"] = {"experts.up"};
     adapter.config.target_modules = std::vector<std::string>{"q_proj"};

@@ -171,6 +171,25 @@ TEST(MergePromises, AHalfBaseKeepsItsDtypeAndEverySumIsRoundedOnce) {
   }
 }
 
+TEST(MergePromises, AnotherDtypeIsSaidOfEveryPartOfTheModel) {
+  const TemporaryFolder folder;
+  MergeOptions options;
+  options.model = write_base(folder / "base", "llama", torch::kFloat);
+  nlohmann::json config = read_json(options.model / "config.json");
+  config.erase("torch_dtype");
+  config["dtype"] = "float32";
+  config["text_config"] = {{"torch_dtype", "float32"}};
+  config["vision_config"] = {{"dtype", "float32"}};
+  config["other"] = {{"width", 3}};
+  write_json(options.model / "config.json", config);
+  options.adapters = {{save_golden_adapter("llama", folder / "adapter"), 1}};
+  options.out = folder / "merged";
+  options.dtype = "bfloat16";
+  ASSERT_EQ(merged(options), "");
+  config["dtype"] = config["text_config"]["torch_dtype"] = config["vision_config"]["dtype"] = "bfloat16";
+  EXPECT_EQ(read_json(folder / "merged/config.json"), config);
+}
+
 TEST(MergePromises, AModelThatCannotBeTrainedHereWillDo) {
   const TemporaryFolder folder;
   MergeOptions options;

@@ -218,6 +218,13 @@ TEST(CommandLine, ResumeTakesEveryOptionFromTheRun) {
   EXPECT_EQ(parse({"--resume", "--out", out, "--timeout", "5"}).options.timeout, 5)
       << "it belongs to the machines of this run";
 
+  EXPECT_EQ(parse({"--resume", "--out", out, "--model", "/moved"}).options.model, "/moved");
+  EXPECT_EQ(parse({"--resume", "--out", out, "--model", "here"}).options.model,
+            (std::filesystem::current_path() / "here").string());
+  EXPECT_NE(error_of([&] {
+              parse({"--resume", "--out", out, "--validation", "new.jsonl"});
+            }).find("run.json has none"),
+            std::string::npos);
   EXPECT_NE(error_of([&] {
               parse({"--resume", "--out", out, "--lr", "1"});
             }).find("--lr cannot be combined"),

@@ -123,10 +123,16 @@ inline bool is_weight_file(const std::filesystem::path& path) {
   std::error_code error;
   TORCH_CHECK(std::filesystem::exists(folder, error), label, "does not exist");
   TORCH_CHECK(std::filesystem::is_directory(folder, error), label, "is no folder");
-  std::vector<std::string> others;
+  std::vector<std::string> others, shards;
   for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
-    if (is_weight_file(entry.path())) others.push_back(entry.path().filename().string());
+    const std::string name = entry.path().filename().string();
+    TORCH_CHECK((name != kWholeCheckpoint && name != kShardIndex) || entry.exists(error), label, in_quotes(name),
+                " is a symbolic link to a file that is not there");
+    if (is_weight_file(entry.path())) others.push_back(name);
+    if (name.rfind("model-", 0) == 0 && entry.path().extension() == ".safetensors") shards.push_back(name);
   }
+  TORCH_CHECK(shards.empty(), label, "has shards, such as ", in_quotes(*std::min_element(shards.begin(), shards.end())),
+              ", but no ", kShardIndex, ", which tells what stands in which; fetch it from where they came");
   const std::string lacks =
       label + "has neither " + kWholeCheckpoint + " nor " + kShardIndex + ", one of which is expected";
   TORCH_CHECK(!others.empty(), lacks);
