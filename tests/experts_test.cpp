@@ -511,12 +511,49 @@ TEST_P(SteppedExperts, TakeTwoGroupsWithOptionsOfTheirOwn) {
       apart({experts.separate[0], experts.separate[2]}, options());
   together.add_pairs({experts.pairs[1]}, options().lr(3e-2));
   apart.add_pairs({experts.separate[1]}, options().lr(3e-2));
+  // Each leaf once in all groups: a GradScaler unscales what it finds there.
+  EXPECT_EQ(together.param_groups()[0].params().size(), 2U);
+  EXPECT_EQ(together.param_groups()[1].params().size(), 0U);
   for (uint64_t step = 0; step < 4; ++step) {
     experts.set_gradients(50 + step);
     together.step();
     apart.step();
     ASSERT_TRUE(experts.agree()) << step;
   }
+  together.remove_pair(experts.pairs[0].name);
+  EXPECT_EQ(together.param_groups()[0].params().size(), 2U);
+  together.remove_pair(experts.pairs[2].name);
+  EXPECT_EQ(together.param_groups()[0].params().size(), 0U);
+  ASSERT_EQ(together.param_groups()[1].params().size(), 2U);
+  EXPECT_TRUE(together.param_groups()[1].params()[0].is_same(experts.a));
+  experts.set_gradients(60);
+  together.step();
+}
+
+TEST_P(SteppedExperts, ArePartsAlsoWhileTheirLeafIsFrozen) {
+  Experts experts(dtype());
+  experts.a.requires_grad_(false);
+  const std::vector<FactorPair> pairs = expert_pairs({"moe", experts.a, experts.b}, kExperts);
+  LoraRite<> optimizer(pairs, options());
+  ASSERT_EQ(optimizer.param_groups()[0].params().size(), 2U);
+  EXPECT_TRUE(optimizer.param_groups()[0].params()[0].is_same(experts.a));
+  const auto train = [&] {
+    optimizer.zero_grad();
+    EXPECT_FALSE(experts.a.grad().defined());
+    torch::matmul(experts.b, experts.a).square().sum().backward();
+    optimizer.step();
+  };
+  const torch::Tensor frozen = experts.a.clone(), before = experts.b.detach().clone();
+  train();
+  EXPECT_TRUE(torch::equal(experts.a, frozen));
+  EXPECT_FALSE(torch::equal(experts.b, before));
+  EXPECT_EQ(trained_tensors(pairs).size(), 2U);
+  experts.a.requires_grad_(true);
+  train();
+  EXPECT_FALSE(torch::equal(experts.a, frozen));
+  experts.a.requires_grad_(false);
+  train();
+  EXPECT_EQ(trained_tensors(pairs).size(), 2U);
 }
 
 /// Steps of all experts towards random ΔW, the factors of expert 1 given as T A and B T⁻¹; the ΔW of all of them.

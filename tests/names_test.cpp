@@ -135,8 +135,10 @@ INSTANTIATE_TEST_SUITE_P(
         Beside{"NeMoExperts", "experts.lora_gate_and_up_A", kUnknown},
         Beside{"TorchtuneExperts", "experts.lora_down_a", kUnknown},
         Beside{"DeepSpeed", "q.lora_right_weight", kUnknown}, Beside{"Arrow", "q.lora_arrow.default.gate", kUnknown},
-        Beside{"OtherEnding", "q.lora_Ax.weight", kUnknown},
-        Beside{"OtherNumber", "q.proj_lora9.down.weight", kUnknown}, Beside{"Capitals", "q.LoRA_left.weight", kUnknown},
+        Beside{"OtherEnding", "q.lora_Ax.weight", kUnknown}, Beside{"CamelCase", "q.loraDown.weight", kUnknown},
+        Beside{"CamelLetter", "q.loraA.weight", kUnknown}, Beside{"Hyphen", "q.lora-a.weight", kUnknown},
+        Beside{"Plural", "q.loras.0", kUnknown}, Beside{"OtherNumber", "q.proj_lora9.down.weight", kUnknown},
+        Beside{"Capitals", "q.LoRA_left.weight", kUnknown},
         // what belongs to a pair and is trained by AdamW
         Beside{"Dora", "k.lora_magnitude_vector.default.weight", nullptr},
         Beside{"OldDora", "k.lora_magnitude_vector.default", nullptr},
@@ -149,7 +151,8 @@ INSTANTIATE_TEST_SUITE_P(
         Beside{"Gralora", "q.gralora_A.default", nullptr}, Beside{"Oft", "q.oft_R.default.weight", nullptr},
         Beside{"SuperTuningValues", "q.supertuning_values.default", nullptr},
         // ordinary words, and modules that only stand above
-        Beside{"Floral", "floral.weight", nullptr}, Beside{"Alora", "alora_Abc.weight", nullptr},
+        Beside{"Floral", "floral.weight", nullptr}, Beside{"Colorado", "colorado.head.weight", nullptr},
+        Beside{"Lorax", "lorax.weight", nullptr}, Beside{"Alora", "alora_Abc.weight", nullptr},
         Beside{"Above", "lora_blocks.0.attention.norm.weight", nullptr}),
     [](const auto& info) { return info.param.label; });
 

@@ -38,6 +38,8 @@ TEST_P(OnEngine, StateIsWhatTheStepsLeftAndACopy) {
   const auto pairs = three_pairs();
   LoraRite<> optimizer(pairs, options().weight_decay(0).clip_unmagnified_norm(0));
   EXPECT_FALSE(optimizer.state_of("k"));
+  EXPECT_EQ(optimizer.diagnostics()[1].a.unmagnified_gradient_norm, 0);
+  EXPECT_GT(optimizer.diagnostics()[0].a.unmagnified_gradient_norm, 0);
   set_gradients(pairs, 1);
   torch::Tensor(pairs[1].b).mutable_grad() = torch::Tensor();
   const auto before = clone_pairs(pairs);
@@ -129,7 +131,17 @@ TEST_P(OnEngine, OthersGoOnBitForBitWithoutAPairThatWasTakenOut) {
     all_others.push_back(second_others[0]);
     run_steps(optimizer, all, 0, 3);
     run_steps(whole, all_others, 0, 3);
+    const auto told = [](const LoraRite<>& of) {
+      std::map<std::string, std::pair<double, double>> norms;
+      for (const PairDiagnostics& pair : of.diagnostics())
+        norms[pair.name] = {pair.a.unmagnified_gradient_norm, pair.clip_factor};
+      return norms;
+    };
+    auto expected = told(optimizer);
+    expected.erase(pairs[removed].name);
     optimizer.remove_pair(pairs[removed].name);
+    EXPECT_EQ(told(optimizer), expected) << "of the last step";
+    EXPECT_GT(expected.begin()->second.first, 0);
     EXPECT_EQ(optimizer.param_groups()[0].params().size(), 4U);
     EXPECT_FALSE(optimizer.param_groups()[0].params()[2 * (removed % 2)].is_same(pairs[removed].a));
     EXPECT_TRUE(mentions(error_of([&] { optimizer.state_of(pairs[removed].name); }),

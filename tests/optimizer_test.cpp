@@ -238,6 +238,7 @@ TEST(LoraRite, NoticesATensorThatWasPutInTheOthersPlace) {
   const auto expect_error = [&](const std::string& words) {
     EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), words));
     EXPECT_TRUE(mentions(error_of([&] { saved_bytes(optimizer); }), words));
+    EXPECT_TRUE(mentions(error_of([&] { optimizer.upload_rates(); }), words));
     EXPECT_TRUE(equal_factors(pairs, before));
   };
   // Groups can be copied, but not assigned before LibTorch 2.7.

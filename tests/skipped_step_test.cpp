@@ -144,6 +144,17 @@ TYPED_TEST(SkippedStep, SavedStateDiffersOnlyInTheCount) {
   }
 }
 
+TEST(SkippedStepOfHalf, LeavesAnInfinityWhereItWas) {
+  const auto head = torch::tensor({1.0F, static_cast<float>(kInf)}).to(torch::kHalf).requires_grad_();
+  const auto a = torch::randn({2, 4}).requires_grad_(), b = torch::randn({4, 2}).requires_grad_();
+  lora_rite::LoraRite<> optimizer({{"q", a, b}});
+  optimizer.add_parameters({head}, torch::optim::AdamWOptions(1e-2));
+  head.mutable_grad() = torch::full({2}, kNaN).to(torch::kHalf);
+  optimizer.step();
+  EXPECT_EQ(optimizer.skipped_steps(), 1);
+  EXPECT_EQ(head[1].item<double>(), kInf);
+}
+
 TYPED_TEST(SkippedStep, GoodStepsAreNotSkipped) {
   MixedGroups<TypeParam> setup(torch::kFloat, LoraRiteOptions(0.02));
   const auto before = setup.parameters()[0].detach().clone();

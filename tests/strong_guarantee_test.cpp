@@ -209,9 +209,15 @@ TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {
     for (const int64_t rank : {3, 3, 4}) {
       pairs.push_back({"pair " + std::to_string(pairs.size()), torch::randn({rank, 6}).to(GetParam().dtype),
                        torch::randn({8, rank}).to(GetParam().dtype)});
+      // The engine for contiguous factors takes no others.
+      if (GetParam().options.engine() != Engine::Host && rank == 4) pairs.back().b = pairs.back().b.t().clone().t();
       pairs.back().a.requires_grad_();
       pairs.back().b.requires_grad_();
     }
+    const auto experts = lora_rite::expert_pairs({"experts", torch::randn({6, 5}).to(GetParam().dtype).requires_grad_(),
+                                                  torch::randn({7, 6}).to(GetParam().dtype).requires_grad_()},
+                                                 2);
+    pairs.insert(pairs.end(), experts.begin(), experts.end());
     return pairs;
   };
   for (const int steps : {0, 2}) {

@@ -13,11 +13,14 @@
 /// a factor's gradient, or for what autograd and LibTorch know of it, asks here.
 namespace lora_rite::detail {
 
-/// Is the tensor a view whose gradient arrives as a part of its base's? A view of a tensor that requires none is a leaf
-/// itself (a parameter in a flat buffer). Autograd itself must not be asked about a part (is_leaf, grad): once the leaf
-/// has been written to, it throws.
+/// Is the tensor a view whose gradient arrives as a part of its base's? It is also while the base is frozen: who
+/// freezes a factor for a while has the same pairs as before. A view that itself requires a gradient is a leaf (a
+/// parameter in a flat buffer), and so is a frozen one of a buffer of one dimension, which no factor is. Autograd must
+/// not be asked about a part (is_leaf, grad): once the leaf has been written to, it throws.
 inline bool is_part(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.is_view() && tensor._base().requires_grad();
+  if (!tensor.defined() || !tensor.is_view()) return false;
+  const at::Tensor& base = tensor._base();
+  return base.requires_grad() || (!tensor.requires_grad() && base.dim() > 1);
 }
 
 /// The tensor that has the gradient: the base of a part, else the tensor itself.

@@ -110,16 +110,38 @@ inline std::optional<std::string> no_product_reason(const std::string& name) {
   return std::nullopt;
 }
 
+/// Has a component "lora" for a word? "lora", "loras", "x_lora_y", "lora-a", "lora1" and "loraDown" have, "floral" and
+/// "lora_unet_x", which begins the names of all modules of kohya, have not.
+inline bool has_lora_word(const std::string& component) {
+  for (const char* prefix :
+       {"lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_prior_", "lora_transformer_"}) {
+    if (starts_with(component, prefix)) return false;
+  }
+  const auto is_upper = [](char c) { return c >= 'A' && c <= 'Z'; };
+  const auto lower = [&](char c) { return is_upper(c) ? static_cast<char>(c - 'A' + 'a') : c; };
+  const auto is_letter = [&](char c) { return lower(c) >= 'a' && lower(c) <= 'z'; };
+  std::string text;
+  for (const char c : component) text += lower(c);
+  for (size_t at = text.find("lora"); at != std::string::npos; at = text.find("lora", at + 1)) {
+    if (at > 0 && is_letter(text[at - 1])) continue;
+    size_t end = at + 4;
+    if (end < text.size() && text[end] == 's' && !is_upper(component[end])) ++end;
+    if (end == text.size() || !is_letter(text[end]) || (is_upper(component[end]) && !is_upper(component[end - 1])))
+      return true;
+  }
+  return false;
+}
+
 /// Is a trained parameter of this name, which is no factor's, one of a LoRA layer all the same? One of its last three
 /// components (as in lora_x.<adapter>.weight) has "lora" for a word, and it is neither a bias, a magnitude (DoRA) nor a
-/// scale. Kohya's modules all begin with such a word, which says nothing.
+/// scale.
 inline bool is_unknown_lora_name(const std::string& name) {
   std::vector<std::string> components(1);
   for (const char c : name) {
     if (c == '.') {
       components.emplace_back();
     } else {
-      components.back() += c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+      components.back() += c;
     }
   }
   for (const char* companion : {"bias", "alpha", "lora_alpha", "dora_scale", "magnitude", "scalar"}) {
@@ -128,20 +150,7 @@ inline bool is_unknown_lora_name(const std::string& name) {
   bool is_unknown = false;
   for (size_t i = components.size() - std::min<size_t>(3, components.size()); i < components.size(); ++i) {
     if (components[i] == "lora_magnitude_vector") return false;
-    bool is_module = false;
-    for (const char* prefix :
-         {"lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_prior_", "lora_transformer_"}) {
-      is_module = is_module || starts_with(components[i], prefix);
-    }
-    std::string word;
-    for (const char c : components[i] + "_") {
-      if (c != '_') {
-        if (c < '0' || c > '9') word += c;
-        continue;
-      }
-      is_unknown = is_unknown || (word == "lora" && !is_module);
-      word.clear();
-    }
+    is_unknown = is_unknown || has_lora_word(components[i]);
   }
   return is_unknown;
 }

@@ -49,7 +49,7 @@ struct LoadReport {
 ///
 /// Param groups hold LoRA factors, a₀, b₀, a₁, b₁, … with `LoraRiteOptions`, or other parameters with
 /// `torch::optim::AdamWOptions`. LibTorch's schedulers and ours drive all of them. Pairs that are views of two leaves
-/// (`expert_pairs`) stand there as these, once.
+/// (`expert_pairs`) stand there as these, once, in the first group that has a part of them.
 ///
 /// - A step with a gradient or factor that is NaN or infinite changes nothing, and is counted: `skipped_steps()`.
 /// - A factor without a gradient stays as it is; its partner still moves.
@@ -119,6 +119,10 @@ class LoraRite : public torch::optim::Optimizer {
     }
     owners.settle();
     std::vector<torch::Tensor> leaves = detail::leaves_of(pairs);
+    // One of which an earlier group has parts stands there: twice, a GradScaler would unscale it twice.
+    leaves.erase(
+        std::remove_if(leaves.begin(), leaves.end(), [&](const torch::Tensor& leaf) { return owners_.know(leaf); }),
+        leaves.end());
     add_group(leaves, std::make_unique<LoraRiteOptions>(options));
     owners_ = std::move(owners);
     groups_.push_back({std::move(pairs), {}, {}, {}, std::nullopt, std::move(leaves)});
@@ -184,6 +188,7 @@ class LoraRite : public torch::optim::Optimizer {
   /// after a scheduler or a user changed them: `step` itself does it.
   void upload_rates() {
     at::NoGradGuard no_grad;
+    check_groups();
     for (size_t i = 0; i < groups_.size(); ++i) {
       if (groups_[i].others) groups_[i].others->upload_rate(adamw_options(i));
       for (const auto& batch : groups_[i].batches) batch->upload_rates(rite_options(i));
@@ -241,6 +246,7 @@ class LoraRite : public torch::optim::Optimizer {
   void reset_state(size_t group, size_t pair) {
     at::NoGradGuard no_grad;
     check_pair(group, pair);
+    agree_on_call("reset_state", label_of(group, pair));
     const auto place = groups_[group].place_of(pair);
     if (!place) return;  // nothing is remembered, at least not here
     engine::Batch& batch = *groups_[group].batches[place->batch];
@@ -252,6 +258,7 @@ class LoraRite : public torch::optim::Optimizer {
   /// Forgets all that is remembered, also of parameters that AdamW steps, and the number of skipped steps: the next
   /// step is the first one of a new optimizer.
   void reset_state() {
+    agree_on_call("reset_state", "all");
     for (Group& group : groups_) {
       group.forget_batches();
       if (group.others) group.others->forget();
@@ -281,17 +288,27 @@ class LoraRite : public torch::optim::Optimizer {
       rest.pairs.push_back(groups_[g].pairs[i]);
       if (groups_[g].place_of(i)) states.push_back(pick(g, i));
     }
-    rest.leaves = detail::leaves_of(rest.pairs);
-    std::vector<torch::Tensor> tensors = rest.leaves;
-    detail::Owners owners;  // labels count places
-    for (size_t i = 0; i < groups_.size(); ++i) claim(owners, i == g ? rest : groups_[i], i);
+    // Labels count places, and a tensor whose first part goes stands in a later group.
+    detail::Owners owners;
+    std::vector<std::vector<torch::Tensor>> leaves(groups_.size()), tensors;
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const Group& group = i == g ? rest : groups_[i];
+      for (const torch::Tensor& leaf : detail::leaves_of(group.pairs))
+        if (!owners.know(leaf)) leaves[i].push_back(leaf);
+      claim(owners, group, i);
+    }
+    tensors = leaves;
     if (!states.empty()) {
       build_batches(g, rest);
       restore(rest, states);
     }
     // What follows cannot fail.
-    param_groups_[g].params().swap(tensors);
     groups_[g] = std::move(rest);
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      if (groups_[i].others) continue;
+      param_groups_[i].params().swap(tensors[i]);
+      groups_[i].leaves.swap(leaves[i]);
+    }
     owners_ = std::move(owners);
   }
 
@@ -311,7 +328,7 @@ class LoraRite : public torch::optim::Optimizer {
   /// Everything else stays as it is: options (rates among them), skipped steps, pairs and groups that the archive
   /// lacks. Throws c10::Error that names what does not fit (basis, a shape, two pairs renamed alike), or both sides'
   /// names if no pair is in both; nothing is changed then.
-  LoadReport load_matching(torch::serialize::InputArchive& archive, const LoadOptions& options = {});
+  virtual LoadReport load_matching(torch::serialize::InputArchive& archive, const LoadOptions& options = {});
 
  protected:
   // What one of several processes does otherwise than one alone: `ShardedLoraRite` overrides it.
@@ -323,6 +340,8 @@ class LoraRite : public torch::optim::Optimizer {
   /// Called by `step`, `load` and `load_matching` when all that they refuse was looked at and nothing was changed:
   /// where processes agree. `lines` say what else must be the same everywhere.
   virtual void checked(const std::string& lines) { (void)lines; }
+  /// The same for a call that only changes what is remembered: `what` is its argument.
+  virtual void agree_on_call(const char* call, const std::string& what) { (void)call, (void)what; }
 
   /// Does this process keep the state of pair `pair` and move its factors?
   virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }
@@ -395,7 +414,8 @@ class LoraRite : public torch::optim::Optimizer {
     std::vector<std::vector<int64_t>> numbers;                  ///< of a batch's pairs among those of the group
     std::vector<std::optional<engine::Batches::Place>> places;  ///< of the pairs; empty before the first step
     std::optional<engine::AdamWParameters> others;
-    std::vector<at::Tensor> leaves;  ///< of the pairs, as the param group had them when it was added
+    std::vector<at::Tensor>
+        leaves;  ///< of the pairs, but for those that an earlier group has: the param group's tensors
 
     std::optional<engine::Batches::Place> place_of(size_t pair) const {
       return places.empty() ? std::nullopt : places[pair];
@@ -689,6 +709,7 @@ class LoraRite : public torch::optim::Optimizer {
   void write(torch::serialize::OutputArchive& archive, const WritePair& pair_to, const WriteOthers& others_to) const;
   void write_pair(torch::serialize::OutputArchive& entry, size_t group, size_t pair) const;
   static int64_t read_header(torch::serialize::InputArchive& archive);
+  static std::string steps_of_pair(torch::serialize::InputArchive& group_archive, size_t p);
   PairState read_pair(torch::serialize::InputArchive& group_archive, size_t group, size_t pair) const;
   PairState read_converted(torch::serialize::InputArchive& entry, size_t group, size_t pair) const;
 

@@ -118,6 +118,18 @@ PairState LoraRite<Basis>::read_pair(torch::serialize::InputArchive& group_archi
   return read_state(detail::read_bool(entry, label, "stepped") ? &entry : nullptr, g, p);
 }
 
+/// ", t of A t of B" of a pair in an archive, whoever keeps it; what is missing is told when it is read.
+template <class Basis>
+std::string LoraRite<Basis>::steps_of_pair(torch::serialize::InputArchive& group_archive, size_t p) {
+  torch::serialize::InputArchive entry;
+  at::Tensor scalars;
+  if (!group_archive.try_read(std::to_string(p), entry) || !entry.try_read("scalars", scalars, /*is_buffer=*/true) ||
+      scalars.numel() < 2)
+    return ", -";
+  const at::Tensor steps = scalars.flatten().to(at::kCPU, at::kDouble);
+  return c10::str(", ", steps[0].item<double>(), " ", steps[1].item<double>());
+}
+
 template <class Basis>
 void LoraRite<Basis>::load(torch::serialize::InputArchive& archive) {
   at::NoGradGuard no_grad;
@@ -127,7 +139,9 @@ void LoraRite<Basis>::load(torch::serialize::InputArchive& archive) {
     TORCH_CHECK(count == static_cast<int64_t>(groups_.size()), "load: the archive has ", count,
                 " param groups, expected ", groups_.size());
 
-    // Everything is read and checked before anything is changed.
+    // Everything is read and checked before anything is changed. `steps` tell processes whether they have the same
+    // file.
+    std::string steps;
     std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> options;
     std::vector<std::vector<PairState>> pair_states(groups_.size());
     std::vector<engine::AdamWParameters::Memory> other_states(groups_.size());
@@ -147,15 +161,17 @@ void LoraRite<Basis>::load(torch::serialize::InputArchive& archive) {
         detail::check_options_of_adam(static_cast<const torch::optim::AdamWOptions&>(*options.back()),
                                       "load: " + label);
         other_states[i] = group.others->read(group_archive, label);
+        steps += other_states[i].steps();
         continue;
       }
+      for (size_t p = 0; p < group.pairs.size(); ++p) steps += steps_of_pair(group_archive, p);
       detail::check_options(static_cast<const LoraRiteOptions&>(*options.back()), "load: " + label);
       for (size_t p = 0; p < group.pairs.size(); ++p)
         pair_states[i].push_back(group.places[p] ? read_pair(group_archive, i, p) : PairState());
     }
     at::Tensor skipped_steps = at::tensor(skipped, at::kLong);
 
-    checked({});
+    checked(c10::str("archive: ", skipped, " skipped steps", steps));
     for (size_t i = 0; i < groups_.size(); ++i) restore(groups_[i], pair_states[i]);
     for (size_t i = 0; i < groups_.size(); ++i) {
       torch::optim::OptimizerOptions& own = param_groups_[i].options();

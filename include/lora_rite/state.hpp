@@ -45,6 +45,8 @@ struct PairState {
   at::Tensor column_sums;              ///< of the factors as the last step left them, to notice edits [2, 2, k, r]
   at::Tensor previous_scale;           ///< α and γ [2, k, 1, 1] of the last step's way back: X_old = α X + γ N,
   at::Tensor previous_rate;            ///< α = 1 / (1−ηλ), γ = η / (1−ηλ)
+  at::Tensor unmagnified_norm;         ///< ‖Ḡ‖ in the last step [2, k, 1, 1], for diagnostics; not saved
+  at::Tensor clip_factor;              ///< c of the last step [2, k, 1, 1], likewise
 
   /// Nothing remembered yet. ρ, t, V and R⁺ are zero, so the first step transports nothing.
   static PairState zeros(int64_t pairs, int64_t rank, const at::TensorOptions& double_on_device) {
@@ -55,6 +57,8 @@ struct PairState {
     state.column_sums = at::zeros({2, 2, pairs, rank}, double_on_device);
     state.previous_scale = at::ones_like(scalars);
     state.previous_rate = scalars.clone();
+    state.unmagnified_norm = scalars.clone();
+    state.clip_factor = at::ones_like(scalars);
     return state;
   }
 
@@ -75,6 +79,8 @@ struct PairState {
     state.column_sums = column_sums.narrow(2, index, 1).clone();
     state.previous_scale = small(previous_scale);
     state.previous_rate = small(previous_rate);
+    state.unmagnified_norm = small(unmagnified_norm);
+    state.clip_factor = small(clip_factor);
     return state;
   }
 
@@ -120,6 +126,8 @@ struct PairState {
     joined.column_sums = cat([](const PairState& s) { return s.column_sums; }, 2);
     joined.previous_scale = cat([](const PairState& s) { return s.previous_scale; }, 1);
     joined.previous_rate = cat([](const PairState& s) { return s.previous_rate; }, 1);
+    joined.unmagnified_norm = cat([](const PairState& s) { return s.unmagnified_norm; }, 1);
+    joined.clip_factor = cat([](const PairState& s) { return s.clip_factor; }, 1);
     for (const size_t side : {0, 1}) {
       joined.momentum[side] =
           cat_where_any([side](const PairState& s) { return s.momentum[side]; }, absent_momentum[side]);
@@ -173,6 +181,8 @@ struct PairState {
     state.moments.escaped_mass = scalars[1].clone();
     state.previous_scale = scalars[2].clone();
     state.previous_rate = scalars[3].clone();
+    state.unmagnified_norm = at::zeros_like(state.previous_rate);
+    state.clip_factor = at::ones_like(state.previous_rate);
     state.moments.second_moment = read("second_moment", {2, 1, rank, rank}, at::kDouble, true);
     state.moments.inverse_root = read("inverse_root", {2, 1, rank, rank}, at::kDouble, true);
     state.column_sums = read("column_sums", {2, 2, 1, rank}, at::kDouble, true);

@@ -722,6 +722,17 @@ void one_refuses(const Process& process) {
   step();
   EXPECT_FALSE(equal_factors(pairs, before));
   if (std::is_same_v<Optimizer, ShardedLoraRite<>>) expect_same_everywhere(process, pairs);
+  // An archive of another step in one process.
+  const std::string now = saved_bytes(optimizer);
+  EXPECT_TRUE(mentions(error_of([&] { load_bytes(optimizer, last ? state : now); }), "archive: 0 skipped steps"));
+  // What is remembered, forgotten by one.
+  EXPECT_TRUE(mentions(error_of([&] {
+                         if (last) return optimizer.reset_state();
+                         optimizer.step();
+                       }),
+                       "'call: reset_state"));
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.reset_state(last ? "q1" : "q2"); }), "reset_state: "));
+  EXPECT_EQ(saved_bytes(optimizer), now);
   if (last) optimizer.add_pairs({random_pair("new", 4, 24, 16, torch::kFloat)}, some_options());
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "3 groups"));
   if constexpr (std::is_same_v<Optimizer, ShardedLoraRite<>>) {

@@ -66,7 +66,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
     });
   }
 
-  LoadReport load_matching(torch::serialize::InputArchive& archive, const LoadOptions& options = {}) {
+  LoadReport load_matching(torch::serialize::InputArchive& archive, const LoadOptions& options = {}) override {
     LoadReport report;
     together("load_matching", [&] { report = LoraRite<Basis>::load_matching(archive, options); });
     return report;
@@ -85,7 +85,6 @@ class DistributedLoraRite : public LoraRite<Basis> {
 
   void start(std::vector<FactorPair> pairs, const LoraRiteOptions& options) {
     together("constructor", [&] {
-      alternating_factors(pairs);  // refuses views
       this->add_pairs(std::move(pairs), options);
       agree_on_groups();
     });
@@ -114,9 +113,17 @@ class DistributedLoraRite : public LoraRite<Basis> {
     collectives_->agree(all, device_);
   }
 
+  void agree_on_call(const char* call, const std::string& what) override {
+    together(call, [&] {
+      agree_on_groups();
+      checked(std::string(call) + ": " + what + "\n");
+    });
+  }
+
   /// New groups: are they the same everywhere? Then they are divided.
   void agree_on_groups() override {
     if (this->group_count() == agreed_groups_) return;
+    for (size_t g = agreed_groups_; g < this->group_count(); ++g) alternating_factors(this->pairs_of(g));  // no views
     checked({});
     divide();
     agreed_groups_ = this->group_count();

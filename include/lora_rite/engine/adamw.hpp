@@ -125,10 +125,10 @@ class AdamWParameters {
       at::_fused_adamw_(call.parameters, call.gradients, call.means, call.squares, call.largest_squares, call.steps,
                         call.lr, std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
                         options.eps(), options.amsgrad(), maximize_, /*grad_scale=*/{}, /*found_inf=*/call.skip);
-      // A step that is left out writes back what was read.
+      // A step that is left out writes back what was read, an infinity too.
       for (size_t i = 0; i < call.copies.size(); ++i) {
         const double most = largest_of(call.rounded[i].scalar_type());
-        call.rounded[i].copy_(call.copies[i].clamp_(-most, most));
+        call.rounded[i].copy_(at::where(call.skip.gt(0), call.copies[i], call.copies[i].clamp(-most, most)));
       }
     }
     state_ = std::move(next_);
@@ -151,6 +151,14 @@ class AdamWParameters {
   struct Memory {
     bool maximize = false;
     std::vector<State> states;  ///< of the parameters, in their order
+
+    /// ", t" of each parameter.
+    std::string steps() const {
+      std::string text;
+      for (const State& state : states)
+        text += state.step.defined() ? c10::str(", ", state.step.item<double>()) : std::string(", -");
+      return text;
+    }
 
     void save(torch::serialize::OutputArchive& archive) const {
       archive.write("maximize", c10::IValue(maximize));

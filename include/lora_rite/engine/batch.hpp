@@ -42,10 +42,7 @@ class Batch {
         device_(pairs_[0].a.device()),
         dtype_(pairs_[0].a.scalar_type()),
         rank_(shapes_[0][0]),
-        state_(PairState::zeros(count(), rank_, double_options())) {
-    unmagnified_norm_ = at::zeros({2, count()}, double_options());
-    clip_factor_ = at::ones({}, double_options());
-  }
+        state_(PairState::zeros(count(), rank_, double_options())) {}
   virtual ~Batch() = default;
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
@@ -130,13 +127,13 @@ class Batch {
   PairDiagnostics diagnose(int64_t index) const {
     PairDiagnostics result;
     result.name = pairs_[index].name;
-    result.clip_factor = clip_factor_.item<double>();
+    result.clip_factor = state_.clip_factor[0][index].item<double>();
     for (const size_t side : {0, 1}) {
       FactorDiagnostics& factor = side == 0 ? result.a : result.b;
       const int64_t s = static_cast<int64_t>(side);
       const at::Tensor x = wide(tall(factor_of(index, side).detach().unsqueeze(0), side)).squeeze(0).cpu();
       factor.condition_number = condition_number(x);
-      factor.unmagnified_gradient_norm = unmagnified_norm_[s][index].item<double>();
+      factor.unmagnified_gradient_norm = state_.unmagnified_norm[s][index].item<double>();
       factor.escaped_mass = state_.moments.escaped_mass[s][index].item<double>();
       const at::Tensor v = state_.moments.second_moment[s][index];
       const double total = v.trace().item<double>();
@@ -186,8 +183,6 @@ class Batch {
   at::ScalarType dtype_;
   int64_t rank_;
   PairState state_;
-  at::Tensor unmagnified_norm_;  ///< ‖Ḡ‖ of the last step [2, k]
-  at::Tensor clip_factor_;       ///< c of the last step, scalar
 };
 
 }  // namespace lora_rite::engine

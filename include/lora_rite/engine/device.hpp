@@ -230,8 +230,8 @@ class DeviceBatch final : public Batch {
     remember(state_.column_sums, at::stack({sums[0], sums[1]}));
     remember(state_.previous_scale, keep.reciprocal());
     remember(state_.previous_rate, rate / keep);
-    remember(unmagnified_norm_, fresh_norm_squared_.sqrt());
-    remember(clip_factor_, clip_factor);
+    remember(state_.unmagnified_norm, fresh_norm_squared_.sqrt().view(state_.unmagnified_norm.sizes()));
+    remember(state_.clip_factor, clip_factor.expand_as(state_.clip_factor));
     factors_ = gradients_ = {};
   }
 

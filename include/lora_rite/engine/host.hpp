@@ -652,7 +652,8 @@ class HostBatch final : public Batch {
   void finish_step() {
     double* scale = state_.previous_scale.template data_ptr<double>();
     double* rate = state_.previous_rate.template data_ptr<double>();
-    double* norm = unmagnified_norm_.template data_ptr<double>();
+    double* norm = state_.unmagnified_norm.template data_ptr<double>();
+    double* clip = state_.clip_factor.template data_ptr<double>();
     for_each_factor([&](Side& s, size_t i) {
       const int64_t factor = factor_number(s, i);
       const bool moved = s.gradients[i].defined();
@@ -660,6 +661,7 @@ class HostBatch final : public Batch {
       scale[factor] = moved ? 1 / kept : 1;
       rate[factor] = moved ? static_cast<double>(s.rate) / kept : 0;
       norm[factor] = std::sqrt(s.unmagnified_squared[i]);
+      clip[factor] = clip_;
       double* known = known_sums(factor);
       for (int64_t j = 0; j < rank_; ++j) {
         const auto [squared, weighted] = column_sums(s, i, j);
@@ -668,7 +670,6 @@ class HostBatch final : public Batch {
       }
       s.seen[i] = Glimpse::of(tensor_of(factor), s.glimpse_stride);
     });
-    *clip_factor_.template data_ptr<double>() = clip_;
   }
 
   int64_t padded_;         ///< p

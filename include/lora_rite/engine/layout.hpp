@@ -62,20 +62,38 @@ inline void overwrite(const at::Tensor& old, const at::Tensor& fresh) {
   }
 }
 
+/// Bytes that lie without gaps → elements that lie by `sizes` and `strides` from `to` on. Asks for no memory.
+inline const char* scatter(const char* from, size_t element, at::IntArrayRef sizes, at::IntArrayRef strides, char* to) {
+  if (sizes.empty()) {
+    std::memcpy(to, from, element);
+    return from + element;
+  }
+  for (int64_t i = 0; i < sizes[0]; ++i)
+    from =
+        scatter(from, element, sizes.slice(1), strides.slice(1), to + i * strides[0] * static_cast<int64_t>(element));
+  return from;
+}
+
 /// Copies slice i of `batch` [k, shape] to destinations[i]. One operator call for an accelerator; on a CPU, where such
-/// a call would dispatch for each tensor, the bytes are moved here. Tensors on `meta` have none.
+/// a call would dispatch for each tensor and ask for memory, the bytes of a batch that is contiguous are moved here.
+/// Tensors on `meta` have none.
 inline void write_slices(const at::Tensor& batch, const std::vector<at::Tensor>& destinations) {
-  const at::Tensor source = batch.contiguous();
-  bool plain = batch.is_cpu() || batch.is_meta();
-  for (const auto& destination : destinations) plain = plain && destination.is_contiguous();
-  if (!plain) {
-    at::_foreach_copy_(destinations, source.unbind(0));
+  if (!batch.is_cpu() && !batch.is_meta()) {
+    at::_foreach_copy_(destinations, batch.contiguous().unbind(0));
     return;
   }
+  const at::Tensor source = batch.contiguous();
   const size_t bytes = batch.numel() / destinations.size() * batch.element_size();
   for (size_t i = 0; i < destinations.size(); ++i) {
+    const at::Tensor& destination = destinations[i];
     if (batch.is_cpu()) {
-      std::memcpy(destinations[i].data_ptr(), static_cast<const char*>(source.const_data_ptr()) + i * bytes, bytes);
+      const char* from = static_cast<const char*>(source.const_data_ptr()) + i * bytes;
+      char* to = static_cast<char*>(destination.data_ptr());
+      if (destination.is_contiguous()) {
+        std::memcpy(to, from, bytes);
+      } else {
+        scatter(from, batch.element_size(), destination.sizes(), destination.strides(), to);
+      }
     }
     destinations[i].unsafeGetTensorImpl()->bump_version();  // autograd must notice, as it would an in-place operator
   }
