@@ -19,7 +19,7 @@ namespace lora_rite::detail {
 /// not be asked about a part (is_leaf, grad): once the leaf has been written to, it throws.
 inline bool is_part(const at::Tensor& tensor) {
   if (!tensor.defined() || !tensor.is_view()) return false;
-  const at::Tensor& base = tensor._base();
+  const at::Tensor base(tensor._base());
   return base.requires_grad() || (!tensor.requires_grad() && base.dim() > 1);
 }
 
