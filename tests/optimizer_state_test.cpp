@@ -38,8 +38,6 @@ TEST_P(OnEngine, StateIsWhatTheStepsLeftAndACopy) {
   const auto pairs = three_pairs();
   LoraRite<> optimizer(pairs, options().weight_decay(0).clip_unmagnified_norm(0));
   EXPECT_FALSE(optimizer.state_of("k"));
-  EXPECT_EQ(optimizer.diagnostics()[1].a.unmagnified_gradient_norm, 0);
-  EXPECT_GT(optimizer.diagnostics()[0].a.unmagnified_gradient_norm, 0);
   set_gradients(pairs, 1);
   torch::Tensor(pairs[1].b).mutable_grad() = torch::Tensor();
   const auto before = clone_pairs(pairs);
@@ -76,6 +74,8 @@ TEST_P(OnEngine, AResetPairStepsAsInANewOptimizerAndTheOthersGoOn) {
   run_steps(unreset, others, 0, 4);
   optimizer.reset_state("k");
   EXPECT_FALSE(optimizer.state_of("k"));
+  EXPECT_GT(optimizer.diagnostics()[0].a.unmagnified_gradient_norm, 0);
+  EXPECT_EQ(optimizer.diagnostics()[1].a.unmagnified_gradient_norm, 0);
   EXPECT_TRUE(optimizer.state_of("q"));
   const auto fresh = clone_pairs(pairs);
   LoraRite<> anew(fresh, options().clip_unmagnified_norm(0));

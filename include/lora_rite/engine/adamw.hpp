@@ -114,6 +114,12 @@ class AdamWParameters {
       const at::Tensor counted = on_device(proceed, device).to(at::kFloat);
       call.skip = negated(counted).to(at::kFloat);
       call.counted.assign(call.steps.size(), counted);
+      for (const at::Tensor& rounded : call.rounded) {
+        // A step that is left out must leave an infinity where it was.
+        const double most = largest_of(rounded.scalar_type());
+        call.most.push_back(at::full_like(call.skip, most).masked_fill(call.skip.gt(0), kInfinity));
+        call.least.push_back(-call.most.back());
+      }
       calls_.push_back(std::move(call));
     }
   }
@@ -125,11 +131,9 @@ class AdamWParameters {
       at::_fused_adamw_(call.parameters, call.gradients, call.means, call.squares, call.largest_squares, call.steps,
                         call.lr, std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
                         options.eps(), options.amsgrad(), maximize_, /*grad_scale=*/{}, /*found_inf=*/call.skip);
-      // A step that is left out writes back what was read, an infinity too.
-      for (size_t i = 0; i < call.copies.size(); ++i) {
-        const double most = largest_of(call.rounded[i].scalar_type());
-        call.rounded[i].copy_(at::where(call.skip.gt(0), call.copies[i], call.copies[i].clamp(-most, most)));
-      }
+      // A step that is left out writes back what was read.
+      for (size_t i = 0; i < call.copies.size(); ++i)
+        call.rounded[i].copy_(call.copies[i].clamp_(call.least[i], call.most[i]));
     }
     state_ = std::move(next_);
     calls_.clear();
@@ -231,6 +235,8 @@ class AdamWParameters {
     function("largest_square", state.largest_square);
   }
 
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
   using DeviceAndDtype = std::pair<std::string, at::ScalarType>;
 
   /// Indices of the parameters with elements and a gradient; the fused kernel wants one device and dtype a call.
@@ -247,6 +253,7 @@ class AdamWParameters {
   struct Call {
     std::vector<at::Tensor> parameters, gradients, means, squares, largest_squares, steps;
     std::vector<at::Tensor> copies, rounded;  ///< those of `parameters` that are copies, and what they are copies of
+    std::vector<at::Tensor> least, most;      ///< scalars between which a rounded one is held
     std::vector<at::Tensor> counted;          ///< what is added to the steps, 1 or 0
     at::Tensor lr, skip;
   };
