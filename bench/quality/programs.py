@@ -12,7 +12,7 @@ import threading
 
 from grid import CONTENDERS, TASKS, Job, Task
 
-EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples/finetune"
+EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples/finetune/scripts"
 LOPSIDED = 10.0  # A × 10; B = 0 at the start, so that B × 0.1 changes nothing
 
 

@@ -1,5 +1,5 @@
-// Fine-tunes models with LoRA: see cli.cpp for the commands, commands/ for each of them.
+// Fine-tunes models with LoRA: see cli/ for the command line, commands/ for each command.
 
-#include "cli.hpp"
+#include "cli/cli.hpp"
 
 int main(int argc, char** argv) { return finetune::run_command_line(argc, argv); }

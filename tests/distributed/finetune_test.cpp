@@ -7,10 +7,10 @@
 #include <csignal>
 #include <nlohmann/json.hpp>
 
-#include "files.hpp"
+#include "common/files.hpp"
 #include "finetune/support.hpp"
-#include "optimizers.hpp"
 #include "processes.hpp"
+#include "training/optimizers.hpp"
 
 namespace finetune {
 namespace {

@@ -11,12 +11,12 @@
 #include <random>
 #include <string>
 
-#include "error.hpp"
-#include "language_workload.hpp"
+#include "common/error.hpp"
 #include "models/load_model.hpp"
-#include "sentence_workload.hpp"
 #include "support/temporary_folder.hpp"
-#include "trainer.hpp"
+#include "training/trainer.hpp"
+#include "workloads/language_workload.hpp"
+#include "workloads/sentence_workload.hpp"
 
 namespace finetune {
 

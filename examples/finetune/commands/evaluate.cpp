@@ -12,19 +12,19 @@
 #include <system_error>
 #include <utility>
 
-#include "adapted_model.hpp"
-#include "commands/options.hpp"
-#include "dataset.hpp"
-#include "dtypes.hpp"
-#include "error.hpp"
-#include "files.hpp"
-#include "language_workload.hpp"
+#include "adapters/adapted_model.hpp"
+#include "cli/options.hpp"
+#include "common/dtypes.hpp"
+#include "common/error.hpp"
+#include "common/files.hpp"
+#include "data/dataset.hpp"
+#include "data/tokenize.hpp"
+#include "evaluation/evaluate.hpp"
+#include "evaluation/measure.hpp"
 #include "models/config.hpp"
-#include "sentence_workload.hpp"
-#include "table.hpp"
-#include "tasks/evaluate.hpp"
-#include "tasks/measure.hpp"
-#include "tokenize.hpp"
+#include "reports/table.hpp"
+#include "workloads/language_workload.hpp"
+#include "workloads/sentence_workload.hpp"
 
 namespace finetune {
 namespace {

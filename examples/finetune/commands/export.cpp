@@ -10,16 +10,16 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
-#include "dataset.hpp"
-#include "dtypes.hpp"
-#include "error.hpp"
-#include "files.hpp"
-#include "language_workload.hpp"
+#include "common/dtypes.hpp"
+#include "common/error.hpp"
+#include "common/files.hpp"
+#include "common/new_folder.hpp"
+#include "data/dataset.hpp"
 #include "models/config.hpp"
 #include "models/load_model.hpp"
-#include "new_folder.hpp"
-#include "run_options.hpp"
-#include "sentence_workload.hpp"
+#include "training/run_options.hpp"
+#include "workloads/language_workload.hpp"
+#include "workloads/sentence_workload.hpp"
 
 namespace finetune {
 namespace {

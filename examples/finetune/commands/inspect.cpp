@@ -12,12 +12,12 @@
 #include <optional>
 #include <system_error>
 
-#include "base_checkpoint.hpp"
-#include "error.hpp"
-#include "files.hpp"
-#include "merge_plan.hpp"
-#include "subprocess.hpp"
-#include "table.hpp"
+#include "adapters/merge_plan.hpp"
+#include "common/error.hpp"
+#include "common/files.hpp"
+#include "common/subprocess.hpp"
+#include "models/base_checkpoint.hpp"
+#include "reports/table.hpp"
 
 namespace finetune {
 namespace {

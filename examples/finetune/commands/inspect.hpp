@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "adapter_files.hpp"
+#include "adapters/adapter_files.hpp"
 
 namespace CLI {
 class App;

@@ -17,14 +17,14 @@
 #include <system_error>
 #include <utility>
 
-#include "adapter_files.hpp"
-#include "base_checkpoint.hpp"
-#include "classifier.hpp"
-#include "dtypes.hpp"
-#include "error.hpp"
-#include "files.hpp"
-#include "merge_plan.hpp"
-#include "new_folder.hpp"
+#include "adapters/adapter_files.hpp"
+#include "adapters/merge_plan.hpp"
+#include "common/dtypes.hpp"
+#include "common/error.hpp"
+#include "common/files.hpp"
+#include "common/new_folder.hpp"
+#include "models/base_checkpoint.hpp"
+#include "models/classifier.hpp"
 
 namespace finetune {
 namespace {

@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "commands/options.hpp"
-#include "files.hpp"
-#include "text.hpp"
+#include "cli/options.hpp"
+#include "common/files.hpp"
+#include "common/text.hpp"
 
 namespace finetune {
 namespace {

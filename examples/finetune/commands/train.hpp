@@ -3,7 +3,7 @@
 #include <functional>
 #include <string>
 
-#include "run_options.hpp"
+#include "training/run_options.hpp"
 
 namespace CLI {
 class App;

@@ -8,11 +8,11 @@
 #include <system_error>
 
 #include "commands/train.hpp"
-#include "error.hpp"
-#include "process_group.hpp"
-#include "subprocess.hpp"
-#include "trainer.hpp"
-#include "workload.hpp"
+#include "common/error.hpp"
+#include "common/subprocess.hpp"
+#include "training/process_group.hpp"
+#include "training/trainer.hpp"
+#include "workloads/workload.hpp"
 
 namespace finetune {
 namespace {

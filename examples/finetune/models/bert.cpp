@@ -2,10 +2,10 @@
 
 #include <utility>
 
-#include "base_checkpoint.hpp"
-#include "error.hpp"
-#include "models/layers.hpp"
-#include "models/linear.hpp"
+#include "common/error.hpp"
+#include "models/base_checkpoint.hpp"
+#include "models/layers/layers.hpp"
+#include "models/layers/linear.hpp"
 
 namespace finetune {
 namespace {

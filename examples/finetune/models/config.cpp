@@ -4,8 +4,8 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
-#include "error.hpp"
-#include "files.hpp"
+#include "common/error.hpp"
+#include "common/files.hpp"
 
 namespace finetune {
 namespace {

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "models/layers.hpp"
-#include "models/rope.hpp"
+#include "models/layers/layers.hpp"
+#include "models/layers/rope.hpp"
 
 namespace finetune {
 

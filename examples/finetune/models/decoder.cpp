@@ -4,9 +4,9 @@
 
 #include <cmath>
 
-#include "error.hpp"
-#include "models/recompute.hpp"
-#include "models/rope.hpp"
+#include "common/error.hpp"
+#include "models/layers/recompute.hpp"
+#include "models/layers/rope.hpp"
 
 namespace finetune {
 namespace {

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "models/config.hpp"
-#include "models/embedding.hpp"
 #include "models/language_model.hpp"
+#include "models/layers/embedding.hpp"
 
 namespace finetune {
 

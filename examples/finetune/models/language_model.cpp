@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "error.hpp"
+#include "common/error.hpp"
 
 namespace finetune {
 torch::Tensor LanguageModel::generate(const LanguageInput& prompt, int64_t max_new_tokens) {

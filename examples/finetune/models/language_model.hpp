@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "models/attention.hpp"
 #include "models/config.hpp"
-#include "models/linear.hpp"
+#include "models/layers/attention.hpp"
+#include "models/layers/linear.hpp"
 
 namespace finetune {
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <utility>
 
-#include "base_checkpoint.hpp"
-#include "error.hpp"
+#include "common/error.hpp"
+#include "models/base_checkpoint.hpp"
 #include "models/config.hpp"
 #include "models/decoder.hpp"
 #include "models/t5.hpp"

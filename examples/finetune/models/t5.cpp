@@ -5,9 +5,9 @@
 #include <cmath>
 #include <limits>
 
-#include "error.hpp"
-#include "models/embedding.hpp"
-#include "models/recompute.hpp"
+#include "common/error.hpp"
+#include "models/layers/embedding.hpp"
+#include "models/layers/recompute.hpp"
 
 namespace finetune {
 namespace {

@@ -4,12 +4,12 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "adapted_model.hpp"
+#include "adapters/adapted_model.hpp"
 #include "commands/merge.hpp"
-#include "files.hpp"
-#include "sentence_workload.hpp"
+#include "common/files.hpp"
+#include "evaluation/evaluate.hpp"
 #include "support.hpp"
-#include "tasks/evaluate.hpp"
+#include "workloads/sentence_workload.hpp"
 
 namespace finetune {
 namespace {

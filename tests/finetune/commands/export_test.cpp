@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "files.hpp"
+#include "common/files.hpp"
 #include "support.hpp"
 
 namespace finetune {

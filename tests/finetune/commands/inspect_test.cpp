@@ -5,10 +5,10 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "base_checkpoint.hpp"
-#include "files.hpp"
+#include "common/files.hpp"
+#include "models/base_checkpoint.hpp"
+#include "reports/table.hpp"
 #include "support.hpp"
-#include "table.hpp"
 
 namespace finetune {
 namespace {

@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "files.hpp"
+#include "common/files.hpp"
 #include "models/bert.hpp"
 #include "support.hpp"
 

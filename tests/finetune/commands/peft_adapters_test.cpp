@@ -6,10 +6,10 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "adapted_model.hpp"
+#include "adapters/adapted_model.hpp"
 #include "commands/inspect.hpp"
 #include "commands/merge.hpp"
-#include "files.hpp"
+#include "common/files.hpp"
 #include "support.hpp"
 
 namespace finetune {

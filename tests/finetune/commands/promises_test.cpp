@@ -10,7 +10,7 @@
 
 #include "commands/evaluate.hpp"
 #include "commands/merge.hpp"
-#include "files.hpp"
+#include "common/files.hpp"
 #include "support.hpp"
 
 namespace finetune {

@@ -6,7 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
-#include "files.hpp"
+#include "common/files.hpp"
 #include "finetune/support.hpp"
 
 namespace finetune {

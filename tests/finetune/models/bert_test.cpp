@@ -5,10 +5,10 @@
 #include <lora_rite/nn/nn.hpp>
 #include <nlohmann/json.hpp>
 
-#include "files.hpp"
+#include "common/files.hpp"
+#include "common/subprocess.hpp"
+#include "data/tokenize.hpp"
 #include "finetune/support.hpp"
-#include "subprocess.hpp"
-#include "tokenize.hpp"
 
 namespace finetune {
 namespace {

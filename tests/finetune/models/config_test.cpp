@@ -3,7 +3,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "files.hpp"
+#include "common/files.hpp"
 #include "models/bert.hpp"
 #include "support.hpp"
 
