@@ -8,7 +8,7 @@
 #include <string>
 
 #include "common/text.hpp"
-#include "memory_plan/plan.hpp"
+#include "memory_plan/machine.hpp"
 #include "reports/metrics.hpp"
 
 namespace finetune {

@@ -10,6 +10,7 @@
 #include <lora_rite/nn/peft.hpp>
 
 #include "common/error.hpp"
+#include "memory_plan/machine.hpp"
 #include "models/config.hpp"
 #include "workloads/language_workload.hpp"
 #include "workloads/sentence_workload.hpp"
