@@ -1,15 +1,9 @@
 #include "training/trainer.hpp"
 
-#include <torch/cuda.h>
-#include <torch/nn/utils/clip_grad.h>
-
 #include <algorithm>
-#include <chrono>
 #include <lora_rite/checkpoint.hpp>
-#include <lora_rite/distributed.hpp>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <random>
 #include <sstream>
 #include <utility>
 
@@ -21,77 +15,11 @@
 #include "training/best_so_far.hpp"
 #include "training/interrupt.hpp"
 #include "training/optimizers.hpp"
+#include "training/stopwatch.hpp"
+#include "training/train_step.hpp"
 
 namespace finetune {
 namespace {
-
-// On a GPU the work is done when the device has done it, not when the call returns.
-class Stopwatch {
- public:
-  explicit Stopwatch(bool on_gpu) : on_gpu_(on_gpu) { wait(); }
-
-  double milliseconds() const {
-    wait();
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
-  }
-
- private:
-  void wait() const {
-    if (on_gpu_) torch::cuda::synchronize();
-  }
-
-  bool on_gpu_;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-// Leaves gradients of the mean loss over all examples of the step, and returns this process's part of that mean.
-double accumulate_gradients(Workload& workload, const std::vector<int64_t>& examples, int64_t micro_batch,
-                            const Processes& processes) {
-  const std::vector<int64_t> own = processes.part_of(examples);
-  const double weight = workload.weight(examples);
-  double loss = 0;
-  const auto size = static_cast<int64_t>(own.size());
-  const int64_t stride = micro_batch > 0 ? micro_batch : size;
-  workload.model().zero_grad();
-  for (int64_t begin = 0; begin < size; begin += stride) {
-    const int64_t end = std::min(begin + stride, size);
-    const torch::Tensor part = workload.loss_sum({own.begin() + begin, own.begin() + end}) / weight;
-    // The mean over the processes divides by their number.
-    (part * processes.size).backward();
-    loss += part.item<double>();
-  }
-  return loss;
-}
-
-StepRecord train_step(const RunOptions& options, Workload& workload, const TrainingOptimizer& training,
-                      const std::vector<int64_t>& examples, const Processes& processes) {
-  const bool on_gpu = options.device == "cuda";
-  StepRecord record;
-  const Stopwatch step(on_gpu);
-  record.lr = training.optimizers[0]->param_groups()[0].options().get_lr();
-  record.tokens = workload.tokens(examples);
-  const double loss = accumulate_gradients(workload, examples, options.micro_batch, processes);
-  if (processes.size > 1) {
-    for (const auto& optimizer : training.optimizers) lora_rite::average_gradients(*optimizer, processes.group);
-  }
-  if (options.max_grad_norm > 0) torch::nn::utils::clip_grad_norm_(training.parameters(), options.max_grad_norm);
-  const Stopwatch optimizer_step(on_gpu);
-  for (const auto& optimizer : training.optimizers) optimizer->step();
-  record.ms_optimizer = optimizer_step.milliseconds();
-  record.loss = processes.sum({loss})[0];
-  record.ms_step = step.milliseconds();
-  return record;
-}
-
-// A function of seed, step and process, so that resumed runs need no state of it; examples of different processes get
-// masks of their own.
-uint64_t dropout_seed(uint64_t seed, int64_t step, int rank) {
-  std::seed_seq sequence{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(step),
-                         static_cast<uint32_t>(rank)};
-  uint32_t result = 0;
-  sequence.generate(&result, &result + 1);
-  return result;
-}
 
 // What all processes start from.
 std::string describe_start(Workload& workload, int64_t finished_steps) {
@@ -160,6 +88,129 @@ Scores final_test(Workload& workload, const std::optional<MetricsLog>& log, cons
   return workload.has(Split::Test) ? workload.evaluate(Split::Test, processes) : Scores();
 }
 
+// One call of run_training.
+class Run {
+ public:
+  // Begins the run or goes on with it: afterwards everything stands as it did after the last finished step.
+  Run(const RunOptions& options, Workload& workload, Start start, const Display& display, const Processes& processes)
+      : options_(options),
+        workload_(workload),
+        display_(display),
+        processes_(processes),
+        training_(make_optimizer(options, workload.model(), processes)),
+        best_(workload.headline(), state_.values),
+        validates_(workload.has(Split::Validation)),
+        progress_(display.out, display.is_terminal, options.steps, options.log_every) {
+    state_.tensors = lora_rite::trained_tensors(workload_.model());
+    for (const auto& optimizer : training_.optimizers) {
+      state_.optimizers.push_back(optimizer.get());
+      schedulers_.push_back(make_scheduler(options_, *optimizer));
+      state_.others.push_back(schedulers_.back().get());
+    }
+    const RunIdentity identity = workload_.identity();
+    processes_.check_same(lines_of(identity));  // before any of them refuses to resume
+    if (start != Start::Anew) resume_from(checkpoint_, identity, start, display_.out, state_);
+    remember(identity, state_.values);
+    if (processes_.size > 1) processes_.check_same(describe_start(workload_, state_.step));
+    if (processes_.is_first()) open_log(start);
+  }
+
+  Outcome train() {
+    const InterruptGuard interrupt;
+    Stopwatch since_update(/*on_gpu=*/false);  // a step has been waited for by then
+    workload_.model().train();
+    while (!has_ended() && !processes_.any(interrupt.requested())) {
+      at::manual_seed(dropout_seed(options_.seed, state_.step, processes_.rank));
+      StepRecord record = train_step(options_, workload_, training_, workload_.examples_of(state_.step), processes_);
+      for (const auto& scheduler : schedulers_) scheduler->step();
+      record.step = ++state_.step;
+      const std::string news = measure(record);
+      if (log_) log_->write(record);
+      progress_.update(record, since_update.milliseconds());
+      since_update = Stopwatch(/*on_gpu=*/false);
+      if (!news.empty()) {
+        progress_.finish();
+        display_.out << news << std::endl;
+      }
+      if (options_.checkpoint_every > 0 && state_.step % options_.checkpoint_every == 0) write_checkpoint();
+      if (display_.after_step) display_.after_step(record);
+    }
+    progress_.finish();
+    write_checkpoint();
+    if (!has_ended()) return Outcome::Interrupted;
+    finish();
+    return Outcome::Finished;
+  }
+
+ private:
+  void open_log(Start start) {
+    if (start == Start::Anew) remove_files_of_a_run(folder_);
+    // Written once nothing can be wrong with the input any more: --resume believes in it.
+    write_json(folder_ / "run.json", options_);
+    log_.emplace(folder_ / "metrics.jsonl", state_.step);
+  }
+
+  bool has_ended() const {
+    return state_.step == options_.steps || (options_.patience > 0 && best_.measurements_since() >= options_.patience);
+  }
+
+  bool is_due(int64_t step) const {
+    const bool is_last = step == options_.steps;
+    return options_.evaluate_every > 0 ? is_last || step % options_.evaluate_every == 0 : is_last && validates_;
+  }
+
+  // Measures where that is due, writes the best adapter, and returns what to tell: nothing as a rule.
+  std::string measure(StepRecord& record) {
+    if (!is_due(record.step)) return {};
+    if (!validates_) {
+      if (workload_.has(Split::Test)) record.test = workload_.evaluate(Split::Test, processes_);
+      return {};
+    }
+    record.validation = workload_.evaluate(Split::Validation, processes_);
+    const bool is_best = best_.take(record.validation, record.step);
+    if (is_best && processes_.is_first()) workload_.save(folder_ / "best");
+    return concat("step ", record.step, ": validation ", show(record.validation), is_best ? " (the best so far)" : "");
+  }
+
+  void write_checkpoint() {
+    if (log_) log_->sync();  // a checkpoint with fewer lines of the log than steps would be refused
+    save(checkpoint_, state_, processes_);
+  }
+
+  // The adapter, the test and the summary, after the last step.
+  void finish() {
+    if (log_) workload_.save(folder_);  // before the test, which may still fail
+    const Scores test = final_test(workload_, log_, processes_);
+    const double megabytes = state_megabytes(training_);
+    if (!log_) return;
+    nlohmann::ordered_json summary = summarize(options_, workload_, log_->records(), processes_);
+    add_scores(summary, "test", test);
+    if (validates_) {
+      summary["best_step"] = best_.step();
+      summary["best_validation_" + best_.name()] = best_.score();
+      summary["stopped_early"] = state_.step < options_.steps;
+    }
+    summary["optimizer_state_mb"] = megabytes;
+    summary["skipped_steps"] = training_.skipped_steps();
+    log_->write_final(summary);
+    show_result(summary, options_, workload_.headline(), test, display_.out);
+  }
+
+  const RunOptions& options_;
+  Workload& workload_;
+  const Display& display_;
+  const Processes& processes_;
+  const std::filesystem::path folder_ = options_.out;
+  const std::filesystem::path checkpoint_ = folder_ / "checkpoint.pt";
+  const TrainingOptimizer training_;
+  std::vector<std::unique_ptr<lora_rite::WarmupScheduler>> schedulers_;
+  lora_rite::TrainingState state_;
+  BestSoFar best_;  // its numbers are in the state's values
+  const bool validates_;
+  std::optional<MetricsLog> log_;  // of the first process
+  ProgressBar progress_;
+};
+
 }  // namespace
 
 Outcome run_training(const RunOptions& options, Workload& workload, Start start, const Display& display,
@@ -168,92 +219,7 @@ Outcome run_training(const RunOptions& options, Workload& workload, Start start,
     fail("--batch ", options.batch, ": ", processes.size,
          " processes share a batch; give each an example or start fewer");
   }
-  const std::filesystem::path folder = options.out;
-  const std::filesystem::path checkpoint = folder / "checkpoint.pt";
-  const TrainingOptimizer training = make_optimizer(options, workload.model(), processes);
-  std::vector<std::unique_ptr<lora_rite::WarmupScheduler>> schedulers;
-  lora_rite::TrainingState state;
-  state.tensors = lora_rite::trained_tensors(workload.model());
-  for (const auto& optimizer : training.optimizers) {
-    state.optimizers.push_back(optimizer.get());
-    schedulers.push_back(make_scheduler(options, *optimizer));
-    state.others.push_back(schedulers.back().get());
-  }
-  BestSoFar best(workload.headline(), state.values);
-  const RunIdentity identity = workload.identity();
-  processes.check_same(lines_of(identity));  // before any of them refuses to resume
-  if (start != Start::Anew) resume_from(checkpoint, identity, start, display.out, state);
-  remember(identity, state.values);
-  if (processes.size > 1) processes.check_same(describe_start(workload, state.step));
-  std::optional<MetricsLog> log;
-  if (processes.is_first()) {
-    if (start == Start::Anew) remove_files_of_a_run(folder);
-    // Written once nothing can be wrong with the input any more: --resume believes in it.
-    write_json(folder / "run.json", options);
-    log.emplace(folder / "metrics.jsonl", state.step);
-  }
-
-  const bool validates = workload.has(Split::Validation);
-  const auto is_due = [&](int64_t step) {
-    const bool is_last = step == options.steps;
-    return options.evaluate_every > 0 ? is_last || step % options.evaluate_every == 0 : is_last && validates;
-  };
-  const auto has_ended = [&] {
-    return state.step == options.steps || (options.patience > 0 && best.measurements_since() >= options.patience);
-  };
-  ProgressBar progress(display.out, display.is_terminal, options.steps, options.log_every);
-  const InterruptGuard interrupt;
-  Stopwatch since_update(/*on_gpu=*/false);  // a step has been waited for by then
-  workload.model().train();
-  while (!has_ended() && !processes.any(interrupt.requested())) {
-    at::manual_seed(dropout_seed(options.seed, state.step, processes.rank));
-    StepRecord record = train_step(options, workload, training, workload.examples_of(state.step), processes);
-    for (const auto& scheduler : schedulers) scheduler->step();
-    record.step = ++state.step;
-    std::string news;
-    if (is_due(record.step) && validates) {
-      record.validation = workload.evaluate(Split::Validation, processes);
-      const bool is_best = best.take(record.validation, record.step);
-      if (is_best && processes.is_first()) workload.save(folder / "best");
-      news =
-          concat("step ", record.step, ": validation ", show(record.validation), is_best ? " (the best so far)" : "");
-    } else if (is_due(record.step) && workload.has(Split::Test)) {
-      record.test = workload.evaluate(Split::Test, processes);
-    }
-    if (log) log->write(record);
-    progress.update(record, since_update.milliseconds());
-    since_update = Stopwatch(/*on_gpu=*/false);
-    if (!news.empty()) {
-      progress.finish();
-      display.out << news << std::endl;
-    }
-    if (options.checkpoint_every > 0 && state.step % options.checkpoint_every == 0) {
-      if (log) log->sync();  // a checkpoint with fewer lines of the log than steps would be refused
-      save(checkpoint, state, processes);
-    }
-    if (display.after_step) display.after_step(record);
-  }
-  progress.finish();
-  if (log) log->sync();
-  save(checkpoint, state, processes);
-  if (!has_ended()) return Outcome::Interrupted;
-
-  if (log) workload.save(folder);  // before the test, which may still fail
-  const Scores test = final_test(workload, log, processes);
-  const double megabytes = state_megabytes(training);
-  if (!log) return Outcome::Finished;
-  nlohmann::ordered_json summary = summarize(options, workload, log->records(), processes);
-  add_scores(summary, "test", test);
-  if (validates) {
-    summary["best_step"] = best.step();
-    summary["best_validation_" + best.name()] = best.score();
-    summary["stopped_early"] = state.step < options.steps;
-  }
-  summary["optimizer_state_mb"] = megabytes;
-  summary["skipped_steps"] = training.skipped_steps();
-  log->write_final(summary);
-  show_result(summary, options, workload.headline(), test, display.out);
-  return Outcome::Finished;
+  return Run(options, workload, start, display, processes).train();
 }
 
 }  // namespace finetune
