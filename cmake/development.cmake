@@ -59,3 +59,11 @@ if(LibTorch_HAS_CUDA)
     message(STATUS "No CUDA headers and libcudart here: what concerns CUDA graphs is left out (CUDA_HOME names the toolkit)")
   endif()
 endif()
+
+# Programs that start a process group of their own need Gloo's headers: LibTorch's wheel has Gloo compiled in, but without
+# them.
+find_path(LORA_RITE_GLOO_INCLUDE gloo/config.h)
+mark_as_advanced(LORA_RITE_GLOO_INCLUDE)
+if(NOT LORA_RITE_GLOO_INCLUDE)
+  message(STATUS "No gloo/config.h here (Debian: libgloo-dev): what starts several processes is left out")
+endif()
