@@ -12,7 +12,7 @@ import threading
 
 from grid import CONTENDERS, TASKS, Job, Task
 
-EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples/finetune/scripts"
+SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "examples/finetune/scripts"
 LOPSIDED = 10.0  # A × 10; B = 0 at the start, so that B × 0.1 changes nothing
 
 
@@ -102,7 +102,7 @@ class Programs:
         return {"test_loss": loss, **({"test_accuracy": lines[-1]["test_acc"]} if "test_acc" in lines[-1] else {})}
 
     def python(self, script: str, *arguments: object) -> None:
-        self.call([sys.executable, str(EXAMPLE / script), *map(str, arguments)])
+        self.call([sys.executable, str(SCRIPTS / script), *map(str, arguments)])
 
     def call(self, command: list[str]) -> str:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "FINETUNE_PYTHON": sys.executable}
