@@ -28,6 +28,18 @@ inline void check_utf8(const std::string& label, const std::string& what, const 
   }
 }
 
+/// Throws c10::Error beginning with `label` unless the format can hold the tensor by this name.
+inline void check_storable(const std::string& label, const std::string& name, const at::Tensor& tensor) {
+  const std::string what = label + "tensor " + in_quotes(name);
+  TORCH_CHECK(tensor.defined(), what, " is undefined");
+  TORCH_CHECK(tensor.layout() == at::kStrided, what, " has layout ", tensor.layout(), ", expected a dense one");
+  TORCH_CHECK(!tensor.is_meta(), what, " is on the meta device, which has no data");
+  TORCH_CHECK(!safetensors_dtype(tensor.scalar_type()).empty(), what, " has dtype ", tensor.scalar_type(),
+              ", which the format lacks; convert it first");
+  TORCH_CHECK(name != kMetadataKey, what, " has a name that the format keeps for its metadata");
+  check_utf8(label, "the tensor name", name);
+}
+
 }  // namespace detail
 
 /// Writes tensors (any device, any strides) and texts as a safetensors file: to "<path>.tmp" in the same folder, which
@@ -46,15 +58,7 @@ inline void save_safetensors(const std::filesystem::path& path, const std::map<s
   }
   std::vector<const std::pair<const std::string, at::Tensor>*> order;
   for (const auto& item : tensors) {
-    const auto& [name, tensor] = item;
-    const std::string what = label + "tensor " + detail::in_quotes(name);
-    TORCH_CHECK(tensor.defined(), what, " is undefined");
-    TORCH_CHECK(tensor.layout() == at::kStrided, what, " has layout ", tensor.layout(), ", expected a dense one");
-    TORCH_CHECK(!tensor.is_meta(), what, " is on the meta device, which has no data");
-    TORCH_CHECK(!detail::safetensors_dtype(tensor.scalar_type()).empty(), what, " has dtype ", tensor.scalar_type(),
-                ", which the format lacks; convert it first");
-    TORCH_CHECK(name != detail::kMetadataKey, what, " has a name that the format keeps for its metadata");
-    detail::check_utf8(label, "the tensor name", name);
+    detail::check_storable(label, item.first, item.second);
     order.push_back(&item);
   }
   // Widest elements first: every tensor is then aligned to its element size.

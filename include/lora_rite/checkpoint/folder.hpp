@@ -1,0 +1,92 @@
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "lora_rite/checkpoint/file.hpp"
+#include "lora_rite/checkpoint/save_load.hpp"
+#include "lora_rite/checkpoint/training_state.hpp"
+#include "lora_rite/io/files.hpp"
+
+/// A folder that keeps the last checkpoints of a run, and finds the latest whole one. POSIX only.
+namespace lora_rite {
+
+/// The last checkpoints of one run in a folder, as step-<step>.ckpt.
+class CheckpointFolder {
+ public:
+  /// Keeps the last `keep` ≥ 1 checkpoints; c10::Error otherwise. The folder is made when something is saved.
+  explicit CheckpointFolder(std::filesystem::path folder, int64_t keep = 3) : folder_(std::move(folder)), keep_(keep) {
+    TORCH_CHECK(keep >= 1, "CheckpointFolder: keep is ", keep, ", expected ≥ 1");
+  }
+
+  /// save_checkpoint to step-<state.step>.ckpt; then all but the last `keep` up to this step are removed. Files of
+  /// later steps stay: a run that went back to an earlier step writes over them when it comes there. Returns the file's
+  /// path. Throws as save_checkpoint does, and c10::Error if the folder cannot be made; nothing is removed then.
+  std::filesystem::path save(const TrainingState& state) const {
+    std::error_code error;
+    if (std::filesystem::create_directories(folder_, error)) detail::sync_folder(folder_ / "..");
+    TORCH_CHECK(!error, "checkpoint folder ", folder_.string(), ": cannot be made: ", error.message());
+    std::filesystem::path path = path_of(state.step);
+    save_checkpoint(path, state);
+    std::vector<int64_t> old = steps_of(kEnding);
+    old.erase(std::upper_bound(old.begin(), old.end(), state.step), old.end());
+    // A file that cannot be removed does no harm to the new one, hence no error.
+    for (int64_t i = 0; i < static_cast<int64_t>(old.size()) - keep_; ++i) {
+      std::filesystem::remove(path_of(old[static_cast<size_t>(i)]), error);
+    }
+    for (const int64_t step : steps_of(kUnfinishedEnding)) {
+      std::filesystem::remove(path_of(step, kUnfinishedEnding), error);
+    }
+    return path;
+  }
+
+  /// The checkpoint of the latest step that is neither truncated nor damaged nor of a later version; nothing if there
+  /// is none. Reads the whole file.
+  std::optional<std::filesystem::path> latest() const {
+    const std::vector<int64_t> steps = steps_of(kEnding);
+    for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
+      try {
+        detail::read_checkpoint_file(path_of(*step));
+        return path_of(*step);
+      } catch (const c10::Error&) {  // the next older one, then
+      }
+    }
+    return std::nullopt;
+  }
+
+ private:
+  static constexpr const char* kEnding = ".ckpt";
+  static constexpr const char* kUnfinishedEnding = ".ckpt.tmp";  ///< what a save that was killed leaves
+
+  std::filesystem::path path_of(int64_t step, const char* ending = kEnding) const {
+    return folder_ / ("step-" + std::to_string(step) + ending);
+  }
+
+  /// The steps of all files that are named like that, in ascending order.
+  std::vector<int64_t> steps_of(const char* ending) const {
+    std::vector<int64_t> result;
+    std::error_code error;  // no folder, no files
+    for (const auto& entry : std::filesystem::directory_iterator(folder_, error)) {
+      const std::string name = entry.path().filename().string();
+      if (name.rfind("step-", 0) != 0) continue;
+      const int64_t step = std::strtoll(name.c_str() + 5, nullptr, 10);
+      if (path_of(step, ending).filename() == name) result.push_back(step);
+    }
+    std::sort(result.begin(), result.end());
+    return result;
+  }
+
+  std::filesystem::path folder_;
+  int64_t keep_;
+};
+
+}  // namespace lora_rite
