@@ -3,8 +3,8 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <lora_rite/engine/kernels.hpp>
-#include <lora_rite/engine/parallel.hpp>
+#include <lora_rite/engine/host/kernels/dispatch.hpp>
+#include <lora_rite/engine/host/torch_threads.hpp>
 
 #include <algorithm>
 #include <chrono>
@@ -16,7 +16,7 @@
 
 namespace {
 
-namespace kernels = lora_rite::engine::kernels;
+namespace kernels = lora_rite::host::kernels;
 
 /// The shortest of several runs, in seconds: a limit is what the machine can do when nobody disturbs it.
 template <class Function>
@@ -61,7 +61,7 @@ std::vector<std::pair<std::string, Pass>> passes(int64_t r, bool rank_first) {
                               true};
   const auto run = [&](const auto& pass) {
     return 1e9 / static_cast<double>(factors * size) * seconds([&] {
-             lora_rite::engine::parallel_tasks(factors, [&](int64_t i) {
+             lora_rite::host::torch_threads().for_each(factors, [&](int64_t i, int64_t) {
                std::vector<double> memory(static_cast<size_t>(kernels::Blocks::size(r)));
                pass(i * size, products.data_ptr<double>() + i * (2 * p * p + p), kernels::Blocks::in(memory.data(), r));
              });

@@ -1,10 +1,18 @@
-// What lora_rite::compiled holds: the engines, which are most of what a translation unit with LoraRite has to compile.
+// What lora_rite::compiled holds: the engines and the bodies of LoraRiteBase, which are most of what a translation unit
+// with LoraRite has to compile.
+
+#define LORA_RITE_COMPILING
 
 #include "lora_rite/engine/make_batches.hpp"
+#include "lora_rite/step/archive.hpp"
+#include "lora_rite/step/groups.hpp"
+#include "lora_rite/step/load_matching.hpp"
+#include "lora_rite/step/state.hpp"
+#include "lora_rite/step/step.hpp"
 
 namespace lora_rite::engine {
 
-template Batches make_batches<PolarBasis>(const std::vector<FactorPair>&, const std::vector<std::string>&, Engine);
-template Batches make_batches<QrBasis>(const std::vector<FactorPair>&, const std::vector<std::string>&, Engine);
+template Batches make_batches<PolarBasis>(const std::vector<PairToPlace>&, size_t, Engine);
+template Batches make_batches<QrBasis>(const std::vector<PairToPlace>&, size_t, Engine);
 
 }  // namespace lora_rite::engine

@@ -1,5 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <lora_rite/engine/device/tensor_algebra.hpp>
+#include <lora_rite/rule/decide.hpp>
+
 #include "support/pairs.hpp"
 
 namespace lora_rite {

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "support/batches.hpp"
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
 
@@ -145,36 +146,30 @@ TYPED_TEST(HalfPrecision, MasterCopyAddsUpStepsBelowTheResolution) {
 TYPED_TEST(HalfPrecision, AMissingMasterCopyIsMadeAnewBesideOthers) {
   torch::manual_seed(31);
   const auto options = LoraRiteOptions(1e-2).master_weights(true).clip_unmagnified_norm(0);
-  const auto act = [&](lora_rite::engine::Batch& batch) {
-    const torch::NoGradGuard no_grad;
-    batch.observe(options);
-    const torch::Tensor proceed = batch.finite();
-    batch.unmagnify(proceed);
-    batch.prepare(options, torch::ones({}, torch::kDouble), proceed);
-    batch.commit(options);
+  const auto placed = [](const std::vector<FactorPair>& pairs) {
+    return lora_rite::testing::place<TypeParam>(pairs, lora_rite::Engine::Device);
   };
-  const auto batch_of = [](const std::vector<FactorPair>& pairs) {
-    return std::move(lora_rite::engine::make_batches<TypeParam>(pairs, {"p", "q"}, lora_rite::Engine::Device).all[0]);
-  };
+  const auto act = [&](lora_rite::engine::Batches& batches) { lora_rite::testing::act(batches, options); };
+  const auto state_of = [](const lora_rite::engine::Batches& batches) { return batches.all[0].batch->state(); };
   std::vector<FactorPair> apart;
   for (const char* name : {"p", "q"}) {
     apart.push_back(lora_rite::testing::random_pair(name, 2, 6, 5, torch::kBFloat16));
   }
-  const auto first = batch_of({apart[0]}), second = batch_of({apart[1]});
+  auto first = placed({apart[0]}), second = placed({apart[1]});
   lora_rite::testing::set_gradients(apart, 7);
   apart[1].a.mutable_grad() = torch::Tensor();
-  for (const auto& batch : {first.get(), second.get()}) act(*batch);
-  ASSERT_TRUE(first->state().master[0].defined() && !second->state().master[0].defined());
+  for (auto* batches : {&first, &second}) act(*batches);
+  ASSERT_TRUE(state_of(first).master.a.defined() && !state_of(second).master.a.defined());
 
   const auto together = lora_rite::testing::clone_pairs(apart);
-  const auto joined = batch_of(together);
+  auto joined = placed(together);
   {
     const torch::NoGradGuard no_grad;
-    joined->restore({first->pick(0), second->pick(0)});
+    joined.all[0].batch->restore({first.all[0].batch->pick(0), second.all[0].batch->pick(0)});
   }
   lora_rite::testing::set_gradients(apart, 8);
   lora_rite::testing::set_gradients(together, 8);
-  for (const auto& batch : {first.get(), second.get(), joined.get()}) act(*batch);
+  for (auto* batches : {&first, &second, &joined}) act(*batches);
   EXPECT_TRUE(lora_rite::testing::equal_factors(together, apart));
 }
 

@@ -1,7 +1,9 @@
 // max_relative_change: how much a step changes a factor relative to itself.
 
 #include <gtest/gtest.h>
+#include <lora_rite/engine/device/tensor_algebra.hpp>
 #include <lora_rite/lora_rite.hpp>
+#include <lora_rite/rule/decide.hpp>
 
 #include <cmath>
 #include <vector>

@@ -6,6 +6,7 @@
 
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
+#include <lora_rite/engine/pair_state.hpp>
 #include <lora_rite/lora_rite.hpp>
 
 #include <cmath>
@@ -48,9 +49,10 @@ lora_rite::PairState state_of(const LoraRite<Basis>& optimizer, const FactorPair
 void expect_sound(const LoraRite<Basis>& optimizer, const FactorPair& pair) {
   ASSERT_TRUE(all_finite(pair.a) && all_finite(pair.b));
   const lora_rite::PairState state = state_of(optimizer, pair);
-  for (const int64_t side : {0, 1}) {
+  for (const lora_rite::Side factor : lora_rite::kSides) {
+    const int64_t side = lora_rite::index_of(factor);
     const auto v = state.moments.second_moment[side][0];
-    ASSERT_TRUE(all_finite(v) && all_finite(state.moments.inverse_root) && all_finite(state.momentum[side]));
+    ASSERT_TRUE(all_finite(v) && all_finite(state.moments.inverse_root) && all_finite(state.momentum[factor]));
     EXPECT_TRUE(torch::equal(v, v.t())) << "side " << side;
     const auto spectrum = torch::linalg_eigvalsh(v);
     const double largest = spectrum[-1].item<double>();

@@ -6,7 +6,6 @@
 #include <torch/types.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <map>
 #include <set>
@@ -16,6 +15,7 @@
 
 #include "lora_rite/leaf.hpp"
 #include "lora_rite/names.hpp"
+#include "lora_rite/rule/side.hpp"
 
 namespace lora_rite {
 
@@ -24,6 +24,9 @@ struct FactorPair {
   std::string name;  ///< used in messages and checkpoints; may be empty
   torch::Tensor a;   ///< [r, in...]: the rank in dimension 0, all others flattened to n = in
   torch::Tensor b;   ///< [out, r, ...]: the rank in dimension 1, all others flattened to n = out
+
+  torch::Tensor& factor(Side side) { return side == Side::A ? a : b; }
+  const torch::Tensor& factor(Side side) const { return side == Side::A ? a : b; }
 };
 
 /// The pairs of E experts whose factors share two tensors, as PEFT has them for a parameter that holds all experts of a
@@ -262,8 +265,8 @@ inline bool may_overlap(const torch::Tensor& tensor) {
   return false;
 }
 
-/// {in, out}: the rows of A and B, seen as [in, r] and [out, r].
-inline std::array<int64_t, 2> rows_of(const FactorPair& pair) {
+/// in and out: the rows of A and B, seen as [in, r] and [out, r].
+inline PerSide<int64_t> rows_of(const FactorPair& pair) {
   return {pair.a.numel() / pair.a.size(0), pair.b.numel() / pair.b.size(1)};
 }
 
@@ -281,12 +284,12 @@ inline void check_trained_pair(const FactorPair& pair, const std::string& label)
   }
 }
 
-/// Throws c10::Error naming `label` if the rank is above both sides of the whole pair, `rows` = {in, out}. No layer is
-/// adapted so; what looks like it is mostly a pair in the wrong order.
-inline void check_rank(const FactorPair& pair, const std::array<int64_t, 2>& rows, const std::string& label) {
+/// Throws c10::Error naming `label` if the rank is above both sides of the whole pair, whose rows are in and out. No
+/// layer is adapted like that; it is mostly a pair in the wrong order.
+inline void check_rank(const FactorPair& pair, const PerSide<int64_t>& rows, const std::string& label) {
   const int64_t rank = pair.a.size(0);
-  TORCH_CHECK(rank <= rows[0] || rank <= rows[1], label, ": the rank ", rank, " is above both sides, in = ", rows[0],
-              " and out = ", rows[1], " (a has shape ", pair.a.sizes(), ", b has shape ", pair.b.sizes(),
+  TORCH_CHECK(rank <= rows.a || rank <= rows.b, label, ": the rank ", rank, " is above both sides, in = ", rows.a,
+              " and out = ", rows.b, " (a has shape ", pair.a.sizes(), ", b has shape ", pair.b.sizes(),
               "); are a and b swapped? Expected a [r, in...] and b [out, r, ...]");
 }
 

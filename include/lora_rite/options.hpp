@@ -4,11 +4,14 @@
 #include <torch/optim/optimizer.h>
 #include <torch/optim/serialize.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
 #include <tuple>
 #include <type_traits>
+
+#include "lora_rite/rule/hyperparameters.hpp"
 
 namespace lora_rite {
 
@@ -122,6 +125,26 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
     function("master_weights", options.master_weights());
   }
 };
+
+/// What one step reads of them.
+inline rule::Hyperparameters hyperparameters(const LoraRiteOptions& options) {
+  rule::Hyperparameters numbers;
+  numbers.lr = options.lr();
+  std::tie(numbers.beta1, numbers.beta2) = options.betas();
+  numbers.eps = options.eps();
+  numbers.eps_root = options.eps_root();
+  numbers.preconditioner_exponent = options.preconditioner_exponent();
+  numbers.weight_decay = options.weight_decay();
+  numbers.escape = options.escape();
+  numbers.clip_unmagnified_norm = options.clip_unmagnified_norm();
+  numbers.max_update_rms = options.max_update_rms();
+  numbers.max_relative_change = options.max_relative_change();
+  numbers.row_equilibration = options.row_equilibration();
+  numbers.lr_ratio_b = options.lr_ratio_b();
+  numbers.balance = options.balance();
+  numbers.maximize = options.maximize();
+  return numbers;
+}
 
 namespace detail {
 

@@ -2,8 +2,9 @@
 // device.
 
 #include <gtest/gtest.h>
-#include <lora_rite/engine/capturable.hpp>
+#include <lora_rite/engine/device/product_roots.hpp>
 
+#include "support/batches.hpp"
 #include "support/operators.hpp"
 #include "support/pairs.hpp"
 
@@ -47,9 +48,9 @@ TEST(Capturable, PreconditionerDiffersByAShareOfTheConditionNumber) {
       const torch::Tensor v = graded(rank, condition);
       for (const double scale : {1e-30, 1.0, 1e30}) {
         for (const double exponent : {0.5, 0.25}) {
-          const auto options = LoraRiteOptions().eps(0).preconditioner_exponent(exponent);
-          const auto exact = rule::Eigenvalues::preconditioner<at::Tensor>(v * scale, nothing, {}, options);
-          const auto found = engine::ProductRoots::preconditioner(v * scale, nothing, {}, options);
+          const auto numbers = hyperparameters(LoraRiteOptions().eps(0).preconditioner_exponent(exponent));
+          const auto exact = rule::Eigenvalues::preconditioner<at::Tensor>(v * scale, nothing, {}, numbers);
+          const auto found = device::ProductRoots::preconditioner(v * scale, nothing, {}, numbers);
           const torch::Tensor error = torch::matmul(found, torch::linalg_inv(exact)) - identity_like(v);
           // Half the floor r ε tr(V) over the smallest eigenvalue, tr(V) ≤ r; and what the solvers leave.
           const double r = static_cast<double>(rank), epsilon = 2.3e-16;
@@ -67,7 +68,7 @@ TEST(Capturable, RootsMakeOrthonormalBases) {
     for (const double condition : {1.0, 1e3, 1e6}) {
       const torch::Tensor s = 1e-5 * graded(rank, condition);
       const double cutoff = rule::relative_cutoff(1.2e-7, rank);
-      const torch::Tensor root = engine::PivotedCholesky::inverse_root(s, cutoff);
+      const torch::Tensor root = device::PivotedCholesky::inverse_root(s, cutoff);
       const torch::Tensor gram = torch::matmul(root.mT(), torch::matmul(s, root));
       // Round-off of s itself, seen in the root.
       EXPECT_LT((gram - identity_like(s)).abs().max().item<double>(), 1e-14 * static_cast<double>(rank) * condition)
@@ -84,7 +85,7 @@ TEST(Capturable, RootsDropTheDirectionsThatAreMissing) {
       const torch::Tensor y = torch::randn({8, rows, rank}, torch::kDouble);
       const torch::Tensor s = torch::matmul(y.mT(), y);
       const double cutoff = rule::relative_cutoff(1.2e-7, rank);
-      const torch::Tensor root = engine::PivotedCholesky::inverse_root(s, cutoff);
+      const torch::Tensor root = device::PivotedCholesky::inverse_root(s, cutoff);
       const torch::Tensor projector = torch::matmul(root.mT(), torch::matmul(s, root));
       const torch::Tensor inverse = torch::matmul(root, root.mT());
       EXPECT_LT((torch::matmul(projector, projector) - projector).abs().max().item<double>(), 1e-9);
@@ -131,16 +132,16 @@ TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
 TEST(Capturable, NothingToScaleGivesZeroAndNoNaN) {
   const torch::Tensor zero = torch::zeros({2, 4, 4}, torch::kDouble), none = torch::zeros({2, 1, 1}, torch::kDouble);
   const std::optional<rule::RoundOff<at::Tensor>> round_off = rule::RoundOff<at::Tensor>{zero, zero, none};
-  EXPECT_TRUE(torch::equal(engine::PivotedCholesky::inverse_root(zero, 1e-13), zero));
+  EXPECT_TRUE(torch::equal(device::PivotedCholesky::inverse_root(zero, 1e-13), zero));
   for (const double exponent : {0.5, 0.25}) {
-    const auto options = LoraRiteOptions().eps(0).preconditioner_exponent(exponent);
-    EXPECT_TRUE(torch::equal(engine::ProductRoots::preconditioner(zero, none, {}, options), zero)) << exponent;
-    EXPECT_TRUE(torch::equal(engine::ProductRoots::preconditioner(zero, none, round_off, options), zero)) << exponent;
+    const auto numbers = hyperparameters(LoraRiteOptions().eps(0).preconditioner_exponent(exponent));
+    EXPECT_TRUE(torch::equal(device::ProductRoots::preconditioner(zero, none, {}, numbers), zero)) << exponent;
+    EXPECT_TRUE(torch::equal(device::ProductRoots::preconditioner(zero, none, round_off, numbers), zero)) << exponent;
   }
   for (const double exponent : {0.5, 0.25, 0.0}) {
-    const auto options = LoraRiteOptions().eps(0).preconditioner_exponent(exponent);
-    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner<at::Tensor>(zero, none, {}, options), zero)) << exponent;
-    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner(zero, none, round_off, options), zero)) << exponent;
+    const auto numbers = hyperparameters(LoraRiteOptions().eps(0).preconditioner_exponent(exponent));
+    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner<at::Tensor>(zero, none, {}, numbers), zero)) << exponent;
+    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner(zero, none, round_off, numbers), zero)) << exponent;
   }
 }
 
@@ -244,34 +245,27 @@ TEST(Capturable, WhatIsRememberedStaysWhereItIs) {
   torch::manual_seed(78);
   const FactorPair pair = random_pair("pair", 3, 12, 10, torch::kBFloat16);
   const auto options = LoraRiteOptions(1e-2).capturable(true).master_weights(true).row_equilibration(true);
-  const auto batches = engine::make_batches<PolarBasis>({pair}, {"pair"}, Engine::Device);
-  engine::Batch& batch = *batches.all[0];
+  engine::Batches batches = testing::place({pair}, Engine::Device);
+  const engine::Batch& batch = *batches.all[0].batch;
   const auto step = [&](int64_t number) {
-    const torch::NoGradGuard no_grad;
     set_gradients({pair}, static_cast<uint64_t>(number));
-    EXPECT_TRUE(batch.observe(options));
-    const torch::Tensor proceed = batch.finite();
-    batch.unmagnify(proceed);
-    batch.prepare(options, torch::ones({}, torch::kDouble), proceed);
-    batch.commit(options);
+    testing::act(batches, options);
   };
   const auto places = [&] {
     const PairState& state = batch.state();
     std::vector<const void*> result;
-    for (const torch::Tensor& tensor :
-         {state.moments.second_moment, state.moments.escaped_mass, state.moments.inverse_root, state.moments.step,
-          state.column_sums, state.previous_scale, state.previous_rate, state.momentum[0], state.momentum[1],
-          state.rows[0], state.rows[1], state.master[0], state.master[1]}) {
-      result.push_back(tensor.const_data_ptr());
-    }
+    PairState::for_each_field(state, [&](const torch::Tensor& tensor, int64_t) {
+      EXPECT_TRUE(tensor.defined());
+      result.push_back(tensor.defined() ? tensor.const_data_ptr() : nullptr);
+    });
     return result;
   };
   step(0);
   const auto before = places();
-  const torch::Tensor master = batch.state().master[0].clone();
+  const torch::Tensor master = batch.state().master.a.clone();
   for (int64_t number = 1; number < 4; ++number) step(number);
   EXPECT_EQ(places(), before);
-  EXPECT_FALSE(torch::equal(batch.state().master[0], master));
+  EXPECT_FALSE(torch::equal(batch.state().master.a, master));
 }
 
 /// A replay of a recorded step reads the rates from the device: here the tensor is looked at through what a step does.

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
-#include <lora_rite/engine/lanes.hpp>
-#include <lora_rite/engine/parallel.hpp>
+#include <lora_rite/engine/host/buffer_pool.hpp>
+#include <lora_rite/engine/host/lane_algebra.hpp>
+#include <lora_rite/engine/host/torch_threads.hpp>
 
 #include <array>
 #include <functional>
@@ -452,28 +453,29 @@ TEST(LaneBuffers, LargeOnesAreGivenBack) {
   std::thread([] {                             // which keeps nothing yet
     constexpr size_t large = size_t{3} << 17;  // doubles: 3 MiB
     {
-      std::vector<engine::Buffer> buffers;
+      std::vector<host::Buffer> buffers;
       for (int i = 0; i < 8; ++i) buffers.emplace_back(large);
     }
-    EXPECT_EQ(engine::Buffer::bytes_kept(), 2 * large * sizeof(double));
-    { const engine::Buffer again(large); }
-    EXPECT_EQ(engine::Buffer::bytes_kept(), 2 * large * sizeof(double));
-    { const engine::Buffer another(size_t{1} << 18); }  // 2 MiB
-    EXPECT_EQ(engine::Buffer::bytes_kept(), size_t{8} << 20);
+    EXPECT_EQ(host::Buffer::bytes_kept(), 2 * large * sizeof(double));
+    { const host::Buffer again(large); }
+    EXPECT_EQ(host::Buffer::bytes_kept(), 2 * large * sizeof(double));
+    { const host::Buffer another(size_t{1} << 18); }  // 2 MiB
+    EXPECT_EQ(host::Buffer::bytes_kept(), size_t{8} << 20);
   })
       .join();
 }
 
-TEST(ParallelTasks, EachIsCalledOnceAndErrorsComeThrough) {
+TEST(TorchThreads, CallEachTaskOnceAndErrorsComeThrough) {
+  host::Threads& threads = host::torch_threads();
   std::vector<std::atomic<int>> calls(1000);
-  engine::parallel_tasks(1000, [&](int64_t i) { ++calls[static_cast<size_t>(i)]; });
+  threads.for_each(1000, [&](int64_t i, int64_t) { ++calls[static_cast<size_t>(i)]; });
   for (const auto& count : calls) EXPECT_EQ(count, 1);
-  std::vector<std::atomic<int>> busy(static_cast<size_t>(at::get_num_threads()));
-  engine::parallel_tasks(1000, [&](int64_t, int64_t thread) {
+  std::vector<std::atomic<int>> busy(static_cast<size_t>(threads.count()));
+  threads.for_each(1000, [&](int64_t, int64_t thread) {
     EXPECT_EQ(++busy.at(static_cast<size_t>(thread)), 1) << "two threads have one number";
     --busy[static_cast<size_t>(thread)];
   });
-  EXPECT_THROW(engine::parallel_tasks(8, [](int64_t i) { TORCH_CHECK(i != 5, "five"); }), c10::Error);
+  EXPECT_THROW(threads.for_each(8, [](int64_t i, int64_t) { TORCH_CHECK(i != 5, "five"); }), c10::Error);
 }
 
 }  // namespace

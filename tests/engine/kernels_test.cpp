@@ -1,15 +1,15 @@
 // The host engine's loops, compiled for each instruction set, against Eigen.
 
 #include <gtest/gtest.h>
-#include <lora_rite/engine/kernels.hpp>
-#include <lora_rite/engine/kernels/plain.hpp>
+#include <lora_rite/engine/host/kernels/dispatch.hpp>
+#include <lora_rite/engine/host/kernels/plain.hpp>
 
 #include <Eigen/Dense>
 #include <algorithm>
 #include <random>
 #include <vector>
 
-namespace lora_rite::engine::kernels {
+namespace lora_rite::host::kernels {
 namespace {
 
 using Eigen::MatrixXd;
@@ -329,4 +329,4 @@ TEST(Kernels, RowEquilibration) {
 }
 
 }  // namespace
-}  // namespace lora_rite::engine::kernels
+}  // namespace lora_rite::host::kernels

@@ -3,7 +3,7 @@
 
     mutate.py --build FOLDER             all mutations of mutations.py
     mutate.py --build FOLDER NAME…       those of which the number is NAME, or the file or the text holds it:
-                                         17, host.hpp, bump_version
+                                         17, pairs.hpp, bump_version
     mutate.py --build FOLDER --survivors those that no test has noticed in the last run, or that have not run yet
     mutate.py --build FOLDER --list      what there is, and what became of it in the last run; runs nothing
 

@@ -2,17 +2,19 @@
 
 #include <ATen/ATen.h>
 
-#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "lora_rite/distributed/process_group.hpp"
+#include "lora_rite/engine/batch.hpp"
+#include "lora_rite/engine/pair_state.hpp"
 #include "lora_rite/optimizer.hpp"
 
 namespace lora_rite::detail {
@@ -29,6 +31,15 @@ inline std::string text_of(double value) {
 inline std::string text_of(bool value) { return value ? "true" : "false"; }
 inline std::string text_of(const std::tuple<double, double>& value) {
   return "(" + text_of(std::get<0>(value)) + ", " + text_of(std::get<1>(value)) + ")";
+}
+
+/// That a tensor has no gradient, or one of another layout or shape than its own; empty otherwise.
+inline std::string describe_gradient(const at::Tensor& tensor) {
+  const at::Tensor leaf = leaf_of(tensor);
+  const at::Tensor& gradient = leaf.grad();
+  if (!gradient.defined()) return " without a gradient (see average_gradients)";
+  if (gradient.layout() == at::kStrided && gradient.sizes() == leaf.sizes()) return "";
+  return c10::str(" with a gradient ", gradient.layout(), gradient.sizes());
 }
 
 /// What `ShardedLoraRite` and `RowShardedLoraRite` share: the processes agree on groups, options, gradients and skipped
@@ -93,21 +104,20 @@ class DistributedLoraRite : public LoraRite<Basis> {
   bool can_remove_pairs() const override { return false; }
 
   /// Which dimension of a factor is divided over the processes; −1 if none is.
-  virtual std::array<int64_t, 2> divided_dimensions(const FactorPair& /*pair*/) const { return {-1, -1}; }
+  virtual PerSide<int64_t> divided_dimensions(const FactorPair& /*pair*/) const { return {-1, -1}; }
   /// Once the processes agree on the groups: who does what.
   virtual void divide() = 0;
   /// After a step.
   virtual void publish() {}
 
-  at::Tensor agree(const at::Tensor& proceed) override {
-    at::Tensor flag =
-        proceed.defined() ? proceed.to(at::kInt) : at::ones({}, at::TensorOptions(at::kInt).device(device_));
+  std::optional<at::Tensor> agree_on_step(const std::optional<at::Tensor>& all_finite) override {
+    at::Tensor flag = all_finite ? all_finite->to(at::kInt) : at::ones({}, at::TensorOptions(at::kInt).device(device_));
     flag = flag.reshape({1});
     collectives_->reduce(flag, "agreeing on a step", c10d::ReduceOp::MIN);
     return flag.to(at::kBool).squeeze();
   }
 
-  void checked(const std::string& lines) override {
+  void agree_before_change(const std::string& lines) override {
     const std::string all = describe_groups(call_) + lines;
     is_waited_for_ = false;
     collectives_->agree(all, device_);
@@ -116,7 +126,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
   void agree_on_call(const char* call, const std::string& what) override {
     together(call, [&] {
       agree_on_groups();
-      checked(std::string(call) + ": " + what + "\n");
+      agree_before_change(std::string(call) + ": " + what + "\n");
     });
   }
 
@@ -124,7 +134,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
   void agree_on_groups() override {
     if (this->group_count() == agreed_groups_) return;
     for (size_t g = agreed_groups_; g < this->group_count(); ++g) alternating_factors(this->pairs_of(g));  // no views
-    checked({});
+    agree_before_change({});
     divide();
     agreed_groups_ = this->group_count();
     is_waited_for_ = true;
@@ -136,8 +146,8 @@ class DistributedLoraRite : public LoraRite<Basis> {
   at::Device device() const { return device_; }
 
  private:
-  /// Runs `function`, in which `checked` or `agree_on_groups` compares the processes before anything is sent or
-  /// changed. What it throws before that is told to the others, which wait there, and they throw as well.
+  /// Runs `function`, in which `agree_before_change` or `agree_on_groups` compares the processes before anything is
+  /// sent or changed. What it throws before that is told to the others, which wait there, and they throw as well.
   template <class Function>
   void together(const char* call, const Function& function) {
     call_ = call;
@@ -160,13 +170,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
     Descriptions descriptions;
     const auto append = [&](const at::Tensor& tensor, int64_t divided_dimension) {
       descriptions.append(text, tensor, divided_dimension);
-      if (!is_step) return;
-      const at::Tensor leaf = leaf_of(tensor);
-      const at::Tensor& gradient = leaf.grad();
-      if (!gradient.defined())
-        text += " without a gradient (see average_gradients)";
-      else if (gradient.layout() != at::kStrided || gradient.sizes() != leaf.sizes())
-        text += c10::str(" with a gradient ", gradient.layout(), gradient.sizes());
+      if (is_step) text += describe_gradient(tensor);
     };
     for (size_t g = 0; g < this->group_count(); ++g) {
       const auto& group = this->param_groups()[g];
@@ -182,9 +186,9 @@ class DistributedLoraRite : public LoraRite<Basis> {
         for (size_t p = 0; p < pairs.size(); ++p) {
           const auto divided = divided_dimensions(pairs[p]);
           text += this->label_of(g, p) + ": factor a ";
-          append(pairs[p].a, divided[0]);
+          append(pairs[p].a, divided.a);
           text += ", factor b ";
-          append(pairs[p].b, divided[1]);
+          append(pairs[p].b, divided.b);
           text += '\n';
         }
       } else {

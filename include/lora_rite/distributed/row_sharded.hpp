@@ -3,12 +3,12 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <array>
 #include <functional>
 #include <map>
 #include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -45,7 +45,7 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
   }
 
  protected:
-  std::array<int64_t, 2> divided_dimensions(const FactorPair& pair) const override {
+  PerSide<int64_t> divided_dimensions(const FactorPair& pair) const override {
     const RowSharding sharding = sharding_(pair);
     return {sharding.a ? 1 : -1, sharding.b ? 0 : -1};
   }
@@ -76,19 +76,18 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
       for (const at::Tensor& process : all) {
         const at::Tensor rows = process.cpu();
         for (size_t p = 0; p < pairs.size(); ++p)
-          for (const size_t side : {0, 1}) rows_[g][p][side].push_back(rows.const_data_ptr<int64_t>()[2 * p + side]);
+          for (const Side side : kSides)
+            rows_[g][p][side].push_back(rows.const_data_ptr<int64_t>()[2 * static_cast<int64_t>(p) + index_of(side)]);
       }
       // Pairs whose wholes agree in shape are batched, which their parts must allow in every process.
-      std::map<std::array<int64_t, 4>, size_t> first;
+      std::map<std::tuple<int64_t, int64_t, bool, bool>, size_t> first;
       for (size_t p = 0; p < pairs.size(); ++p) {
         const auto shards = *row_shards(g, p);
-        const size_t same =
-            first
-                .emplace(std::array<int64_t, 4>{shards.rows[0], shards.rows[1], shards.sharded[0], shards.sharded[1]},
-                         p)
-                .first->second;
+        const std::tuple whole(shards.rows.a, shards.rows.b, shards.sharded.a, shards.sharded.b);
+        const size_t same = first.emplace(whole, p).first->second;
         TORCH_CHECK(
-            rows_[g][p] == rows_[g][same], this->label_of(g, p), " and ", this->label_of(g, same),
+            rows_[g][p].a == rows_[g][same].a && rows_[g][p].b == rows_[g][same].b, this->label_of(g, p), " and ",
+            this->label_of(g, same),
             " have the same shape and are divided differently, expected pairs of one shape to be divided alike");
       }
     }
@@ -98,26 +97,26 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
     const FactorPair& factors = this->pairs_of(group)[pair];
     const RowSharding sharding = sharding_(factors);
     const auto rank = static_cast<size_t>(this->collectives().rank());
-    const std::array<int64_t, 2> told = {rows_[group][pair][0][rank], rows_[group][pair][1][rank]};
-    TORCH_CHECK(factors.a.size(1) == told[0] && factors.b.size(0) == told[1], this->label_of(group, pair),
-                " has factors of shapes ", factors.a.sizes(), " and ", factors.b.sizes(), ", expected ", told[0],
-                " and ", told[1],
+    const PerSide<std::vector<int64_t>>& of_processes = rows_[group][pair];
+    const PerSide<int64_t> told = {of_processes.a[rank], of_processes.b[rank]};
+    TORCH_CHECK(factors.a.size(1) == told.a && factors.b.size(0) == told.b, this->label_of(group, pair),
+                " has factors of shapes ", factors.a.sizes(), " and ", factors.b.sizes(), ", expected ", told.a,
+                " and ", told.b,
                 " rows as the other processes were told; build the optimizer after changing the module");
-    const auto total = [&](size_t side, bool is_sharded) {
-      const auto& rows = rows_[group][pair][side];
-      return is_sharded ? std::accumulate(rows.begin(), rows.end(), int64_t{0}) : rows[0];
+    engine::RowShards shards;
+    for (const Side side : kSides) {
+      const std::vector<int64_t>& rows = of_processes[side];
+      const bool is_sharded = side == Side::A ? sharding.a : sharding.b;
+      shards.sharded[side] = is_sharded;
+      shards.begin[side] =
+          is_sharded ? std::accumulate(rows.begin(), rows.begin() + this->collectives().rank(), int64_t{0}) : 0;
+      shards.rows[side] = is_sharded ? std::accumulate(rows.begin(), rows.end(), int64_t{0}) : rows[0];
+    }
+    shards.sum = [collectives = this->shared_collectives()](at::Tensor& sums) {
+      collectives->reduce(sums, "adding up the processes' rows");
     };
-    const auto begin = [&](size_t side, bool is_sharded) {
-      const auto& rows = rows_[group][pair][side];
-      return is_sharded ? std::accumulate(rows.begin(), rows.begin() + this->collectives().rank(), int64_t{0}) : 0;
-    };
-    return engine::RowShards{{sharding.a, sharding.b},
-                             {begin(0, sharding.a), begin(1, sharding.b)},
-                             {total(0, sharding.a), total(1, sharding.b)},
-                             [collectives = this->shared_collectives()](at::Tensor& sums) {
-                               collectives->reduce(sums, "adding up the processes' rows");
-                             },
-                             this->collectives().rank() == 0};
+    shards.first = this->collectives().rank() == 0;
+    return shards;
   }
 
   void save_state(torch::serialize::OutputArchive& archive, size_t group, size_t pair) const override {
@@ -135,8 +134,7 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
     const int64_t rank = factors.a.size(0);
     const auto wide_dtype = factors.a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     PairState state = PairState::load(*archive, this->label_of(group, pair),
-                                      {std::vector<int64_t>{rank, shards.rows[0]}, {shards.rows[1], rank}}, rank,
-                                      wide_dtype, this->device());
+                                      {{rank, shards.rows.a}, {shards.rows.b, rank}}, rank, wide_dtype, this->device());
     const auto process = this->collectives().rank();
     for_each_tall(state, group, pair, [&](at::Tensor& tensor, int64_t dimension, const std::vector<int64_t>& rows) {
       const int64_t begin = std::accumulate(rows.begin(), rows.begin() + process, int64_t{0});
@@ -164,18 +162,18 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
   template <class Function>
   void for_each_tall(PairState& state, size_t group, size_t pair, const Function& function) const {
     const RowSharding sharding = sharding_(this->pairs_of(group)[pair]);
-    for (const size_t side : {0, 1}) {
-      if (!(side == 0 ? sharding.a : sharding.b)) continue;
+    for (const Side side : kSides) {
+      if (!(side == Side::A ? sharding.a : sharding.b)) continue;
       const auto& rows = rows_[group][pair][side];
-      const int64_t dimension = side == 0 ? 2 : 1;  // behind k = 1
+      const int64_t dimension = side == Side::A ? 2 : 1;  // behind k = 1
       if (state.momentum[side].defined()) function(state.momentum[side], dimension, rows);
       if (state.master[side].defined()) function(state.master[side], dimension, rows);
-      if (state.rows[side].defined()) function(state.rows[side], 1, rows);
+      if (state.row_moments[side].defined()) function(state.row_moments[side], 1, rows);
     }
   }
 
   std::function<RowSharding(const FactorPair&)> sharding_;
-  std::vector<std::vector<std::array<std::vector<int64_t>, 2>>> rows_;  ///< by group, pair, side and process
+  std::vector<std::vector<PerSide<std::vector<int64_t>>>> rows_;  ///< by group, pair, side and process
 };
 
 }  // namespace lora_rite

@@ -47,8 +47,8 @@ class ShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
  protected:
   bool keeps(size_t group, size_t pair) const override { return owner(group, pair) == this->collectives().rank(); }
 
-  at::Tensor total(const at::Tensor& norms_squared) override {
-    at::Tensor norms = norms_squared.clone();
+  at::Tensor sum_over_processes(const at::Tensor& squared_norms) override {
+    at::Tensor norms = squared_norms.clone();
     this->collectives().reduce(norms, "adding up the norm of the gradients");
     return norms;
   }

@@ -4,23 +4,25 @@
 #include <torch/optim/adamw.h>
 #include <torch/serialize/archive.h>
 
-#include <cmath>
+#include <exception>
 #include <limits>
 #include <map>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "lora_rite/choose.hpp"
+#include "lora_rite/engine/acts.hpp"
+#include "lora_rite/engine/choose.hpp"
 #include "lora_rite/engine/device_numbers.hpp"
 #include "lora_rite/engine/layout.hpp"
 #include "lora_rite/options.hpp"
 
 namespace lora_rite::engine {
 
-/// AdamW for the parameters that are no LoRA factors (heads, norms, biases), by torch's fused kernel. It exists because
-/// torch::optim::AdamW steps tensor by tensor, cannot leave a step out on the device, and cannot ascend.
+/// AdamW for the parameters that are no LoRA factors (heads, norms, biases), with torch's fused kernel. It exists
+/// because torch::optim::AdamW steps tensor by tensor, cannot skip a step on the device, and cannot ascend.
 ///
 /// Moments and arithmetic are double for double parameters and float for all others. Gradients are taken in that dtype:
 /// half would lose what `GradScaler::unscale_` leaves as float. A bfloat16 or half parameter is stepped as a float copy
@@ -76,34 +78,13 @@ class AdamWParameters {
     return result;
   }
 
-  /// All of an AdamW step of the parameters that have a gradient that can fail; none where `proceed` (a scalar on any
-  /// device) is false. Changes neither parameters nor state.
-  void prepare(const torch::optim::AdamWOptions& options, const at::Tensor& proceed) {
-    next_ = state_;  // the same tensors, and those that are new
-    calls_.clear();
+  /// A step of the parameters that have a gradient, up to the writing; no parameter moves where `step_allowed` (a
+  /// scalar on any device) is false. Unlike that of factors, its `commit` asks for some memory within LibTorch: if that
+  /// fails, `error` tells.
+  std::unique_ptr<Plan> plan(const torch::optim::AdamWOptions& options, const at::Tensor& step_allowed) {
+    auto result = std::make_unique<Planned>(*this, options);
     for (const auto& [device_and_dtype, indices] : with_gradient()) {
-      Call call;
-      for (const size_t i : indices) {
-        State& state = next_[i];
-        const at::Tensor& parameter = parameters_[i];
-        if (!state.mean.defined()) {
-          const auto options = parameter.options().requires_grad(false);
-          state.step = at::zeros({}, options.dtype(at::kFloat));
-          state.mean = at::zeros_like(parameter, options.dtype(wide_dtype(parameter.scalar_type())));
-          state.square = at::zeros_like(state.mean);
-        }
-        if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();
-        call.parameters.push_back(laid_out_as(parameter, parameter));
-        if (parameter.scalar_type() != wide_dtype(parameter.scalar_type())) {
-          call.copies.push_back(call.parameters.back());
-          call.rounded.push_back(parameter);
-        }
-        call.gradients.push_back(laid_out_as(parameter, parameter.grad()));
-        call.means.push_back(state.mean);
-        call.squares.push_back(state.square);
-        if (options.amsgrad()) call.largest_squares.push_back(state.largest_square);
-        call.steps.push_back(state.step);
-      }
+      Call call = call_for(indices, options, result->next);
       // The fused kernels have no meta version, and a tensor without data has nothing to update.
       if (call.parameters[0].is_meta()) continue;
       const at::Device device = call.parameters[0].device();
@@ -111,32 +92,18 @@ class AdamWParameters {
       rate.upload({options.lr()}, device);
       // A CPU takes the rate in double, accelerators read a float.
       call.lr = device.is_cpu() ? rate.tensor()[0] : rate.tensor()[0].to(at::kFloat);
-      const at::Tensor counted = on_device(proceed, device).to(at::kFloat);
+      const at::Tensor counted = on_device(step_allowed, device).to(at::kFloat);
       call.skip = negated(counted).to(at::kFloat);
       call.counted.assign(call.steps.size(), counted);
       for (const at::Tensor& rounded : call.rounded) {
-        // A step that is left out must leave an infinity where it was.
+        // A skipped step must leave an infinity where it was.
         const double most = largest_of(rounded.scalar_type());
         call.most.push_back(at::full_like(call.skip, most).masked_fill(call.skip.gt(0), kInfinity));
         call.least.push_back(-call.most.back());
       }
-      calls_.push_back(std::move(call));
+      result->calls.push_back(std::move(call));
     }
-  }
-
-  /// The rest of the step. Asks for no tensor's memory; see Batch::commit.
-  void commit(const torch::optim::AdamWOptions& options) {
-    for (Call& call : calls_) {
-      at::_foreach_add_(call.steps, call.counted);
-      at::_fused_adamw_(call.parameters, call.gradients, call.means, call.squares, call.largest_squares, call.steps,
-                        call.lr, std::get<0>(options.betas()), std::get<1>(options.betas()), options.weight_decay(),
-                        options.eps(), options.amsgrad(), maximize_, /*grad_scale=*/{}, /*found_inf=*/call.skip);
-      // A step that is left out writes back what was read.
-      for (size_t i = 0; i < call.copies.size(); ++i)
-        call.rounded[i].copy_(call.copies[i].clamp_(call.least[i], call.most[i]));
-    }
-    state_ = std::move(next_);
-    calls_.clear();
+    return result;
   }
 
   /// Hands the rate to the devices; `step` does it, but not the replay of a recorded one.
@@ -258,14 +225,71 @@ class AdamWParameters {
     at::Tensor lr, skip;
   };
 
+  /// For these parameters; `next` gets the states that are new.
+  Call call_for(const std::vector<size_t>& indices, const torch::optim::AdamWOptions& options,
+                std::vector<State>& next) const {
+    Call call;
+    for (const size_t i : indices) {
+      State& state = next[i];
+      const at::Tensor& parameter = parameters_[i];
+      if (!state.mean.defined()) {
+        const auto own = parameter.options().requires_grad(false);
+        state.step = at::zeros({}, own.dtype(at::kFloat));
+        state.mean = at::zeros_like(parameter, own.dtype(wide_dtype(parameter.scalar_type())));
+        state.square = at::zeros_like(state.mean);
+      }
+      if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();
+      call.parameters.push_back(laid_out_as(parameter, parameter));
+      if (parameter.scalar_type() != wide_dtype(parameter.scalar_type())) {
+        call.copies.push_back(call.parameters.back());
+        call.rounded.push_back(parameter);
+      }
+      call.gradients.push_back(laid_out_as(parameter, parameter.grad()));
+      call.means.push_back(state.mean);
+      call.squares.push_back(state.square);
+      if (options.amsgrad()) call.largest_squares.push_back(state.largest_square);
+      call.steps.push_back(state.step);
+    }
+    return call;
+  }
+
+  class Planned final : public Plan {
+   public:
+    Planned(AdamWParameters& owner, const torch::optim::AdamWOptions& options)
+        : next(owner.state_), owner_(owner), options_(options), maximize_(owner.maximize_) {}
+
+    void commit() noexcept override {
+      try {
+        for (Call& call : calls) run(call);
+      } catch (...) {
+        error_ = std::current_exception();
+      }
+      if (!error_) owner_.state_.swap(next);
+    }
+
+    std::vector<State> next;  ///< the state's tensors, and new ones among them
+    std::vector<Call> calls;
+
+   private:
+    void run(Call& call) {
+      at::_foreach_add_(call.steps, call.counted);
+      at::_fused_adamw_(call.parameters, call.gradients, call.means, call.squares, call.largest_squares, call.steps,
+                        call.lr, std::get<0>(options_.betas()), std::get<1>(options_.betas()), options_.weight_decay(),
+                        options_.eps(), options_.amsgrad(), maximize_, /*grad_scale=*/{}, /*found_inf=*/call.skip);
+      // A skipped step writes back what was read.
+      for (size_t i = 0; i < call.copies.size(); ++i)
+        call.rounded[i].copy_(call.copies[i].clamp_(call.least[i], call.most[i]));
+    }
+
+    AdamWParameters& owner_;
+    torch::optim::AdamWOptions options_;
+    bool maximize_;
+  };
+
   std::vector<at::Tensor> parameters_;
   bool maximize_;
   std::vector<State> state_;
   std::map<std::string, DeviceNumbers> rates_;  ///< by device
-
-  // From `prepare` to `commit`.
-  std::vector<State> next_;  ///< the state, new tensors among it
-  std::vector<Call> calls_;
 };
 
 }  // namespace lora_rite::engine

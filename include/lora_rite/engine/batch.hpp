@@ -2,37 +2,33 @@
 
 #include <ATen/ATen.h>
 
-#include <array>
 #include <functional>
 #include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "lora_rite/choose.hpp"
 #include "lora_rite/diagnostics.hpp"
+#include "lora_rite/engine/choose.hpp"
 #include "lora_rite/engine/layout.hpp"
+#include "lora_rite/engine/pair_state.hpp"
 #include "lora_rite/factor_pair.hpp"
-#include "lora_rite/options.hpp"
-#include "lora_rite/rule.hpp"
-#include "lora_rite/state.hpp"
+#include "lora_rite/rule/side.hpp"
 
 namespace lora_rite::engine {
 
-/// Factors of which every process holds some rows (see `ShardedLoraRite`): Gram matrices and norms are sums over all of
-/// them.
+/// Factors of which every process holds some rows (see `RowShardedLoraRite`): Gram matrices and norms are sums over all
+/// of them.
 struct RowShards {
-  std::array<bool, 2> sharded;           ///< by side; a factor that is not is whole in every process
-  std::array<int64_t, 2> begin;          ///< the first row that this process holds
-  std::array<int64_t, 2> rows;           ///< n over all processes
+  PerSide<bool> sharded;                 ///< a factor that is not is whole in every process
+  PerSide<int64_t> begin;                ///< the first row that this process holds
+  PerSide<int64_t> rows;                 ///< n over all processes
   std::function<void(at::Tensor&)> sum;  ///< adds up over the processes, in place
   bool first;                            ///< is this the process whose whole factors count?
 };
 
 /// k pairs of one param group whose factors agree in shape, dtype and device, and what is remembered of them: what all
-/// engines share. An engine moves the tall data in the three acts, which must be called in their order.
-///
-/// Sides: 0 is A, 1 is B; the partner of side s is 1 − s.
+/// engines share.
 class Batch {
  public:
   Batch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
@@ -41,47 +37,24 @@ class Batch {
         shapes_{pairs_[0].a.sizes().vec(), pairs_[0].b.sizes().vec()},
         device_(pairs_[0].a.device()),
         dtype_(pairs_[0].a.scalar_type()),
-        rank_(shapes_[0][0]),
+        rank_(shapes_.a[0]),
         state_(PairState::zeros(count(), rank_, double_options())) {}
   virtual ~Batch() = default;
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
 
-  /// Act 1: tall data become r×r statistics. Returns false if no pair has a gradient: then there is nothing to do, and
-  /// the other acts must not be called.
-  virtual bool observe(const LoraRiteOptions& options) = 0;
-
-  /// Are all gradients and factors finite? A scalar on the batch's device.
-  virtual at::Tensor finite() const = 0;
-
-  /// Act 2, first half: the partner's basis and ḠᵀḠ. Returns ‖Ḡ‖² of both factors of every pair [k], on its device.
-  /// Where the step will be skipped (`proceed` false) nothing that is not finite comes near an eigensolver.
-  virtual at::Tensor unmagnify(const at::Tensor& proceed) = 0;
-
-  /// Act 2, second half, with the clip factor c (scalar), and all of act 3 that can fail. Changes neither factors nor
-  /// what is remembered.
-  virtual void prepare(const LoraRiteOptions& options, const at::Tensor& clip_factor, const at::Tensor& proceed) = 0;
-
-  /// The rest of act 3: moves factors and momenta, and remembers. Where `proceed` was false everything stays bit for
-  /// bit. Asks for no tensor's memory: of several batches none must fail when others have moved.
-  virtual void commit(const LoraRiteOptions& options) = 0;
-
-  /// Tells, before the first step, that the factors are shards. Only some engines can.
-  virtual void set_row_shards(RowShards) { TORCH_CHECK(false, "this engine has no row shards"); }
-
-  /// Hands the rates of `options` to the device, for a recorded step; an ordinary one does it itself.
-  virtual void upload_rates(const LoraRiteOptions&) {}
-
   int64_t count() const { return static_cast<int64_t>(pairs_.size()); }
   at::Device device() const { return device_; }
+  at::ScalarType dtype() const { return dtype_; }
+  int64_t rank() const { return rank_; }
 
   /// Throws c10::Error naming the pair if a factor is no longer what this batch was built for, or has a gradient that
   /// cannot be used. Changes nothing.
   void check_inputs() const {
     for (size_t i = 0; i < pairs_.size(); ++i) {
-      for (const size_t side : {0, 1}) {
-        const at::Tensor& factor = factor_of(i, side);
-        const char* which = side == 0 ? "a" : "b";
+      for (const Side side : kSides) {
+        const at::Tensor& factor = pairs_[i].factor(side);
+        const char* which = name_of(side);
         TORCH_CHECK(factor.sizes() == at::IntArrayRef(shapes_[side]) && factor.scalar_type() == dtype_ &&
                         factor.device() == device_,
                     labels_[i], ": factor ", which, " is now ", factor.scalar_type(), factor.sizes(), " on ",
@@ -100,6 +73,9 @@ class Batch {
     }
   }
 
+  /// Tells, before the first step, that the factors are shards. Only some engines can.
+  virtual void set_row_shards(RowShards) { TORCH_CHECK(false, "this engine has no row shards"); }
+
   /// What is remembered of all pairs. From the second step on its tensors stay where they are.
   const PairState& state() const { return state_; }
 
@@ -114,8 +90,8 @@ class Batch {
 
   /// Takes over the states of all pairs, as `pick` gave them.
   virtual void restore(const std::vector<PairState>& states) {
-    std::array<at::Tensor, 2> absent;
-    for (const size_t side : {0, 1}) {
+    PerSide<at::Tensor> absent;
+    for (const Side side : kSides) {
       std::vector<int64_t> shape = shapes_[side];
       shape.insert(shape.begin(), 1);
       absent[side] = at::zeros(shape, double_options().dtype(wide_dtype()));
@@ -128,10 +104,10 @@ class Batch {
     PairDiagnostics result;
     result.name = pairs_[index].name;
     result.clip_factor = state_.clip_factor[0][index].item<double>();
-    for (const size_t side : {0, 1}) {
-      FactorDiagnostics& factor = side == 0 ? result.a : result.b;
-      const int64_t s = static_cast<int64_t>(side);
-      const at::Tensor x = wide(tall(factor_of(index, side).detach().unsqueeze(0), side)).squeeze(0).cpu();
+    for (const Side side : kSides) {
+      FactorDiagnostics& factor = side == Side::A ? result.a : result.b;
+      const int64_t s = index_of(side);
+      const at::Tensor x = wide(tall(pairs_[index].factor(side).detach().unsqueeze(0), side)).squeeze(0).cpu();
       factor.condition_number = condition_number(x);
       factor.unmagnified_gradient_norm = state_.unmagnified_norm[s][index].item<double>();
       factor.escaped_mass = state_.moments.escaped_mass[s][index].item<double>();
@@ -156,10 +132,6 @@ class Batch {
   /// Momenta and master copies of the half types are float.
   at::ScalarType wide_dtype() const { return engine::wide_dtype(dtype_); }
 
-  const at::Tensor& factor_of(int64_t index, size_t side) const {
-    return side == 0 ? pairs_[index].a : pairs_[index].b;
-  }
-
   static constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
 
   /// No singular values of what is not finite: ATen would throw.
@@ -178,7 +150,7 @@ class Batch {
 
   std::vector<FactorPair> pairs_;
   std::vector<std::string> labels_;
-  std::array<std::vector<int64_t>, 2> shapes_;
+  PerSide<std::vector<int64_t>> shapes_;
   at::Device device_;
   at::ScalarType dtype_;
   int64_t rank_;

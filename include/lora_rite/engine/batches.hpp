@@ -1,39 +1,40 @@
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "lora_rite/basis.hpp"
+#include "lora_rite/engine/acts.hpp"
 #include "lora_rite/engine/batch.hpp"
 #include "lora_rite/factor_pair.hpp"
-#include "lora_rite/options.hpp"
 
 namespace lora_rite::engine {
+
+/// A pair to be put into a batch.
+struct PairToPlace {
+  size_t index;  ///< among the pairs of the param group
+  FactorPair pair;
+  std::string label;  ///< names the pair in messages
+  std::optional<RowShards> shards;
+};
+
+struct PlacedBatch {
+  std::unique_ptr<Batch> batch;
+  std::vector<int64_t> pair_indices;  ///< of its pairs among those of the param group
+};
 
 /// The pairs of a param group, batched, and where each of them is found.
 struct Batches {
-  struct Place {
+  struct Slot {
     size_t batch;
-    int64_t index;
+    int64_t index;  ///< of the pair within the batch
   };
-  std::vector<std::unique_ptr<Batch>> all;
-  std::vector<Place> places;
+  std::vector<PlacedBatch> all;
+  std::vector<std::unique_ptr<BatchGroup>> groups;  ///< who steps them
+  std::vector<std::optional<Slot>> slots;           ///< by pair; none for one that is not placed here
 };
 
-/// Pairs that agree in shapes, dtype, device and engine share a batch. `labels[i]` names pair i in messages. Throws
-/// c10::Error naming the pair if `engine` is Host and the pair is none for it.
-template <class Basis>
-Batches make_batches(const std::vector<FactorPair>& pairs, const std::vector<std::string>& labels, Engine engine);
-
 }  // namespace lora_rite::engine
-
-#ifdef LORA_RITE_COMPILED  // the target lora_rite::compiled holds the engines; other bases include make_batches.hpp
-namespace lora_rite::engine {
-extern template Batches make_batches<PolarBasis>(const std::vector<FactorPair>&, const std::vector<std::string>&,
-                                                 Engine);
-extern template Batches make_batches<QrBasis>(const std::vector<FactorPair>&, const std::vector<std::string>&, Engine);
-}  // namespace lora_rite::engine
-#else
-#include "lora_rite/engine/make_batches.hpp"
-#endif

@@ -6,21 +6,23 @@
 #include <limits>
 #include <vector>
 
+#include "lora_rite/rule/side.hpp"
+
 /// How factors lie in memory, and as what the acts see them. Shapes: k pairs, a factor of n rows. "Stacked" is
-/// [k, factor shape] as the user has it, "tall" [k, n, r] with the rank last. Side 0 is A, side 1 is B.
+/// [k, factor shape] as the user has it, "tall" [k, n, r] with the rank last.
 namespace lora_rite::engine {
 
 /// Stacked [k, r, in...] or [k, out, r, ...] as tall [k, n, r]; a view where the memory allows.
-inline at::Tensor tall(const at::Tensor& stacked, size_t side) {
-  if (side == 0) return stacked.flatten(2).mT();
+inline at::Tensor tall(const at::Tensor& stacked, Side side) {
+  if (side == Side::A) return stacked.flatten(2).mT();
   return stacked.dim() == 3 ? stacked : stacked.movedim(2, -1).flatten(1, -2);
 }
 
 /// The way back from tall [k, n, r] to stacked [k, shape].
-inline at::Tensor stacked(const at::Tensor& tall, size_t side, at::IntArrayRef shape) {
+inline at::Tensor stacked(const at::Tensor& tall, Side side, at::IntArrayRef shape) {
   std::vector<int64_t> sizes(shape.begin(), shape.end());
   sizes.insert(sizes.begin(), tall.size(0));
-  if (side == 0) return tall.mT().reshape(sizes);
+  if (side == Side::A) return tall.mT().reshape(sizes);
   if (sizes.size() == 3) return tall;
   const int64_t rank = sizes[2];
   sizes.erase(sizes.begin() + 2);
@@ -41,14 +43,10 @@ inline at::ScalarType wide_dtype(at::ScalarType dtype) { return dtype == at::kDo
 
 inline at::Tensor wide(const at::Tensor& tensor) { return tensor.to(at::kDouble); }
 
-/// Weights of the column sums by which an edit of a factor is noticed [n]: the fractions of i·φ, irregular, so that no
-/// change of sign and no exchange of rows passes. Rows count from `begin`.
-inline at::Tensor column_weights(int64_t rows, const at::TensorOptions& options, int64_t begin = 0) {
+/// `rule::column_weight` of rows from `begin` on [n].
+inline at::Tensor column_weights(int64_t rows, const at::TensorOptions& options, int64_t begin) {
   return (at::arange(begin, begin + rows, options) * 0.61803398874989485).frac() + 0.5;
 }
-
-/// Column sums of the same values, formed twice, differ by no more than this share of what goes into them.
-constexpr double kRoundOff = 1e-12;
 
 /// XᵀY [k, r, r] of tall X and Y.
 inline at::Tensor inner_products(const at::Tensor& x, const at::Tensor& y) { return at::matmul(x.mT(), y); }
