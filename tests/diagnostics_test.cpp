@@ -58,7 +58,9 @@ TEST(Diagnostics, ADeficientFactorHasAnInfiniteConditionNumber) {
 
 TEST(Diagnostics, ReportTheUnmagnifiedGradientAndTheClip) {
   torch::manual_seed(23);
-  const std::vector<FactorPair> pairs = {random_pair("q", 3, 8, 6), random_pair("k", 2, 5, 9)};
+  // Two shapes of one rank are decided upon together.
+  const std::vector<FactorPair> pairs = {random_pair("q", 3, 8, 6), random_pair("k", 2, 5, 9),
+                                         random_pair("v", 3, 5, 9)};
   const auto before = testing::clone_pairs(pairs);
   LoraRite<> optimizer(pairs, LoraRiteOptions(1e-3).clip_unmagnified_norm(0.5));
   run_steps(optimizer, pairs, 0, 1);

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/closure.hpp"
+
 /// Optimizers that torch::optim lacks and that a LoRA optimizer is compared with. Each follows its paper; the formula
 /// stands in its header.
 namespace lora_rite::baselines {
@@ -130,11 +132,7 @@ class Baseline : public torch::optim::Optimizer {
   }
 
   torch::Tensor step(LossClosure closure = nullptr) override {
-    torch::Tensor loss;
-    if (closure) {
-      at::AutoGradMode enable_grad(true);
-      loss = closure();
-    }
+    const torch::Tensor loss = lora_rite::detail::loss_of(closure);
     at::NoGradGuard no_grad;
     for (auto& group : param_groups_) {
       const auto& options = static_cast<const Options&>(group.options());

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/closure.hpp"
 #include "lora_rite/distributed/process_group.hpp"
 #include "lora_rite/engine/batch.hpp"
 #include "lora_rite/engine/pair_state.hpp"
@@ -51,10 +52,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
   torch::Tensor step(torch::optim::Optimizer::LossClosure closure = nullptr) override {
     torch::Tensor loss;
     together("step", [&] {
-      if (closure) {
-        at::AutoGradMode enable_grad(true);
-        loss = closure();
-      }
+      loss = loss_of(closure);
       at::NoGradGuard no_grad;
       agree_on_groups();
       LoraRite<Basis>::step();

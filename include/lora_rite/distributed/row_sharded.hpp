@@ -132,9 +132,9 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
     const FactorPair& factors = this->pairs_of(group)[pair];
     const auto shards = *row_shards(group, pair);
     const int64_t rank = factors.a.size(0);
-    const auto wide_dtype = factors.a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    PairState state = PairState::load(*archive, this->label_of(group, pair),
-                                      {{rank, shards.rows.a}, {shards.rows.b, rank}}, rank, wide_dtype, this->device());
+    PairState state =
+        PairState::load(*archive, this->label_of(group, pair), {{rank, shards.rows.a}, {shards.rows.b, rank}}, rank,
+                        engine::wide_dtype(factors.a.scalar_type()), this->device());
     const auto process = this->collectives().rank();
     for_each_tall(state, group, pair, [&](at::Tensor& tensor, int64_t dimension, const std::vector<int64_t>& rows) {
       const int64_t begin = std::accumulate(rows.begin(), rows.begin() + process, int64_t{0});

@@ -13,13 +13,10 @@
 #include <vector>
 
 #include "lora_rite/io/json.hpp"
+#include "lora_rite/module_names.hpp"
 
 /// The fields of an adapter_config.json, one by one: from JSON, which is not trusted, and to it.
 namespace lora_rite {
-
-/// Which modules are meant: nothing said, one text (a regular expression, or "all-linear"), or a list of names, each of
-/// which stands for every module whose name is that or ends in "." and that.
-using ModuleNames = std::variant<std::monostate, std::string, std::vector<std::string>>;
 
 namespace detail {
 

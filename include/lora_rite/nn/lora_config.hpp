@@ -11,12 +11,11 @@
 #include <variant>
 #include <vector>
 
+#include "lora_rite/module_names.hpp"
+
 namespace lora_rite::nn {
 
-/// Which modules are meant, by their full names ("encoder.0.query"): nothing said; one text, a regular expression
-/// (Python's, as PEFT has them) that matches the whole name; or a list, each entry of which stands for every module
-/// whose name is that or ends in "." and that.
-using ModuleNames = std::variant<std::monostate, std::string, std::vector<std::string>>;
+using ModuleNames = lora_rite::ModuleNames;
 
 /// How the factors of an adapter start. All but Random and Pissa leave the layer's output as it was.
 enum class LoraInit {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/closure.hpp"
 #include "lora_rite/engine/acts.hpp"
 #include "lora_rite/engine/choose.hpp"
 #include "lora_rite/engine/device_numbers.hpp"
@@ -43,11 +44,7 @@ struct LoraRiteBase::Act1 {
 };
 
 LORA_RITE_BODY torch::Tensor LoraRiteBase::step(LossClosure closure) {
-  torch::Tensor loss;
-  if (closure) {
-    at::AutoGradMode enable_grad(true);
-    loss = closure();
-  }
+  const torch::Tensor loss = detail::loss_of(closure);
   at::NoGradGuard no_grad;
   with_batches([&] {
     check_inputs();

@@ -23,9 +23,9 @@ namespace lora_rite::host {
 /// Contiguous float factors on a CPU. B may also be one expert's part of a tensor: it is stepped as a packed copy.
 class HostBatch : public engine::Batch {
  public:
-  /// Is the pair one for this engine? Its rank must be last in B, except for dimensions of one.
+  /// Is the pair one for this engine, and the processor? The rank must be last in B, except for dimensions of one.
   static bool takes(const FactorPair& pair) {
-    bool rank_is_last = true;
+    bool rank_is_last = kernels::is_supported();
     for (int64_t d = 2; d < pair.b.dim(); ++d) rank_is_last = rank_is_last && pair.b.size(d) == 1;
     const auto fits = [](const at::Tensor& factor) {
       return factor.is_cpu() && factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() > 0;

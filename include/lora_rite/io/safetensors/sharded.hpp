@@ -143,10 +143,12 @@ inline bool is_weight_file(const std::filesystem::path& path) {
   const bool is_pickle = std::any_of(others.begin(), others.end(), [](const std::string& name) {
     return std::filesystem::path(name).extension() == ".bin";
   });
+  const bool is_safetensors = std::filesystem::path(others.front()).extension() == ".safetensors";
   TORCH_CHECK(false, lacks, "; there is ", names,
               is_pickle ? ". A .bin file is Python's pickle and is not read here: load the model with transformers and "
                           "save it again, which writes safetensors"
-                        : ", which is read under another name only");
+              : is_safetensors ? ", which is read under another name only"
+                               : ", which is not read here");
 }
 
 }  // namespace detail

@@ -14,23 +14,25 @@
 
 /// The loops of the host engine, on plain arrays: no tensors, no allocation, no dispatch inside.
 ///
-/// They are written once, on the vector extensions of GCC and Clang. On x86 they are compiled three times: for the
-/// instruction set that the user's flags allow, for AVX2 with FMA, and for AVX-512. `best()` chooses at run time. Other
-/// compilers take the formulas of `plain.hpp`, in Eigen.
+/// They are written once, on the vector extensions of GCC and Clang. On x86-64 they are compiled twice, for AVX2 with
+/// FMA and for AVX-512, whatever the user's flags are, and `best()` chooses at run time. (A processor without AVX2,
+/// from before 2013, is left to the device engine.) On other processors they are compiled for what the user's flags
+/// allow. Other compilers take the formulas of `plain.hpp`, in Eigen.
 namespace lora_rite::host::kernels {
 
 #if LORA_RITE_VECTOR_EXTENSIONS
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call
 
-#define LORA_RITE_TARGET baseline
-#include "lora_rite/engine/host/kernels/target.inc"
 #if defined(__x86_64__)
 #define LORA_RITE_TARGET avx2
 #define LORA_RITE_AVX2
 #include "lora_rite/engine/host/kernels/target.inc"
 #define LORA_RITE_TARGET avx512
 #define LORA_RITE_AVX512
+#include "lora_rite/engine/host/kernels/target.inc"
+#else
+#define LORA_RITE_TARGET baseline
 #include "lora_rite/engine/host/kernels/target.inc"
 #endif
 
@@ -41,18 +43,25 @@ using plain::table;
 }
 #endif
 
-/// The loops that this machine runs, the fastest first.
+/// The loops that this machine runs, the fastest first; none on an x86-64 processor without AVX2.
 inline std::vector<const Table*> available() {
-  std::vector<const Table*> tables;
 #if LORA_RITE_VECTOR_EXTENSIONS && defined(__x86_64__)
+  std::vector<const Table*> tables;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       tables.push_back(&avx512::table);
     tables.push_back(&avx2::table);
   }
-#endif
-  tables.push_back(&baseline::table);
   return tables;
+#else
+  return {&baseline::table};
+#endif
+}
+
+/// Does this machine run any? If not, nothing here must be called.
+inline bool is_supported() {
+  static const bool any = !available().empty();
+  return any;
 }
 
 /// The fastest loops that this machine runs.
