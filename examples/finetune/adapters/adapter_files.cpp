@@ -109,7 +109,11 @@ void check_plain(const AdapterFile& file) {
   lora_rite::AdapterConfig description = file.adapter.config;
   description.init_lora_weights = true;  // how the factors started does not matter any more
   description.modules_to_save = {};      // the file has them
-  lora_rite::nn::lora_config(description);
+  try {
+    lora_rite::nn::lora_config(description);
+  } catch (const c10::Error& error) {
+    fail((file.folder / "adapter_config.json").string(), ": ", error.what_without_backtrace());
+  }
   if (file.others.empty()) return;
   fail((file.folder / "adapter_model.safetensors").string(), ": tensor '", file.others.front(),
        "' is neither a factor, a bias nor a part of a module of modules_to_save, and what it does would be lost; ",

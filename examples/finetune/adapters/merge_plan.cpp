@@ -36,7 +36,22 @@ constexpr const char* kVocabulary[] = {"embed_tokens",
                                        "proj_out",
                                        "output_projection"};
 
+// Embeddings of something else, in any model.
+constexpr const char* kNoVocabulary[] = {"wpe", "position_embeddings", "embed_positions", "token_type_embeddings"};
+
 std::string weight_of(const std::string& module) { return module + ".weight"; }
+
+bool is_called(const std::string& module, const char* const* begin, const char* const* end) {
+  return std::any_of(begin, end, [&](const char* word) { return is_or_ends_in(module, word); });
+}
+
+// Throws: a tied matrix of a kind of which it is not known how a checkpoint holds two.
+[[noreturn]] void refuse_tied(const BaseCheckpoint& base, const std::string& module, const AdapterFile& adapter) {
+  fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(), " (model_type ",
+       base.model_type(),
+       ") uses one matrix as embedding and as output (tie_word_embeddings), and how a checkpoint of ",
+       "this kind holds two is not known here; ", kAdvice);
+}
 
 bool is_encoder_decoder(const BaseCheckpoint& base) { return base.model_type() == "t5" || base.model_type() == "mt5"; }
 
@@ -65,8 +80,8 @@ void check_not_of_t5(const BaseCheckpoint& base, const std::string& module, cons
   if (!is_embedding && !is_tied_output) return;
   fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(), " (model_type ",
        base.model_type(), ") uses one matrix for the embeddings of encoder and decoder",
-       base.is_tied() ? " and, scaled, for the output" : "",
-       ", and no checkpoint of this kind can hold the change of one of them; ", kAdvice);
+       base.is_tied() ? " and for the output" : "",
+       ", and readers of a checkpoint (transformers before 5 among them) make one of several; ", kAdvice);
 }
 
 // The name under which the merged checkpoint has the weight of a module. `is_embedding`: its factors are those of an
@@ -86,19 +101,17 @@ std::string merged_weight(const BaseCheckpoint& base, const std::string& module,
       return name;
     }
   }
+  const bool is_called_so = is_called(module, std::begin(kVocabulary), std::end(kVocabulary));
+  // The files have one of the two.
+  if (is_called_so && base.find(weight_of(module)).empty() && base.is_tied()) refuse_tied(base, module, adapter);
   const std::string name = base.tensor_of(module, "weight", adapter.folder);
   if (is_encoder_decoder(base)) return name;
-  const bool is_of_vocabulary = is_embedding || name == base.embedding_name() || name == base.output_name() ||
-                                std::any_of(std::begin(kVocabulary), std::end(kVocabulary),
-                                            [&](const char* word) { return is_or_ends_in(module, word); });
-  // A table of positions has another size than the vocabulary, where that is known.
   const int64_t rows = base.info(name).shape.empty() ? 0 : base.info(name).shape[0];
-  if (is_of_vocabulary && rows >= base.vocab_size() && base.is_tied()) {
-    fail(adapter.folder.string(), ": the adapter changes '", module, "', but ", base.folder().string(), " (model_type ",
-         base.model_type(),
-         ") uses one matrix as embedding and as output (tie_word_embeddings), and how a checkpoint of this kind holds ",
-         "two is not known here; ", kAdvice);
-  }
+  const bool may_be_vocabulary = is_embedding && rows >= base.vocab_size() &&
+                                 !is_called(module, std::begin(kNoVocabulary), std::end(kNoVocabulary));
+  const bool is_of_vocabulary =
+      is_called_so || may_be_vocabulary || name == base.embedding_name() || name == base.output_name();
+  if (is_of_vocabulary && base.is_tied()) refuse_tied(base, module, adapter);
   return name;
 }
 
@@ -173,9 +186,9 @@ void plan_adapter(const BaseCheckpoint& base, const AdapterFile& adapter, double
     const std::string module = full_name.substr(0, dot), parameter = full_name.substr(dot + 1);
     const bool is_weight = parameter == "weight";
     if (base.find(full_name).empty() && !is_or_ends_in(module, kEmbedding) && !is_or_ends_in(module, kOutput)) {
-      fail(adapter.folder.string(), ": brings '", full_name, "', a part of a module of its own (a head for classes?), ",
-           "which ", base.folder().string(), " has not, and cannot be merged into it; ",
-           "use the base with the adapter beside it");
+      fail(adapter.folder.string(), ": brings '", full_name, "', which ", base.folder().string(),
+           " has not: a part of a module of its own (a head for classes?), or one that the files call otherwise than ",
+           "the model in memory; it cannot be merged into it; use the base with the adapter beside it");
     }
     const std::string stored =
         is_weight ? stored_weight(base, module, adapter) : base.tensor_of(module, parameter, adapter.folder);

@@ -28,7 +28,7 @@ constexpr const char* kDescription =
 constexpr const char* kFooter =
     "\nHelp on a command: finetune train --help\n"
     "\n"
-    "Exit codes: 0 success, 1 an error, 130 stopped by Ctrl-C, others a mistake on the command line.\n";
+    "Exit codes: 0 success, 1 an error, 130 stopped by Ctrl-C or SIGTERM, others a command line that cannot be read.\n";
 
 // In the list of commands, the first line of each one's description.
 class CommandList : public CLI::Formatter {

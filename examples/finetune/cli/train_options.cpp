@@ -39,7 +39,8 @@ void add_data_options(CLI::App& app, RunOptions& options) {
   const auto file = [&](const char* name, std::string& value, const char* help, const char* type = "FILE") {
     app.add_option(name, value, help)->type_name(type)->group("Data");
   };
-  file("--model", options.model, "Folder with config.json, model.safetensors (or shards) and tokenizer.json", "DIR");
+  file("--model", options.model,
+       "Folder with config.json and model.safetensors (or shards); a classifier also needs tokenizer.json", "DIR");
   file("--train", options.train, "Examples to train on");
   file("--validation", options.validation,
        "Examples to measure on every --evaluate-every steps, for best/ and --patience");

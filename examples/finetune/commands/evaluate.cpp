@@ -200,7 +200,9 @@ void add_evaluate_command(CLI::App& app, std::function<int()>& action) {
       ->capture_default_str();
   command->add_option("--texts", options->texts, "With --generate: write the texts as JSON lines")->type_name("FILE");
   command->add_option("--batch", options->batch, "Language model: rows at a time")->capture_default_str();
-  command->add_option("--max-length", options->max_length, "Classifier: tokens a text is cut to, as in training")
+  command
+      ->add_option("--max-length", options->max_length,
+                   "Classifier: tokens a text is cut to; give what the training was given")
       ->capture_default_str();
   command->add_option("--dtype", options->dtype, "Language model: float32 or bfloat16")->capture_default_str();
   command->add_option("--device", options->device, "cpu or cuda")->capture_default_str();

@@ -219,7 +219,7 @@ void add_inspect_command(CLI::App& app, std::function<int()>& action) {
       "  rank, eff. rank                 singular values above round-off; exp of their entropy, between 1 and r\n"
       "  ‖ΔW‖/‖W‖                        how far the layer went from its base weight (with --model)\n"
       "\n"
-      "Norms are Frobenius norms. The product is never formed: a large model's adapter takes seconds.\n"
+      "Norms are Frobenius norms. The product is never formed.\n"
       "\n"
       "Example:\n"
       "  finetune inspect runs/arc --model .deps/smollm2 --sort change --top 10 --picture arc.png\n");

@@ -236,7 +236,8 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
   folder.finish();
   std::vector<std::string> left_out;  // beside the very files that were merged
   for (const std::string& name : companions.left_out()) {
-    if (base.metadata().count(name) == 0 && name != lora_rite::detail::kShardIndex) left_out.push_back(name);
+    const bool is_written_anew = base.is_sharded() && name == lora_rite::detail::kShardIndex;
+    if (base.metadata().count(name) == 0 && !is_written_anew) left_out.push_back(name);
   }
   if (!left_out.empty()) log << "left out what is none of the merged model's: " << join(left_out) << '\n';
   if (plan.unties) log << "Embedding and output are two matrices now (tie_word_embeddings is false)\n";

@@ -69,8 +69,9 @@ BaseCheckpoint::BaseCheckpoint(fs::path folder) : folder_(std::move(folder)) {
   const nlohmann::json config = read_config(folder_ / "config.json");
   model_type_ = config["model_type"].get<std::string>();
   config_ties_ = ties_embedding(config);
+  // Of a model with a vision tower the language model's counts: resizing its embedding leaves the other as it was.
   const nlohmann::json inner = config.value("text_config", nlohmann::json::object());
-  for (const nlohmann::json* object : {&inner, &config}) {
+  for (const nlohmann::json* object : {&config, &inner}) {
     const auto found = object->find("vocab_size");
     if (found != object->end() && found->is_number_integer()) vocab_size_ = found->get<int64_t>();
   }
@@ -84,6 +85,12 @@ BaseCheckpoint::BaseCheckpoint(fs::path folder) : folder_(std::move(folder)) {
       file_of_[name] = part.name;
       spellings_[plain_name(model_type_, name)].push_back(name);
     }
+  }
+  // BERT's output for masked words is its embedding again. A checkpoint of the encoder alone has no such output.
+  if (model_type_ == "bert") {
+    config_ties_ = config_ties_ && std::any_of(spellings_.begin(), spellings_.end(), [](const auto& item) {
+                     return item.first.rfind("cls.predictions.", 0) == 0;
+                   });
   }
   const auto first_of = [&](const char* plain) {
     const auto found = spellings_.find(plain);

@@ -71,7 +71,7 @@ class BaseCheckpoint {
   /// Reads both where they hold two, once.
   bool is_tied() const;
 
-  /// config.json's vocab_size, or that of its text_config; 0 where neither says it.
+  /// The vocab_size of config.json's text_config, or its own; 0 where neither says it.
   int64_t vocab_size() const { return vocab_size_; }
 
  private:

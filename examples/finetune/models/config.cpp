@@ -322,7 +322,6 @@ const nlohmann::json& config_defaults(const std::string& model_type) {
 
 bool ties_embedding(const nlohmann::json& config) {
   const std::string type = config["model_type"].get<std::string>();
-  if (type == "bert") return false;                // the encoder alone: there is no output
   if (type == "t5" || type == "mt5") return true;  // whatever the field says: a file's own output matrix unties
   const auto says = [](const nlohmann::json& object, bool otherwise) {
     const auto found = object.find("tie_word_embeddings");

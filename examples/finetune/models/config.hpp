@@ -100,7 +100,7 @@ nlohmann::json read_config(const std::filesystem::path& path);
 const nlohmann::json& config_defaults(const std::string& model_type);
 
 /// Whether transformers makes one matrix of embedding and output by this config.json, unless the files hold two that
-/// differ. T5's and mT5's does so whatever it says; BERT's encoder has no output. Of a type that is not known here,
+/// differ. T5's and mT5's does so whatever it says. Of a type that is not known here,
 /// true unless the file says otherwise.
 bool ties_embedding(const nlohmann::json& config);
 

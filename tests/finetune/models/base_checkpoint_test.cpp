@@ -277,6 +277,56 @@ TEST(BaseCheckpoint, ATiedMatrixNeverChangesInSilence) {
   }
 }
 
+// The message of merging factors of one module, of an embedding or of a linear layer, into a model of these tensors.
+std::string tied_message(const nlohmann::json& config, const Tensors& tensors, const std::string& module,
+                         bool is_embedding, int64_t rows) {
+  const TemporaryFolder folder;
+  write_model(folder / "base", config, tensors);
+  lora_rite::Adapter adapter;
+  adapter.config.r = 2;
+  adapter.config.lora_alpha = 2;
+  if (is_embedding) {
+    adapter.tensors[module + ".lora_embedding_A"] = torch::randn({2, rows});
+    adapter.tensors[module + ".lora_embedding_B"] = torch::randn({8, 2});
+  } else {
+    adapter.tensors[module + ".lora_A.weight"] = torch::randn({2, 8});
+    adapter.tensors[module + ".lora_B.weight"] = torch::randn({rows, 2});
+  }
+  lora_rite::save_adapter(folder / "adapter", adapter);
+  return message_of([&] { merge(folder / "base", folder / "adapter", folder / "merged"); });
+}
+
+TEST(BaseCheckpoint, ATieIsSaidWhicheverUseIsChangedAndWhateverTheSizes) {
+  const std::string words = "uses one matrix as embedding and as output";
+  const auto rows = [](int64_t count) { return torch::randn({count, 8}); };
+  // The output, which the files have not, of a kind of which two matrices are not known.
+  EXPECT_NE(tied_message({{"model_type", "qwen2_vl"}, {"tie_word_embeddings", true}, {"vocab_size", 12}},
+                         {{"model.embed_tokens.weight", rows(12)}}, "lm_head", false, 12)
+                .find(words),
+            std::string::npos);
+  // An embedding that was resized, which only the text_config says.
+  const nlohmann::json resized = {{"model_type", "paligemma"},
+                                  {"tie_word_embeddings", true},
+                                  {"vocab_size", 40},
+                                  {"text_config", {{"vocab_size", 12}}}};
+  EXPECT_NE(tied_message(resized, {{"language_model.model.embed_tokens.weight", rows(12)}},
+                         "model.language_model.embed_tokens", true, 12)
+                .find(words),
+            std::string::npos);
+  // BERT with its output for masked words; without it nothing is tied.
+  const nlohmann::json bert = {{"model_type", "bert"}, {"vocab_size", 12}};
+  Tensors tensors = {{"bert.embeddings.word_embeddings.weight", rows(12)},
+                     {"cls.predictions.bias", torch::zeros({12})}};
+  const std::string module = "bert.embeddings.word_embeddings";
+  EXPECT_NE(tied_message(bert, tensors, module, true, 12).find(words), std::string::npos);
+  tensors.erase("cls.predictions.bias");
+  EXPECT_EQ(tied_message(bert, tensors, module, true, 12), "");
+  // A table of positions as long as the vocabulary is none of it.
+  EXPECT_EQ(tied_message({{"model_type", "gpt2"}, {"vocab_size", 12}},
+                         {{"wte.weight", rows(12)}, {"wpe.weight", rows(16)}}, "transformer.wpe", true, 16),
+            "");
+}
+
 TEST(BaseCheckpoint, EmbeddingsThatPeftWroteBesideTheFactorsAreDroppedIfTheyAreTheBases) {
   const TemporaryFolder folder;
   lora_rite::Adapter adapter = lora_rite::load_adapter(save_golden_adapter("llama", folder / "plain"));

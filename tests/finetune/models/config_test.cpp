@@ -155,11 +155,12 @@ TEST(Config, WhatItMustSayIsNamed) {
 TEST(Config, ATieIsSaidHereOrByTheType) {
   const auto ties = [](nlohmann::json config) { return ties_embedding(config); };
   EXPECT_FALSE(ties({{"model_type", "llama"}}));
+  EXPECT_TRUE(ties({{"model_type", "bert"}}));
   EXPECT_TRUE(ties({{"model_type", "llama"}, {"tie_word_embeddings", true}}));
   EXPECT_TRUE(ties({{"model_type", "gemma2"}}));
   EXPECT_FALSE(ties({{"model_type", "gemma2"}, {"tie_word_embeddings", false}}));
   EXPECT_TRUE(ties({{"model_type", "mt5"}, {"tie_word_embeddings", false}}));
-  EXPECT_FALSE(ties({{"model_type", "bert"}, {"tie_word_embeddings", true}}));
+  EXPECT_FALSE(ties({{"model_type", "bert"}, {"tie_word_embeddings", false}}));
   EXPECT_TRUE(ties({{"model_type", "gpt2"}}));
   EXPECT_FALSE(ties({{"model_type", "qwen2_vl"}}));
   EXPECT_TRUE(ties({{"model_type", "qwen2_vl"}, {"text_config", {{"tie_word_embeddings", true}}}}));
