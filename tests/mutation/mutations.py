@@ -90,7 +90,7 @@ MUTATIONS = [
     ("engine/device/device_batch.hpp",
      "inverse_root * «at::stack({scales.a, scales.b})»;", "at::stack({scales.b, scales.a})",
      ""),
-    ("engine/device/device_batch.hpp", "return choose(r > 0, «r.rsqrt()», unseen);", "r.reciprocal()", ""),
+    ("engine/device/batch_acts.hpp", "return choose(r > 0, «r.rsqrt()», unseen);", "r.reciprocal()", ""),
     ("engine/device/device_batch.hpp",
      "at::matmul(wide(tall(state_.momentum[side], side)), «decision.momentum_map[s]»)",
      "decision.momentum_map[1 - s]", ""),
@@ -123,7 +123,7 @@ MUTATIONS = [
     ("engine/host/pairs.hpp",
      "if (momentum != nullptr) «momentum += static_cast<int64_t>(id.pair) * known.shape.rows * rank_;»",
      ";", ""),
-    ("engine/host/pairs.hpp", "const auto back = «factor.has_gradient()» ? rule::way_back(", "true", ""),
+    ("engine/host/pairs.hpp", "const auto back = «factor.has_gradient()»\n", "true", ""),
     ("engine/host/pairs.hpp", "state.previous_rate[number_of(id)] = «back.rate»;",
      "factor.has_gradient() ? static_cast<double>(side.rate) : 0", ""),
     # --- Kernels of the host engine ---------------------------------------------------------------------------------
