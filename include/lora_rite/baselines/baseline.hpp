@@ -132,7 +132,7 @@ class Baseline : public torch::optim::Optimizer {
   }
 
   torch::Tensor step(LossClosure closure = nullptr) override {
-    const torch::Tensor loss = lora_rite::detail::loss_of(closure);
+    torch::Tensor loss = lora_rite::detail::loss_of(closure);
     at::NoGradGuard no_grad;
     for (auto& group : param_groups_) {
       const auto& options = static_cast<const Options&>(group.options());

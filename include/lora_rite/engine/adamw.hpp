@@ -255,8 +255,8 @@ class AdamWParameters {
 
   class Planned final : public Plan {
    public:
-    Planned(AdamWParameters& owner, const torch::optim::AdamWOptions& options)
-        : next(owner.state_), owner_(owner), options_(options), maximize_(owner.maximize_) {}
+    Planned(AdamWParameters& owner, torch::optim::AdamWOptions options)
+        : next(owner.state_), owner_(owner), options_(std::move(options)), maximize_(owner.maximize_) {}
 
     void commit() noexcept override {
       try {

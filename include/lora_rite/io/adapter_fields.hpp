@@ -16,9 +16,7 @@
 #include "lora_rite/module_names.hpp"
 
 /// The fields of an adapter_config.json, one by one: from JSON, which is not trusted, and to it.
-namespace lora_rite {
-
-namespace detail {
+namespace lora_rite::detail {
 
 /// Takes the fields of a description one by one out of a JSON object. A field that is not there leaves the default, as
 /// in PEFT, whose versions differ in what they write. Throws c10::Error with the label and the field's name if one is
@@ -190,6 +188,4 @@ nlohmann::json to_field(const Value& value) {
   return value;
 }
 
-}  // namespace detail
-
-}  // namespace lora_rite
+}  // namespace lora_rite::detail

@@ -44,7 +44,7 @@ struct LoraRiteBase::Act1 {
 };
 
 LORA_RITE_BODY torch::Tensor LoraRiteBase::step(LossClosure closure) {
-  const torch::Tensor loss = detail::loss_of(closure);
+  torch::Tensor loss = detail::loss_of(closure);
   at::NoGradGuard no_grad;
   with_batches([&] {
     check_inputs();
