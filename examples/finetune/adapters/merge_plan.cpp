@@ -101,16 +101,15 @@ std::string merged_weight(const BaseCheckpoint& base, const std::string& module,
       return name;
     }
   }
+  // Before the tensor is looked for: the files may have one of the two.
   const bool is_called_so = is_called(module, std::begin(kVocabulary), std::end(kVocabulary));
-  // The files have one of the two.
-  if (is_called_so && base.find(weight_of(module)).empty() && base.is_tied()) refuse_tied(base, module, adapter);
+  if (is_called_so && base.is_tied()) refuse_tied(base, module, adapter);
   const std::string name = base.tensor_of(module, "weight", adapter.folder);
   if (is_encoder_decoder(base)) return name;
   const int64_t rows = base.info(name).shape.empty() ? 0 : base.info(name).shape[0];
   const bool may_be_vocabulary = is_embedding && rows >= base.vocab_size() &&
                                  !is_called(module, std::begin(kNoVocabulary), std::end(kNoVocabulary));
-  const bool is_of_vocabulary =
-      is_called_so || may_be_vocabulary || name == base.embedding_name() || name == base.output_name();
+  const bool is_of_vocabulary = may_be_vocabulary || name == base.embedding_name() || name == base.output_name();
   if (is_of_vocabulary && base.is_tied()) refuse_tied(base, module, adapter);
   return name;
 }

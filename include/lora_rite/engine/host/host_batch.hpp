@@ -25,7 +25,8 @@ class HostBatch : public engine::Batch {
  public:
   /// Is the pair one for this engine, and the processor? The rank must be last in B, except for dimensions of one.
   static bool takes(const FactorPair& pair) {
-    bool rank_is_last = kernels::is_supported();
+    if (!kernels::is_supported()) return false;
+    bool rank_is_last = true;
     for (int64_t d = 2; d < pair.b.dim(); ++d) rank_is_last = rank_is_last && pair.b.size(d) == 1;
     const auto fits = [](const at::Tensor& factor) {
       return factor.is_cpu() && factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() > 0;
@@ -57,6 +58,8 @@ class HostBatch : public engine::Batch {
     Inputs result;
     lora_rite::detail::Gradients gradients;
     for (const Side side : kSides) {
+      result.views[side].reserve(pairs_.size());
+      result.gradients[side].reserve(pairs_.size());
       for (size_t i = 0; i < pairs_.size(); ++i) {
         const at::Tensor& factor = pairs_[i].factor(side);
         const bool packed = is_packed(factor);
@@ -74,7 +77,7 @@ class HostBatch : public engine::Batch {
         if (gradient.defined() && gradient.is_contiguous()) {
           view.gradient = gradient.const_data_ptr<float>();
         } else if (gradient.defined()) {
-          view.gradient = packed_gradients_.data() + static_cast<int64_t>(i) * size_of(Side::B);
+          view.gradient = packed_gradient(i);
         }
         result.views[side].push_back(view);
         result.gradients[side].push_back(std::move(gradient));
@@ -162,6 +165,7 @@ class HostBatch : public engine::Batch {
   }
   int64_t size_of(Side side) const { return plain_.shape(side).rows * rank_; }
   float* packed_values(size_t i) { return packed_values_.data() + static_cast<int64_t>(i) * size_of(Side::B); }
+  float* packed_gradient(size_t i) { return packed_gradients_.data() + static_cast<int64_t>(i) * size_of(Side::B); }
 
   static Packing::Matrix matrix_of(const at::Tensor& tensor) {
     return {static_cast<float*>(bytes_of(tensor)), tensor.stride(0), tensor.stride(1)};
@@ -174,8 +178,7 @@ class HostBatch : public engine::Batch {
       if (!is_packed(pairs_[i].b)) continue;
       packing_.add(matrix_of(pairs_[i].b), packed_values(i));
       const at::Tensor& gradient = inputs.gradients.b[i];
-      if (gradient.defined() && !gradient.is_contiguous())
-        packing_.add(matrix_of(gradient), packed_gradients_.data() + static_cast<int64_t>(i) * size_of(Side::B));
+      if (gradient.defined() && !gradient.is_contiguous()) packing_.add(matrix_of(gradient), packed_gradient(i));
     }
     packing_.pack(torch_threads());
   }
