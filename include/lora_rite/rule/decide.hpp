@@ -103,12 +103,12 @@ LORA_RITE_FUNCTION Decision<Matrix> decide(const Moments<Matrix>& old, const Unm
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
   // Only doubles have coordinates C, and their gradients are doubles, too.
-  std::optional<RoundOff<Matrix>> round_off;
-  if (is_coarse(gradient_epsilon)) {
-    const double squared = gradient_epsilon * gradient_epsilon;
-    round_off.emplace(
-        RoundOff<Matrix>{now.magnified_gram, now.inverse_root, clip_factor * clip_factor * squared / rows});
-  }
+  // (Constructed whole: std::optional's emplace is no device code in C++17.)
+  const double squared = gradient_epsilon * gradient_epsilon;
+  const auto round_off = is_coarse(gradient_epsilon)
+                             ? std::optional<RoundOff<Matrix>>(RoundOff<Matrix>{
+                                   now.magnified_gram, now.inverse_root, clip_factor * clip_factor * squared / rows})
+                             : std::nullopt;
   Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, round_off, numbers);
   Matrix row_map;
   if (numbers.row_equilibration) row_map = matmul(now.inverse_root, adaptive) * clip_factor;
