@@ -1,41 +1,39 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
 
 namespace lora_rite::host {
 
-/// A hash of up to 64 elements of a factor. It is taken in every step to notice cheaply that someone wrote to the
-/// factor; where it differs from the last one, all elements are read again.
+/// A hash of up to 64 elements of a factor, four neighbours at each of 16 places. It is taken in every step to notice
+/// cheaply that someone wrote to the factor; where it differs from the last one, all elements are read again.
 class Fingerprint {
  public:
-  /// How far apart the elements lie in a factor of `size` elements. It has no common divisor with the size, hence with
-  /// neither dimension; otherwise all of them could be of one column.
+  /// How far apart the places lie in a factor of `size` elements. It has no common divisor with the size, hence with
+  /// neither dimension; otherwise all of them could be of a few columns. A small factor is taken whole.
   static int64_t stride_of(int64_t size) {
-    int64_t stride = std::max<int64_t>(1, size / 64);
+    if (size <= kPlaces * kNeighbours) return kNeighbours;
+    int64_t stride = size / kPlaces;
     while (std::gcd(stride, size) != 1) ++stride;
     return stride;
   }
 
   Fingerprint() = default;
   Fingerprint(const float* values, int64_t size, int64_t stride) : is_known_(true) {
-    const auto take = [values](uint64_t& bits, int64_t place) {
-      uint32_t element;
-      std::memcpy(&element, values + place, sizeof(element));
-      bits = bits * kFactor + element;
-    };
-    uint64_t second = 0, third = 0, fourth = 0;  // four chains, because a product takes longer than a load
-    int64_t e = 0;
-    for (; e + 3 * stride < size; e += 4 * stride) {
-      take(bits_, e);
-      take(second, e + stride);
-      take(third, e + 2 * stride);
-      take(fourth, e + 3 * stride);
+    std::array<uint64_t, kNeighbours> chains = {};  // side by side, because a product takes longer than a load
+    for (int64_t e = 0; e < size; e += stride) {
+      for (int64_t k = 0; k < std::min(kNeighbours, size - e); ++k) {
+        uint32_t element;
+        std::memcpy(&element, values + e + k, sizeof(element));
+        uint64_t& chain = chains[static_cast<size_t>(k)];
+        chain = chain * kFactor + element;
+      }
     }
-    for (; e < size; e += stride) take(bits_, e);
-    for (const uint64_t other : {second, third, fourth}) bits_ = bits_ * kFactor + other;
+    for (const uint64_t chain : chains) bits_ = bits_ * kFactor + chain;
   }
 
   /// One that was default-constructed is equal to none.
@@ -43,6 +41,7 @@ class Fingerprint {
   bool operator!=(const Fingerprint& other) const { return !(*this == other); }
 
  private:
+  static constexpr int64_t kPlaces = 16, kNeighbours = 4;
   static constexpr uint64_t kFactor = 0x9E3779B97F4A7C15U;
 
   bool is_known_ = false;
