@@ -264,7 +264,21 @@ TEST(PeftAdapters, OfAnotherKindAreRefusedByWhatTheyHold) {
   };
   EXPECT_NE(refusal([](auto& adapter) { adapter.config.fan_in_fan_out = true; }).find("fan_in_fan_out"),
             std::string::npos);
-  EXPECT_NE(refusal([](auto& adapter) { adapter.config.other["use_dora"] = true; }).find("use_dora"),
+  const std::map<std::string, nlohmann::json> fields = {{"use_dora", true},
+                                                        {"lora_bias", true},
+                                                        {"use_qalora", true},
+                                                        {"ensure_weight_tying", true},
+                                                        {"alora_invocation_tokens", {1, 2}},
+                                                        {"layer_replication", {{0, 2}, {1, 2}}},
+                                                        {"target_parameters", {"experts.up"}},
+                                                        {"trainable_token_indices", {1, 2}},
+                                                        {"kasa_config", {{"beta", 1}}},
+                                                        {"monteclora_config", {{"samples", 4}}}};
+  for (const auto& [field, value] : fields) {
+    const std::string message = refusal([&](auto& adapter) { adapter.config.other[field] = value; });
+    EXPECT_NE(message.find(field + " is '" + value.dump()), std::string::npos) << field << ": " << message;
+  }
+  EXPECT_NE(refusal([](auto& adapter) { adapter.config.init_lora_weights = "pissa"; }).find("init_lora_weights"),
             std::string::npos);
   EXPECT_NE(refusal([](auto& adapter) {
               adapter.tensors["model.norm.weight"] = torch::ones({16});
