@@ -19,6 +19,7 @@
 #include "lora_rite/factor_pair.hpp"
 #include "lora_rite/options.hpp"
 #include "lora_rite/state.hpp"
+#include "lora_rite/step/bodies.hpp"
 
 namespace lora_rite {
 
@@ -62,7 +63,7 @@ struct LoadReport {
 ///   docs/algorithm.md.)
 class LoraRiteBase : public torch::optim::Optimizer {
  public:
-  ~LoraRiteBase() override;
+  LORA_RITE_BODY ~LoraRiteBase() override;
 
   /// Another group with options of its own. Throws c10::Error naming the pair or option if the list is empty, a pair
   /// does not fit together, a tensor appears twice, or an option is out of its range; nothing is added then.
@@ -82,7 +83,7 @@ class LoraRiteBase : public torch::optim::Optimizer {
   /// is returned. Reads nothing back from the device. Throws c10::Error naming the pair or option if an option left its
   /// range, a factor changed shape, dtype or device, or a gradient is sparse or of another shape; nothing is changed
   /// then.
-  torch::Tensor step(LossClosure closure = nullptr) override;
+  LORA_RITE_BODY torch::Tensor step(LossClosure closure = nullptr) override;
 
   /// Hands the learning rates to the device. Only a replay of a recorded step (`LoraRiteOptions::capturable`) needs it,
   /// after a scheduler or a user changed them: `step` itself does it.
@@ -122,13 +123,13 @@ class LoraRiteBase : public torch::optim::Optimizer {
 
   /// Writes options and state of all groups, by group and place and never by address: a freshly built optimizer over
   /// the same pairs resumes bit for bit. The factors themselves are the module's to save.
-  void save(torch::serialize::OutputArchive& archive) const override;
+  LORA_RITE_BODY void save(torch::serialize::OutputArchive& archive) const override;
 
   /// Takes over what `save` wrote. Options are assigned in place: references to them stay good. Throws c10::Error that
   /// names the first thing that does not fit (basis, number or kind of groups, a pair's name, an entry's shape or
   /// dtype, an option out of range); nothing is changed then, and a `load` before the first step fixes neither engine
   /// nor dtypes.
-  void load(torch::serialize::InputArchive& archive) override;
+  LORA_RITE_BODY void load(torch::serialize::InputArchive& archive) override;
 
   /// Takes over what `save` wrote of the pairs that this optimizer has as well, by name, in whatever group they are
   /// there: for other prefixes, a part of the pairs, or factors of another dtype. A pair without a name is called
@@ -136,7 +137,8 @@ class LoraRiteBase : public torch::optim::Optimizer {
   /// Everything else stays as it is: options (rates among them), skipped steps, pairs and groups that the archive
   /// lacks. Throws c10::Error that names what does not fit (basis, a shape, two pairs renamed alike), or both sides'
   /// names if no pair is in both; nothing is changed then.
-  virtual LoadReport load_matching(torch::serialize::InputArchive& archive, const LoadOptions& options = {});
+  LORA_RITE_BODY virtual LoadReport load_matching(torch::serialize::InputArchive& archive,
+                                                  const LoadOptions& options = {});
 
  protected:
   /// Without groups yet. With `parts` the factors are what one of several processes holds of them, and their sides are
@@ -167,16 +169,16 @@ class LoraRiteBase : public torch::optim::Optimizer {
   /// Does this process keep the state of pair `pair` and move its factors?
   virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }
   /// The other rows of a pair, where this process holds only some.
-  virtual std::optional<engine::RowShards> row_shards(size_t group, size_t pair) const;
+  LORA_RITE_BODY virtual std::optional<engine::RowShards> row_shards(size_t group, size_t pair) const;
   /// Shall the step be taken? `all_finite` is absent where no parameter of this process has a gradient; so is the
   /// result if there is nothing to do.
   virtual std::optional<at::Tensor> agree_on_step(const std::optional<at::Tensor>& all_finite) { return all_finite; }
   /// ‖Ḡ‖² of every pair, 0 where this process does not keep it → the same of all processes.
   virtual at::Tensor sum_over_processes(const at::Tensor& squared_norms) { return squared_norms; }
   /// Writes the state of a pair.
-  virtual void save_state(torch::serialize::OutputArchive& archive, size_t group, size_t pair) const;
+  LORA_RITE_BODY virtual void save_state(torch::serialize::OutputArchive& archive, size_t group, size_t pair) const;
   /// Reads what `save_state` wrote; without an archive: nothing remembered.
-  virtual PairState read_state(torch::serialize::InputArchive* archive, size_t group, size_t pair) const;
+  LORA_RITE_BODY virtual PairState read_state(torch::serialize::InputArchive* archive, size_t group, size_t pair) const;
 
   // --- For those who override the hooks.
 
@@ -197,7 +199,6 @@ class LoraRiteBase : public torch::optim::Optimizer {
   struct Group;
 
   // step/groups.hpp
-  void add_group(std::vector<torch::Tensor> tensors, std::unique_ptr<torch::optim::OptimizerOptions> options);
   const LoraRiteOptions& rite_options(size_t group) const;
   const torch::optim::AdamWOptions& adamw_options(size_t group) const;
   [[noreturn]] void refuse_tensor(size_t group, size_t place) const;

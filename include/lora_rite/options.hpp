@@ -11,6 +11,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "lora_rite/optimizer_support.hpp"
 #include "lora_rite/rule/hyperparameters.hpp"
 
 namespace lora_rite {
@@ -148,28 +149,20 @@ inline rule::Hyperparameters hyperparameters(const LoraRiteOptions& options) {
 
 namespace detail {
 
-inline void check_at_least_zero(const std::string& where, const char* name, double value) {
-  TORCH_CHECK(value >= 0 && std::isfinite(value), where, ": ", name, " is ", value, ", expected a finite number ≥ 0");
-}
-
 /// lr, betas, eps and weight_decay, which all Adams have. Throws c10::Error that names the first one out of its range,
 /// the value found and the range; `where` says whose options they are.
 template <class Options>
 void check_options_of_adam(const Options& options, const std::string& where) {
-  // Written so that NaN fails every comparison.
-  const auto decay_rate = [&](const char* name, double value) {
-    TORCH_CHECK(value >= 0 && value < 1, where, ": ", name, " is ", value, ", expected a number in [0, 1)");
-  };
-  check_at_least_zero(where, "lr", options.lr());
-  decay_rate("betas[0]", std::get<0>(options.betas()));
-  decay_rate("betas[1]", std::get<1>(options.betas()));
-  check_at_least_zero(where, "eps", options.eps());
-  check_at_least_zero(where, "weight_decay", options.weight_decay());
+  check_at_least_zero("lr", options.lr(), where);
+  check_decay_rate("betas[0]", std::get<0>(options.betas()), where);
+  check_decay_rate("betas[1]", std::get<1>(options.betas()), where);
+  check_at_least_zero("eps", options.eps(), where);
+  check_at_least_zero("weight_decay", options.weight_decay(), where);
 }
 
 /// The same for all options of LoRA-RITE.
 inline void check_options(const LoraRiteOptions& options, const std::string& where) {
-  const auto at_least_zero = [&](const char* name, double value) { check_at_least_zero(where, name, value); };
+  const auto at_least_zero = [&](const char* name, double value) { check_at_least_zero(name, value, where); };
   check_options_of_adam(options, where);
   at_least_zero("eps_root", options.eps_root());
   const double exponent = options.preconditioner_exponent();

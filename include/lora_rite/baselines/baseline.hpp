@@ -17,11 +17,14 @@
 #include <utility>
 #include <vector>
 
-#include "lora_rite/closure.hpp"
+#include "lora_rite/optimizer_support.hpp"
 
 /// Optimizers that torch::optim lacks and that a LoRA optimizer is compared with. Each follows its paper; the formula
 /// stands in its header.
 namespace lora_rite::baselines {
+
+using lora_rite::detail::check_at_least_zero;
+using lora_rite::detail::check_decay_rate;
 
 /// What is remembered of a parameter: the steps it made, and tensors by name.
 struct State : public torch::optim::OptimizerCloneableParamState<State> {
@@ -123,12 +126,11 @@ class Batch {
 template <class Options>
 class Baseline : public torch::optim::Optimizer {
  public:
-  /// LibTorch's add_param_group loses options that are not its own (from 2.10 on), so they are set again.
+  /// A group without options has the defaults.
   void add_param_group(const torch::optim::OptimizerParamGroup& group) {
     const auto& options = static_cast<const Options&>(group.has_options() ? group.options() : defaults());
     options.check();
-    Optimizer::add_param_group(torch::optim::OptimizerParamGroup(group.params(), std::make_unique<Options>(options)));
-    param_groups_.back().set_options(std::make_unique<Options>(options));
+    lora_rite::detail::add_group(*this, group.params(), std::make_unique<Options>(options));
   }
 
   torch::Tensor step(LossClosure closure = nullptr) override {
@@ -213,14 +215,6 @@ inline at::Tensor norms(const at::Tensor& batch) {
   std::vector<int64_t> ones(static_cast<size_t>(batch.dim()), 1);
   ones[0] = batch.size(0);
   return batch.flatten(1).norm(2, -1).view(ones);
-}
-
-/// Throws c10::Error naming the option, what was found and what was expected.
-inline void check_at_least_zero(const char* name, double value) {
-  TORCH_CHECK(value >= 0 && std::isfinite(value), name, " is ", value, ", expected a finite number ≥ 0");
-}
-inline void check_decay_rate(const char* name, double value) {
-  TORCH_CHECK(value >= 0 && value < 1, name, " is ", value, ", expected a number in [0, 1)");
 }
 
 }  // namespace lora_rite::baselines

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "lora_rite/closure.hpp"
+#include "lora_rite/optimizer_support.hpp"
 #include "lora_rite/distributed/process_group.hpp"
 #include "lora_rite/engine/batch.hpp"
 #include "lora_rite/engine/pair_state.hpp"

@@ -11,6 +11,7 @@
 
 #include "lora_rite/leaf.hpp"
 #include "lora_rite/optimizer_base.hpp"
+#include "lora_rite/optimizer_support.hpp"
 #include "lora_rite/step/bodies.hpp"
 #include "lora_rite/step/group.hpp"
 
@@ -49,7 +50,7 @@ LORA_RITE_BODY void LoraRiteBase::add_pairs(std::vector<FactorPair> pairs, LoraR
       leaves.end());
   Group group{Group::Pairs{std::move(pairs), leaves, std::nullopt}};
   own_->all.reserve(own_->all.size() + 1);
-  add_group(std::move(leaves), std::make_unique<LoraRiteOptions>(options));
+  detail::add_group(*this, std::move(leaves), std::make_unique<LoraRiteOptions>(options));
   own_->owners = std::move(owners);
   own_->all.push_back(std::move(group));
 }
@@ -70,7 +71,7 @@ LORA_RITE_BODY void LoraRiteBase::add_parameters(std::vector<torch::Tensor> para
   const bool ascends = maximize.value_or(static_cast<const LoraRiteOptions&>(defaults()).maximize());
   Group group{engine::AdamWParameters(parameters, ascends)};
   own_->all.reserve(own_->all.size() + 1);
-  add_group(std::move(parameters), std::make_unique<torch::optim::AdamWOptions>(options));
+  detail::add_group(*this, std::move(parameters), std::make_unique<torch::optim::AdamWOptions>(options));
   own_->owners = std::move(owners);
   own_->all.push_back(std::move(group));
 }
@@ -122,14 +123,6 @@ LORA_RITE_BODY void LoraRiteBase::add_alternating(const std::vector<torch::Tenso
 LORA_RITE_BODY void LoraRiteBase::add_groups(const std::vector<torch::optim::OptimizerParamGroup>& groups) {
   TORCH_CHECK(!groups.empty(), "LoraRite: the list of param groups is empty, expected at least one group");
   for (const auto& group : groups) add_param_group(group);
-}
-
-/// LibTorch's add_param_group merges the options of its own optimizers only and loses those of others (from 2.10 on),
-/// so they are set again.
-LORA_RITE_BODY void LoraRiteBase::add_group(std::vector<torch::Tensor> tensors,
-                                            std::unique_ptr<torch::optim::OptimizerOptions> options) {
-  Optimizer::add_param_group(torch::optim::OptimizerParamGroup(std::move(tensors), options->clone()));
-  param_groups_.back().set_options(std::move(options));
 }
 
 // --- Asking --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "lora_rite/closure.hpp"
+#include "lora_rite/optimizer_support.hpp"
 #include "lora_rite/engine/acts.hpp"
 #include "lora_rite/engine/choose.hpp"
 #include "lora_rite/engine/device_numbers.hpp"
