@@ -154,6 +154,13 @@ def roofline(results: list[dict]) -> str:
     return markdown(rows)
 
 
+def compile_time(results: list[dict]) -> str:
+    rows = [["translation unit", "CPU seconds", "÷ AdamW's"]]
+    for r in results:
+        rows.append([r["contender"], f"{r['seconds']:.1f}", f"{r['ratio']:.2f}"])
+    return markdown(rows)
+
+
 def plain_axes(axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -226,6 +233,8 @@ def main() -> None:
         "## Memory", memory(load(folder, "memory.json")),
         "## How far from the machine's limits", "Limits: the bytes at the measured bandwidth, the operations at the rate "
         "of the library's own matrix product.", roofline(limits),
+        "## Compile time", "A translation unit that steps with the optimizer, `-O2`, medians of rounds of all.",
+        compile_time(load(folder, "compile_time.json")),
     ]
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:
         file.write("\n\n".join(text) + "\n")

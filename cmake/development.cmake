@@ -67,3 +67,24 @@ mark_as_advanced(LORA_RITE_GLOO_INCLUDE)
 if(NOT LORA_RITE_GLOO_INCLUDE)
   message(STATUS "No gloo/config.h here (Debian: libgloo-dev): what starts several processes is left out")
 endif()
+
+# The oldest standard that LibTorch's headers allow.
+set(LORA_RITE_OLDEST_STANDARD 17)
+if(LibTorch_VERSION VERSION_GREATER_EQUAL 2.14)
+  set(LORA_RITE_OLDEST_STANDARD 20)
+endif()
+
+# lora_rite_compile_command(variable compiler standard flag…): a command that compiles the source appended to it, against
+# this library and LibTorch, whose headers are system headers. ccache makes an unchanged one free.
+function(lora_rite_compile_command variable compiler standard)
+  # Of nlohmann-json, which include/lora_rite/io/ needs; the system's own folder must not be named a second time.
+  set(_json "$<FILTER:$<TARGET_PROPERTY:nlohmann_json::nlohmann_json,INTERFACE_INCLUDE_DIRECTORIES>,EXCLUDE,^/usr/include$>")
+  set(_options "$<TARGET_PROPERTY:LibTorch::torch,INTERFACE_COMPILE_OPTIONS>")
+  set(_next "$<SEMICOLON>")
+  # What may be empty hangs on what is not: CMake 3.31 hands an empty argument on, which GCC takes for a file.
+  set(${variable} ${LORA_RITE_LAUNCHER} "${compiler}" -std=c++${standard} ${ARGN}
+    "-I${PROJECT_SOURCE_DIR}/include$<$<BOOL:${_json}>:${_next}-isystem$<JOIN:${_json},${_next}-isystem>>"
+    "-isystem$<JOIN:$<TARGET_PROPERTY:Eigen3::Eigen,INTERFACE_INCLUDE_DIRECTORIES>,${_next}-isystem>"
+    "-isystem$<JOIN:$<TARGET_PROPERTY:LibTorch::torch,INTERFACE_INCLUDE_DIRECTORIES>,${_next}-isystem>"
+    "-c$<$<BOOL:${_options}>:${_next}${_options}>" PARENT_SCOPE)
+endfunction()
