@@ -1,6 +1,8 @@
-// A translation unit that includes the header and constructs no optimizer.
+// A translation unit that includes the header and hands an optimizer on.
 
 #include <lora_rite/lora_rite.hpp>
 #include <torch/torch.h>
 
-void step(lora_rite::LoraRite<>& optimizer) { optimizer.step(); }
+double train(lora_rite::LoraRite<>& optimizer, const torch::Tensor& data);
+
+double train(lora_rite::LoraRite<>& optimizer) { return train(optimizer, torch::randn({4, 8})); }
