@@ -143,5 +143,10 @@ TEST(Diagnostics, EscapedMassGrowsWhenTheBasisTurnsAndNotWithoutEscape) {
   }
 }
 
+TEST(KernelName, IsThatOfTheKernelsInUse) {
+  const host::kernels::Table* kernels = host::kernels::chosen();
+  EXPECT_EQ(kernel_name(), kernels == nullptr ? "none" : kernels->name);
+}
+
 }  // namespace
 }  // namespace lora_rite

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <string>
 
+#include "lora_rite/step/bodies.hpp"
+
 namespace lora_rite {
 
 /// How one factor X (partner Y) stands, read without disturbing training.
@@ -23,5 +25,11 @@ struct PairDiagnostics {
   double clip_factor = 1;     ///< c of the last step, one for all pairs of a group
   int64_t skipped_steps = 0;  ///< steps skipped so far because a gradient (or a factor) was not finite
 };
+
+/// The kernels that Engine::Host runs with on this machine: "avx512", "avx2", "baseline" (what the compiler's flags
+/// allow, not on x86-64), "plain" (Eigen, with compilers other than GCC and Clang), or "none", where all pairs go to
+/// Engine::Device. The environment variable LORA_RITE_KERNELS chooses among those that the machine has, or none; it is
+/// read once. Throws std::invalid_argument if it names others, as the first step does then.
+LORA_RITE_BODY std::string kernel_name();
 
 }  // namespace lora_rite

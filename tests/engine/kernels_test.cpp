@@ -7,6 +7,8 @@
 #include <Eigen/Dense>
 #include <algorithm>
 #include <random>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace lora_rite::host::kernels {
@@ -70,6 +72,28 @@ std::vector<MatrixXd> gram_matrices(int64_t r) {
     result.push_back(x.transpose() * x);
   }
   return result;
+}
+
+TEST(Kernels, AreChosenByName) {
+  const Table slow = {"slow", {}, {}, {}, {}, {}, {}}, fast = {"fast", {}, {}, {}, {}, {}, {}};
+  const std::vector<const Table*> both = {&fast, &slow};
+  for (const char* nobody : {static_cast<const char*>(nullptr), ""}) {
+    EXPECT_EQ(choose(both, nobody), &fast);
+    EXPECT_EQ(choose({}, nobody), nullptr);
+  }
+  EXPECT_EQ(choose(both, "slow"), &slow);
+  EXPECT_EQ(choose(both, "none"), nullptr);
+  for (const auto& [tables, expected] :
+       {std::pair(both, "LORA_RITE_KERNELS is 'other', expected one of fast, slow, none: what this machine runs"),
+        std::pair(std::vector<const Table*>(),
+                  "LORA_RITE_KERNELS is 'other', expected one of none: what this machine runs")}) {
+    try {
+      choose(tables, "other");
+      ADD_FAILURE();
+    } catch (const std::invalid_argument& error) {
+      EXPECT_STREQ(error.what(), expected);
+    }
+  }
 }
 
 TEST(Kernels, EigenvectorsDiagonalise) {

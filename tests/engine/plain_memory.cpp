@@ -88,9 +88,8 @@ struct Run {
   }
 };
 
-}  // namespace
-
-int main() {
+/// Trains from two factorisations of one start; does ΔW move alike?
+bool trains_alike() {
   std::mt19937 generator(3);
   std::normal_distribution<double> normal;
   const auto draw = [&](size_t size) {
@@ -129,5 +128,21 @@ int main() {
   }
   const double difference = std::sqrt(apart / way);
   std::printf("loss %.1f -> %.1f; two factorisations differ by %.1e of their way\n", first, last, difference);
-  return last < 0.9 * first && difference < 1e-4 ? 0 : 1;
+  return last < 0.9 * first && difference < 1e-4;
+}
+
+}  // namespace
+
+/// plain_memory [KERNELS]: also fails unless these are the kernels that run.
+int main(int argc, char** argv) try {
+  const host::kernels::Table* kernels = host::kernels::chosen();
+  if (kernels == nullptr) {
+    std::printf("no kernels on this processor\n");
+    return argc > 1;
+  }
+  std::printf("kernels: %s\n", kernels->name);
+  return trains_alike() && (argc < 2 || kernels->name == std::string(argv[1])) ? 0 : 1;
+} catch (const std::exception& error) {
+  std::printf("%s\n", error.what());
+  return 2;
 }

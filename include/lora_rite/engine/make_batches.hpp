@@ -54,7 +54,8 @@ inline std::vector<BatchMembers> partition(const std::vector<PairToPlace>& pairs
     TORCH_CHECK(possible || engine != Engine::Host, label, " is ", pair.a.scalar_type(), pair.a.sizes(), " and ",
                 pair.b.scalar_type(), pair.b.sizes(), " on ", pair.a.device(),
                 ", expected contiguous float factors on a CPU",
-                host::kernels::is_supported() ? "" : " with AVX2 and FMA", " for Engine::Host; use Engine::Automatic");
+                host::kernels::chosen() != nullptr ? "" : " that has kernels (see kernel_name)",
+                " for Engine::Host; use Engine::Automatic");
     BatchKey key = {possible && engine != Engine::Device,
                     pair.a.sizes().vec(),
                     pair.b.sizes().vec(),

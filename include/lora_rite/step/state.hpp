@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lora_rite/engine/batches.hpp"
+#include "lora_rite/engine/host/kernels/dispatch.hpp"
 #include "lora_rite/leaf.hpp"
 #include "lora_rite/optimizer_base.hpp"
 #include "lora_rite/step/bodies.hpp"
@@ -75,6 +76,11 @@ LORA_RITE_BODY std::vector<PairDiagnostics> LoraRiteBase::diagnostics() const {
     }
   }
   return result;
+}
+
+LORA_RITE_BODY std::string kernel_name() {
+  const host::kernels::Table* kernels = host::kernels::chosen();
+  return kernels == nullptr ? "none" : kernels->name;
 }
 
 LORA_RITE_BODY std::optional<StateOfPair> LoraRiteBase::state_of(const std::string& name) const {

@@ -25,7 +25,7 @@ class HostBatch : public engine::Batch {
  public:
   /// Is the pair one for this engine, and the processor? The rank must be last in B, except for dimensions of one.
   static bool takes(const FactorPair& pair) {
-    if (!kernels::is_supported()) return false;
+    if (kernels::chosen() == nullptr) return false;
     bool rank_is_last = true;
     for (int64_t d = 2; d < pair.b.dim(); ++d) rank_is_last = rank_is_last && pair.b.size(d) == 1;
     const auto fits = [](const at::Tensor& factor) {

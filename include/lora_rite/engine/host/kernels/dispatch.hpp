@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -15,9 +18,9 @@
 /// The loops of the host engine, on plain arrays: no tensors, no allocation, no dispatch inside.
 ///
 /// They are written once, on the vector extensions of GCC and Clang. On x86-64 they are compiled twice, for AVX2 with
-/// FMA and for AVX-512, whatever the user's flags are, and `best()` chooses at run time. (A processor without AVX2,
-/// from before 2013, is left to the device engine.) On other processors they are compiled for what the user's flags
-/// allow. Other compilers take the formulas of `plain.hpp`, in Eigen.
+/// FMA and for AVX-512, whatever the user's flags are, and `chosen()` says at run time which are used. (A processor
+/// without AVX2, from before 2013, is left to the device engine.) On other processors they are compiled for what the
+/// user's flags allow. Other compilers take the formulas of `plain.hpp`, in Eigen.
 namespace lora_rite::host::kernels {
 
 #if LORA_RITE_VECTOR_EXTENSIONS
@@ -58,16 +61,27 @@ inline std::vector<const Table*> available() {
 #endif
 }
 
-/// Does this machine run any? If not, nothing here must be called.
-inline bool is_supported() {
-  static const bool any = !available().empty();
-  return any;
+/// The first of these loops, or those that `wanted` names if it is not null or empty; null for "none" and where there
+/// are none. Throws std::invalid_argument if `wanted` names others.
+inline const Table* choose(const std::vector<const Table*>& tables, const char* wanted) {
+  const std::string name = wanted == nullptr ? "" : wanted;
+  if (name.empty()) return tables.empty() ? nullptr : tables.front();
+  if (name == "none") return nullptr;
+  std::string expected;
+  for (const Table* table : tables) {
+    if (name == table->name) return table;
+    expected += std::string(table->name) + ", ";
+  }
+  throw std::invalid_argument("LORA_RITE_KERNELS is '" + name + "', expected one of " + expected +
+                              "none: what this machine runs");
 }
 
-/// The fastest loops that this machine runs.
-inline const Table& best() {
-  static const Table& table = *available().front();
+/// The loops that are used: what the environment variable LORA_RITE_KERNELS names, or else the fastest; null if there
+/// are none, and then nothing of `best()` must be called. The variable is read once.
+inline const Table* chosen() {
+  static const Table* const table = choose(available(), std::getenv("LORA_RITE_KERNELS"));
   return table;
 }
+inline const Table& best() { return *chosen(); }
 
 }  // namespace lora_rite::host::kernels
