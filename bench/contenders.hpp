@@ -16,6 +16,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #endif
 
+#ifdef LORA_RITE_HAS_BEFORE
+#include "before.hpp"
+#endif
+
 namespace bench {
 
 using lora_rite::FactorPair;
@@ -101,6 +105,13 @@ inline Step rite_graph(std::vector<FactorPair> pairs) {
   optimizer->step();
   graph->capture_end();
   return [optimizer, graph] { graph->replay(); };
+}
+#endif
+#ifdef LORA_RITE_HAS_BEFORE
+inline Step rite_before(const std::vector<FactorPair>& pairs) {
+  std::vector<std::pair<torch::Tensor, torch::Tensor>> factors;
+  for (const FactorPair& pair : pairs) factors.emplace_back(pair.a, pair.b);
+  return rite_before(factors, 1e-4);
 }
 #endif
 inline Step fused_adamw(const std::vector<FactorPair>& pairs) { return step_of(std::make_shared<FusedAdamW>(pairs)); }

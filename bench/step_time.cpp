@@ -38,6 +38,9 @@ struct Case {
 std::vector<std::pair<std::string, Make>> usual(torch::Device device) {
   std::vector<std::pair<std::string, Make>> contenders = {
       {"rite", rite()}, {"adam", named("adam")}, {"adamw", named("adamw")}, {"fused_adamw", fused_adamw}};
+#ifdef LORA_RITE_HAS_BEFORE
+  contenders.emplace_back("rite, before", [](std::vector<FactorPair> pairs) { return rite_before(pairs); });
+#endif
   if (!device.is_cuda()) return contenders;
   contenders.emplace_back("rite, capturable", rite(LoraRiteOptions(1e-4).capturable(true)));
 #ifdef LORA_RITE_HAS_CUDA_GRAPHS
@@ -221,6 +224,10 @@ int main(int argc, char** argv) {
                            {"target", c.shapes[0].target},
                            {"median_us", median(contender)},
                            {"operator_calls", operators[contender]}});
+      }
+      if (median("rite") > 0 && median("rite, before") > 0) {
+        std::cout << c.name << ", " << c.threads
+                  << " threads: LoRA-RITE / before = " << median("rite") / median("rite, before") << std::endl;
       }
       if (median("rite") == 0 || median("adamw") == 0) continue;
       const double ratio = median("rite") / median("adamw"), target = c.shapes[0].target;

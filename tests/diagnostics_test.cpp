@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <lora_rite/engine/host/kernels/dispatch.hpp>
 
 #include "support/pairs.hpp"
 

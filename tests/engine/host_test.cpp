@@ -448,10 +448,10 @@ TEST(HostEngineTest, SkipsAStepThatIsNotFinite) {
   }
 }
 
-/// A thread keeps no more than 8 MiB of the work space that large ranks take.
+/// A thread keeps no more than 1 MiB of the work space that large ranks take.
 TEST(LaneBuffers, LargeOnesAreGivenBack) {
   std::thread([] {                             // which keeps nothing yet
-    constexpr size_t large = size_t{3} << 17;  // doubles: 3 MiB
+    constexpr size_t large = size_t{3} << 14;  // doubles: 384 KiB
     {
       std::vector<host::Buffer> buffers;
       for (int i = 0; i < 8; ++i) buffers.emplace_back(large);
@@ -459,8 +459,8 @@ TEST(LaneBuffers, LargeOnesAreGivenBack) {
     EXPECT_EQ(host::Buffer::bytes_kept(), 2 * large * sizeof(double));
     { const host::Buffer again(large); }
     EXPECT_EQ(host::Buffer::bytes_kept(), 2 * large * sizeof(double));
-    { const host::Buffer another(size_t{1} << 18); }  // 2 MiB
-    EXPECT_EQ(host::Buffer::bytes_kept(), size_t{8} << 20);
+    { const host::Buffer another(size_t{1} << 15); }  // 256 KiB
+    EXPECT_EQ(host::Buffer::bytes_kept(), size_t{1} << 20);
   })
       .join();
 }

@@ -7,7 +7,7 @@
 
 namespace lora_rite::host {
 
-/// Doubles that a thread uses again and again: the step allocates only the first time. Up to 8 MiB of them stay with
+/// Doubles that a thread uses again and again: the step allocates only the first time. Up to 1 MiB of them stays with
 /// the thread; larger ranks, whose arithmetic takes far longer than an allocation, give theirs back.
 class Buffer {
  public:
@@ -69,7 +69,7 @@ class Buffer {
     size_t size() const { return total_; }
 
    private:
-    static constexpr size_t kMost = 64, kMostDoubles = size_t{1} << 20;
+    static constexpr size_t kMost = 64, kMostDoubles = size_t{1} << 17;
 
     /// Is the thread at its end? A buffer may outlive what it would be given back to.
     static bool& closed() {

@@ -96,7 +96,7 @@ class Pairs {
   /// Act 1: GᵀG of every factor; sums over the rows of factors that were touched; who was edited, what is not finite.
   Observation observe(const PerSide<std::vector<FactorView>>& views, const StateView& state,
                       const rule::Hyperparameters& numbers, Threads& threads) {
-    Observation observation{take_work(numbers.row_equilibration, threads)};
+    Observation observation{make_work(numbers.row_equilibration, threads)};
     Work& work = *observation.work;
     for (const Side side : kSides) {
       for (size_t i = 0; i < views[side].size(); ++i) {
@@ -146,7 +146,7 @@ class Pairs {
     threads.for_each(2 * count_, [&](int64_t number, int64_t) { add_up(factor_of(number)); });
     if (numbers.balance) balance(work, state, threads);
     threads.for_each(2 * count_, [&](int64_t number, int64_t) { remember(factor_of(number), work, state); });
-    give_back(std::move(plan.work));
+    plan.work.reset();
   }
 
   /// After the state was replaced: nothing is known of the factors.
@@ -214,40 +214,26 @@ class Pairs {
     return {view.values, known.shape.rows * rank_, known.stride};
   }
 
-  /// The last step's memory, or new memory.
-  std::unique_ptr<Work> take_work(bool row_equilibration, Threads& threads) {
-    std::unique_ptr<Work> work = std::move(spare_);
-    if (!work) {
-      work = std::make_unique<Work>();
-      for (const Side side : kSides) {
-        SideWork& own = work->sides[side];
-        const size_t size = static_cast<size_t>(count_) * square();
-        own.factors.resize(static_cast<size_t>(count_));
-        own.gradient_gram = sums_of_rows(side, square());
-        own.momentum_maps.resize(size);
-        own.wide_momentum_maps.resize(size);
-        own.gradient_maps.resize(size);
-      }
-      work->groups.resize(static_cast<size_t>(group_count()));
-    }
-    work->row_equilibration = row_equilibration;
+  /// All memory of a step. It is asked for and given back in every step: between steps it is worth more to the forward
+  /// and backward pass, and asking for it costs next to nothing beside a pass over the rows.
+  std::unique_ptr<Work> make_work(bool row_equilibration, Threads& threads) const {
+    auto work = std::make_unique<Work>();
+    const size_t size = static_cast<size_t>(count_) * square();
     for (const Side side : kSides) {
       SideWork& own = work->sides[side];
-      if (!row_equilibration || !own.row_maps.empty()) continue;
+      own.factors.resize(static_cast<size_t>(count_));
+      own.gradient_gram = sums_of_rows(side, square());
+      own.momentum_maps.resize(size);
+      own.wide_momentum_maps.resize(size);
+      own.gradient_maps.resize(size);
+      if (!row_equilibration) continue;
       own.scaled_gradient_gram = sums_of_rows(side, square());
-      own.row_maps.resize(own.gradient_maps.size());
+      own.row_maps.resize(size);
     }
+    work->groups.resize(static_cast<size_t>(group_count()));
+    work->row_equilibration = row_equilibration;
     for (int64_t thread = 0; thread < threads.count(); ++thread) work->workspaces.emplace_back(rank_);
     return work;
-  }
-
-  /// Keeps a step's arrays, and nothing that belongs to others or is large at large ranks.
-  void give_back(std::unique_ptr<Work> work) {
-    for (const Side side : kSides)
-      for (FactorWork& factor : work->sides[side].factors) factor = {};
-    for (LaneGroup& group : work->groups) group = {};
-    work->workspaces.clear();
-    spare_ = std::move(work);
   }
 
   /// XᵀX, XᵀN and column sums of a factor from its rows: what act 3 usually leaves behind.
@@ -371,7 +357,6 @@ class Pairs {
   int64_t count_, rank_, padded_;
   PerSide<Known> known_;
   std::vector<double> weights_;  ///< of the column sums
-  std::unique_ptr<Work> spare_;
 };
 
 }  // namespace lora_rite::host

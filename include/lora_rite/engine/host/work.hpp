@@ -84,7 +84,7 @@ struct Workspace {
       : memory(static_cast<size_t>(kernels::Blocks::size(rank))), blocks(kernels::Blocks::in(memory.data(), rank)) {}
 };
 
-/// All memory of one step. It wanders from `Observation` to `Plan`, and then back to who made it, for the next step.
+/// All memory of one step. It wanders from `Observation` to `Plan`; `commit` gives it back.
 struct Work {
   PerSide<SideWork> sides;
   std::vector<LaneGroup> groups;
