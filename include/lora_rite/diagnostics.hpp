@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-#include "lora_rite/step/bodies.hpp"
+#include "lora_rite/bodies.hpp"
 
 namespace lora_rite {
 

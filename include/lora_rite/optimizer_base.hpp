@@ -14,12 +14,12 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/bodies.hpp"
 #include "lora_rite/diagnostics.hpp"
 #include "lora_rite/engine/basis_functions.hpp"
 #include "lora_rite/factor_pair.hpp"
 #include "lora_rite/options.hpp"
 #include "lora_rite/state.hpp"
-#include "lora_rite/step/bodies.hpp"
 
 namespace lora_rite {
 

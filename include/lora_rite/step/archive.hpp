@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/bodies.hpp"
 #include "lora_rite/optimizer_base.hpp"
 #include "lora_rite/step/archive_entries.hpp"
-#include "lora_rite/step/bodies.hpp"
 #include "lora_rite/step/group.hpp"
 
 /// Bodies of LoraRiteBase: what writes and reads archives.

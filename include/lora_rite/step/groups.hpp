@@ -9,10 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/bodies.hpp"
 #include "lora_rite/leaf.hpp"
 #include "lora_rite/optimizer_base.hpp"
 #include "lora_rite/optimizer_support.hpp"
-#include "lora_rite/step/bodies.hpp"
 #include "lora_rite/step/group.hpp"
 
 /// Bodies of LoraRiteBase: its param groups, how they come and are checked, and how pairs are found.

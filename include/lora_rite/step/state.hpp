@@ -8,11 +8,11 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/bodies.hpp"
 #include "lora_rite/engine/batches.hpp"
 #include "lora_rite/engine/host/kernels/dispatch.hpp"
 #include "lora_rite/leaf.hpp"
 #include "lora_rite/optimizer_base.hpp"
-#include "lora_rite/step/bodies.hpp"
 #include "lora_rite/step/group.hpp"
 
 /// Bodies of LoraRiteBase: batches, and what they remember.

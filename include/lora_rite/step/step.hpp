@@ -10,12 +10,12 @@
 #include <utility>
 #include <vector>
 
-#include "lora_rite/optimizer_support.hpp"
+#include "lora_rite/bodies.hpp"
 #include "lora_rite/engine/acts.hpp"
 #include "lora_rite/engine/choose.hpp"
 #include "lora_rite/engine/device_numbers.hpp"
 #include "lora_rite/optimizer_base.hpp"
-#include "lora_rite/step/bodies.hpp"
+#include "lora_rite/optimizer_support.hpp"
 #include "lora_rite/step/group.hpp"
 
 /// Bodies of LoraRiteBase: the step.
