@@ -109,6 +109,39 @@ TEST(ProductSpectrum, DoesNotDependOnTheSplit) {
     // The factors themselves are rounded after the multiplication: κ(T) ε more.
     EXPECT_NEAR(first.singular_values[i], second.singular_values[i], 100 * tolerance(pair, 1));
   }
+  // Each value, and so the sum, is off by so much of the least one.
+  const double relative = 100 * tolerance(pair, 1) / first.singular_values.back();
+  EXPECT_LT(relative, 1e-9);
+  EXPECT_NEAR(first.condition_number, second.condition_number, 2 * relative * first.condition_number);
+  EXPECT_NEAR(first.effective_rank, second.effective_rank, 10 * relative);
+  EXPECT_EQ(first.numerical_rank, 3);
+  EXPECT_EQ(second.numerical_rank, 3);
+  EXPECT_GT(std::abs(first.condition_number_b / second.condition_number_b - 1), 0.5) << "that of a factor does";
+}
+
+TEST(ProductSpectrum, OfALackingRankDoesNotDependOnTheSplit) {
+  torch::manual_seed(8);
+  FactorPair pair = random_pair("q", 3, 20, 12);
+  const torch::NoGradGuard no_grad;
+  pair.a[2].copy_(2 * pair.a[0]);
+  const torch::Tensor t = torch::randn({3, 3}, torch::kDouble) + 3 * torch::eye(3, torch::kDouble);
+  const FactorPair other{"q", torch::matmul(t, pair.a), torch::matmul(pair.b, torch::linalg_inv(t))};
+  for (const FactorPair& each : {pair, other}) {
+    const ProductSpectrum found = product_spectrum(each);
+    EXPECT_EQ(found.numerical_rank, 2);
+    EXPECT_TRUE(std::isinf(found.condition_number));
+    EXPECT_NEAR(found.effective_rank, product_spectrum(pair).effective_rank, 1e-9);
+  }
+}
+
+TEST(ProductSpectrum, OneDirectionHasTheEffectiveRankOne) {
+  torch::manual_seed(9);
+  const auto column = [](int64_t size) { return torch::randn({size, 1}, torch::kDouble); };
+  const FactorPair pair{"one", torch::matmul(column(4), column(20).t()), torch::matmul(column(12), column(4).t())};
+  const ProductSpectrum found = product_spectrum(pair);
+  EXPECT_EQ(found.singular_values.size(), 4U);
+  EXPECT_EQ(found.numerical_rank, 1);
+  EXPECT_NEAR(found.effective_rank, 1, 1e-12);  // round-off ε has the entropy ε log ε
 }
 
 TEST(ProductSpectrum, RankDeficientFactorsAreCountedOut) {

@@ -7,6 +7,7 @@
 #include <lora_rite/io/safetensors.hpp>
 #include <lora_rite/nn/adapters.hpp>
 #include <lora_rite/nn/peft.hpp>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <utility>
 #include <variant>
@@ -103,6 +104,33 @@ void add_adapter(torch::nn::Module& model, const fs::path& base, const fs::path&
   lora_rite::nn::inject_adapter(model, without_whole_modules(model, file));
 }
 
+// Where the head of a classifier lies.
+fs::path head_path(const fs::path& folder, const fs::path& adapter) {
+  return (adapter.empty() ? folder : adapter) / kHeadFile;
+}
+
+// A head as its file has it.
+struct Head {
+  std::vector<std::string> classes;
+  std::map<std::string, torch::Tensor> tensors;
+};
+
+Head read_head(const fs::path& path) {
+  if (!fs::exists(path)) {
+    fail(path.string(), ": does not exist; a BERT encoder alone tells no classes apart. --adapter is a folder that ",
+         "'finetune train' or 'finetune export' wrote, or --model one of 'finetune merge'");
+  }
+  lora_rite::Safetensors file = lora_rite::load_safetensors(path);
+  const auto labels = file.metadata.find("labels");
+  try {
+    if (labels == file.metadata.end()) throw std::runtime_error("there are none");
+    return {nlohmann::json::parse(labels->second).get<std::vector<std::string>>(), std::move(file.tensors)};
+  } catch (const std::exception& error) {
+    fail(path.string(), ": has no JSON list 'labels' in its metadata (", error.what(),
+         "); a head.safetensors that 'finetune train' wrote is expected");
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<LanguageModel> load_adapted_language_model(const fs::path& folder, const fs::path& adapter,
@@ -114,22 +142,15 @@ std::shared_ptr<LanguageModel> load_adapted_language_model(const fs::path& folde
   return model;
 }
 
+std::vector<std::string> read_classes(const fs::path& folder, const fs::path& adapter) {
+  return read_head(head_path(folder, adapter)).classes;
+}
+
 TrainedClassifier load_adapted_classifier(const fs::path& folder, const fs::path& adapter, torch::Device device) {
-  const fs::path path = (adapter.empty() ? folder : adapter) / kHeadFile;
-  if (!fs::exists(path)) {
-    fail(path.string(), ": does not exist; a BERT encoder alone tells no classes apart. --adapter is a folder that ",
-         "'finetune train' or 'finetune export' wrote, or --model one of 'finetune merge'");
-  }
-  const lora_rite::Safetensors head = lora_rite::load_safetensors(path);
-  const auto labels = head.metadata.find("labels");
+  const fs::path path = head_path(folder, adapter);
+  const Head head = read_head(path);
   TrainedClassifier result;
-  try {
-    if (labels == head.metadata.end()) throw std::runtime_error("there are none");
-    result.classes = nlohmann::json::parse(labels->second).get<std::vector<std::string>>();
-  } catch (const std::exception& error) {
-    fail(path.string(), ": has no JSON list 'labels' in its metadata (", error.what(),
-         "); a head.safetensors that 'finetune train' wrote is expected");
-  }
+  result.classes = head.classes;
   auto bert = load_bert(folder);
   if (!adapter.empty()) add_adapter(*bert, folder, adapter);
   result.model = std::make_shared<SentenceClassifier>(std::move(bert), static_cast<int64_t>(result.classes.size()));

@@ -26,6 +26,10 @@ std::shared_ptr<LanguageModel> load_adapted_language_model(const std::filesystem
                                                            const std::filesystem::path& adapter, torch::Dtype dtype,
                                                            torch::Device device);
 
+/// The classes that load_adapted_classifier's result tells apart; no other file is read. Throws Error if there is no
+/// head, or it does not name them.
+std::vector<std::string> read_classes(const std::filesystem::path& folder, const std::filesystem::path& adapter);
+
 /// The BERT of `folder` likewise, with the head.safetensors of the adapter's folder, or without an adapter of its own.
 /// Throws Error also if there is no head.
 TrainedClassifier load_adapted_classifier(const std::filesystem::path& folder, const std::filesystem::path& adapter,

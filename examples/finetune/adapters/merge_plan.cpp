@@ -202,11 +202,12 @@ torch::Tensor merged_tensor(const BaseCheckpoint& base, const MergePlan& plan, c
                             const std::string& source, c10::ScalarType dtype) {
   const auto replacement = plan.replacements.find(name);
   const bool is_replaced = replacement != plan.replacements.end();
-  torch::Tensor result = is_replaced ? replacement->second : base.tensors().at(source);
+  const torch::Tensor& own = base.tensors().at(source);
+  torch::Tensor result = is_replaced ? replacement->second : own;
   const auto changes = plan.changes.find(name);
+  const bool is_changed = is_replaced || changes != plan.changes.end();
   if (changes == plan.changes.end()) {
     result = result.to(dtype);
-    if (!is_replaced) return result;
   } else {
     const auto wide = result.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
     const torch::Tensor sum = result.to(wide, /*non_blocking=*/false, /*copy=*/true);
@@ -215,9 +216,13 @@ torch::Tensor merged_tensor(const BaseCheckpoint& base, const MergePlan& plan, c
     }
     result = sum.to(dtype);
   }
-  if (!at::isfinite(result).all().item<bool>()) {
+  if (result.is_same(own)) return result;
+  // What is not finite in the base itself stays as it is.
+  const torch::Tensor is_finite = at::isfinite(result);
+  if (!is_finite.all().item<bool>() && at::isfinite(own).logical_and_(is_finite.logical_not()).any().item<bool>()) {
     fail(base.folder().string(), ": tensor '", name, "' would hold values that are not finite in ",
-         c10::toString(dtype), "; check the adapter with 'finetune inspect', or choose another --dtype");
+         c10::toString(dtype), is_changed ? "; check the adapter with 'finetune inspect', or" : ";",
+         " choose another --dtype");
   }
   return result;
 }

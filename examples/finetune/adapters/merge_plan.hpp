@@ -50,7 +50,7 @@ void plan_adapter(const BaseCheckpoint& base, const AdapterFile& adapter, double
                   MergePlan& plan);
 
 /// The tensor of this name as the merged checkpoint has it, `source` being the base's: the sum is made in float (or
-/// double) and rounded once. Throws Error if a value is not finite in the dtype.
+/// double) and rounded once. Throws Error if a value that is finite in the base is not finite in the dtype.
 torch::Tensor merged_tensor(const BaseCheckpoint& base, const MergePlan& plan, const std::string& name,
                             const std::string& source, c10::ScalarType dtype);
 

@@ -153,7 +153,7 @@ void add_memory_options(CLI::App& app, RunOptions& options) {
              "10⁹ bytes that the run may take, which is reckoned before the model is loaded; 0 = what the machine has, "
              "or with cuda the GPU")
       ->group(group);
-  add_option(app, "--threads", options.threads, "CPU threads, 0 = one a core")->group(group);
+  add_option(app, "--threads", options.threads, "CPU threads, 0 = LibTorch's default")->group(group);
 }
 
 void add_running_options(CLI::App& app, TrainArguments& given) {

@@ -75,6 +75,8 @@ void check_values(const EvaluateOptions& options, bool is_classifier) {
   if (!options.texts.empty() && options.generate == 0) {
     fail("--texts ", options.texts.string(), ": nothing is written without --generate; give the number of tokens");
   }
+  check_place("--out", options.out);
+  check_place("--texts", options.texts);
   const EvaluateOptions defaults;
   if (!is_classifier) {
     if (options.max_length != defaults.max_length) {
@@ -118,20 +120,26 @@ std::vector<Result> measure_language(const EvaluateOptions& options) {
 }
 
 std::vector<Result> measure_classifier(const EvaluateOptions& options) {
-  std::vector<std::vector<LabelledText>> texts;  // all of them are looked at before the model is loaded
+  // All of them are looked at before one is tokenised, and all are tokenised before the model is loaded.
+  std::vector<std::vector<LabelledText>> texts;
   for (const fs::path& data : options.data) texts.push_back(read_tsv(data));
-  const TrainedClassifier classifier =
-      load_adapted_classifier(options.model, options.adapter, torch::Device(options.device));
-  const BertConfig& config = classifier.model->bert().config();
+  const std::vector<std::string> classes = read_classes(options.model, options.adapter);
+  for (size_t index = 0; index < texts.size(); ++index) index_labels(texts[index], classes, options.data[index]);
+  const BertConfig config = BertConfig::from_file(options.model / "config.json");
   check_max_length(options.max_length, config);
   const TokenizerOptions tokenizer{options.model, options.max_length, options.python};
   const Scratch scratch;
-  std::vector<Result> results;
+  std::vector<Dataset> datasets;
   for (size_t index = 0; index < texts.size(); ++index) {
-    const fs::path& data = options.data[index];
-    const Dataset dataset =
-        tokenize_rows(texts[index], classifier.classes, data, tokenizer, config, scratch / "tokens");
-    results.push_back({data, "classes", dataset.size(), evaluate(*classifier.model, dataset), {}});
+    datasets.push_back(
+        tokenize_rows(texts[index], classes, options.data[index], tokenizer, config, scratch / "tokens"));
+  }
+  const TrainedClassifier classifier =
+      load_adapted_classifier(options.model, options.adapter, torch::Device(options.device));
+  std::vector<Result> results;
+  for (size_t index = 0; index < datasets.size(); ++index) {
+    results.push_back(
+        {options.data[index], "classes", datasets[index].size(), evaluate(*classifier.model, datasets[index]), {}});
   }
   return results;
 }
@@ -206,15 +214,15 @@ void add_evaluate_command(CLI::App& app, std::function<int()>& action) {
       ->capture_default_str();
   command->add_option("--dtype", options->dtype, "Language model: float32 or bfloat16")->capture_default_str();
   command->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
-  command->add_option("--threads", options->threads, "CPU threads, 0 = one a core")->capture_default_str();
+  command->add_option("--threads", options->threads, "CPU threads, 0 = LibTorch's default")->capture_default_str();
   command->add_option("--out", options->out, "Write all scores as JSON")->type_name("FILE.json");
   command->add_option("--python", options->python, "Interpreter with tokenizers")
       ->default_str("$FINETUNE_PYTHON, else python3");
   command->footer(
       "\n"
       "A language model is measured on files of prepare_tasks.py: texts give loss and perplexity, with --generate\n"
-      "also ROUGE-L, exact match and GSM8K's numbers; questions with choices give acc, acc_norm and acc_bytes with\n"
-      "their standard errors.\n"
+      "also ROUGE-L, exact match and GSM8K's numbers; questions with choices give acc, acc_norm and acc_bytes. Shares\n"
+      "are in percent, with their standard errors.\n"
       "\n"
       "A sentence classifier (bert) is measured on TSV files of lines 'label TAB text': accuracy and loss. Its head\n"
       "comes from the adapter's folder, or from that of a merged model.\n"

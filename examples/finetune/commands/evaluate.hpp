@@ -25,7 +25,7 @@ struct EvaluateOptions {
   int64_t max_length = 128;                 ///< classifier: tokens a text is cut to
   std::string dtype = "float32";            ///< of the model's weights: float32 or bfloat16
   std::string device = "cpu";               ///< cpu or cuda
-  int64_t threads = 0;                      ///< 0 = one a core
+  int64_t threads = 0;                      ///< 0 = LibTorch's default
   std::filesystem::path out;                ///< where the scores go as JSON; empty = nowhere
   std::string python;                       ///< interpreter with tokenizers
 };

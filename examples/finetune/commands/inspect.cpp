@@ -13,6 +13,7 @@
 #include <system_error>
 
 #include "adapters/merge_plan.hpp"
+#include "cli/options.hpp"
 #include "common/error.hpp"
 #include "common/files.hpp"
 #include "common/subprocess.hpp"
@@ -61,12 +62,13 @@ std::string summary_of(const std::vector<LayerReport>& reports, bool has_base) {
   return text + "\n";
 }
 
-// What the adapter holds beside its factors, and what of the description has no effect.
+// What the adapter holds and does beside its factors, and what of the description has no effect.
 std::string rest_of(const AdapterFile& adapter) {
   std::string text;
   const lora_rite::AdapterConfig& config = adapter.adapter.config;
-  if (lora_rite::detail::is_on(config, "use_dora")) {
-    text += "use_dora: the layers' weights are also scaled (DoRA), of which the table says nothing\n";
+  for (const auto& [field, why] : lora_rite::nn::detail::unsupported_fields(config)) {
+    text += concat(field, " is ", config.other.at(field).dump(),
+                   ": the table shows the factors alone, and nothing else of what this does\n");
   }
   if (!adapter.biases.empty()) text += concat("trained biases: ", adapter.biases.size(), "\n");
   for (const auto& [name, tensor] : adapter.whole) text += concat("trained whole: ", name, " ", tensor.sizes(), "\n");
@@ -172,6 +174,8 @@ nlohmann::json to_json(const AdapterFile& adapter, const std::vector<LayerReport
 
 void inspect(const InspectOptions& options, std::ostream& out) {
   if (options.top < 0) fail("--top ", options.top, ": expected at least 0");
+  check_place("--json", options.json);
+  check_place("--picture", options.picture);
   const AdapterFile adapter = read_adapter(options.adapter);
   const bool has_base = !options.model.empty();
   std::optional<BaseCheckpoint> base;
@@ -215,11 +219,15 @@ void add_inspect_command(CLI::App& app, std::function<int()>& action) {
   command->footer(
       "\n"
       "  ‖A‖, ‖B‖, ‖B‖/‖A‖, κ(A), κ(B)   how ΔW is split: norms, their ratio, condition numbers\n"
-      "  ‖ΔW‖, σ₁, σᵣ, κ(ΔW)             ΔW = scale * B A: norm, largest and smallest singular value, their ratio\n"
-      "  rank, eff. rank                 singular values above round-off; exp of their entropy, between 1 and r\n"
+      "  ‖ΔW‖, σ₁, σᵣ, κ(ΔW)             ΔW = scale * B A: norm, largest and smallest of its min(r, in, out) singular\n"
+      "                                  values, their ratio\n"
+      "  rank, eff. rank                 singular values above round-off; exp of their entropy, between 1 and r (0 "
+      "where\n"
+      "                                  ΔW is 0)\n"
       "  ‖ΔW‖/‖W‖                        how far the layer went from its base weight (with --model)\n"
       "\n"
-      "Norms are Frobenius norms. The product is never formed.\n"
+      "Norms are Frobenius norms. The product is never formed. Of an adapter that does more than add ΔW (DoRA, ...)\n"
+      "the table shows the factors alone; a line below it names the field of adapter_config.json.\n"
       "\n"
       "Example:\n"
       "  finetune inspect runs/arc --model .deps/smollm2 --sort change --top 10 --picture arc.png\n");

@@ -151,6 +151,34 @@ std::map<std::string, std::vector<std::string>> divide(const BaseCheckpoint& bas
   return files;
 }
 
+// The head of a classifier that the adapters bring; empty if none has one, or the base has the same. A head is no ΔW:
+// it replaces the base's.
+fs::path head_of(const MergeOptions& options) {
+  const auto same_as = [](const fs::path& path, const std::string& content) {
+    return fs::exists(path) && read_file(path) == content;
+  };
+  const char* advice =
+      "; merge that adapter alone and without a weight, or put the head you want beside the merged "
+      "model and leave it out of the adapter's folder";
+  fs::path head;
+  for (const WeightedAdapter& adapter : options.adapters) {
+    const fs::path path = adapter.folder / kHeadFile;
+    if (!fs::exists(path)) continue;
+    const std::string found = read_file(path);
+    if (same_as(options.model / kHeadFile, found)) continue;
+    if (!head.empty() && !same_as(head, found)) {
+      fail(path.string(), ": is another head than ", head.string(), ", and heads replace the base's and have no sum",
+           advice);
+    }
+    if (adapter.weight != 1) {
+      fail(path.string(), ": a head replaces the base's and has no share, but the adapter's weight is ", adapter.weight,
+           advice);
+    }
+    head = path;
+  }
+  return head;
+}
+
 }  // namespace
 
 WeightedAdapter parse_weighted_adapter(const std::string& text) {
@@ -191,6 +219,8 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
     for (const std::string& note : adapters[i].notes) log << adapters[i].folder.string() << ": " << note << '\n';
   }
 
+  const fs::path head = head_of(options);
+
   const auto dtype_of = [&](const torch::Tensor& tensor) {
     return keeps_dtypes || !tensor.is_floating_point() ? tensor.scalar_type() : dtype;
   };
@@ -205,10 +235,8 @@ void merge_adapters(const MergeOptions& options, std::ostream& log) {
   const Companions companions(options.model, folder.inside(), options.out);
   write_config(options.model, folder.inside(), options.dtype);
   if (plan.unties) write_untied(folder.inside() / "config.json");
-  for (const AdapterFile& adapter : adapters) {
-    if (fs::exists(adapter.folder / kHeadFile)) {
-      fs::copy_file(adapter.folder / kHeadFile, folder.inside() / kHeadFile, fs::copy_options::overwrite_existing);
-    }
+  if (!head.empty()) {
+    fs::copy_file(head, folder.inside() / kHeadFile, fs::copy_options::overwrite_existing);  // the base's may be there
   }
   int64_t total = 0;
   nlohmann::json weight_map = nlohmann::json::object();
@@ -270,10 +298,13 @@ void add_merge_command(CLI::App& app, std::function<int()>& action) {
       ->capture_default_str();
   command->footer(
       "\n"
-      "Every weight that the adapter changes becomes W + scale * B A, computed in float32 and rounded once; all other\n"
-      "tensors and whatever lies beside the weights are copied, subfolders included; what is left out is said.\n"
+      "Every weight that the adapter changes becomes W + scale * B A, computed in float32 (a float64 base's in "
+      "float64)\n"
+      "and rounded once; all other tensors and whatever lies beside the weights are copied, subfolders included; what\n"
+      "is left out is said.\n"
       "transformers loads the folder, and so does this program.\n"
-      "Biases and modules that were trained whole (modules_to_save) replace the base's. If an adapter changes\n"
+      "Biases, modules that were trained whole (modules_to_save) and a classifier's head replace the base's, and have\n"
+      "no sum or share: such an adapter is merged without a weight. If an adapter changes\n"
       "embedding or output of a decoder that has one matrix for both, both are written, and config.json says so\n"
       "(of Llama, Gemma, Mistral, Qwen, Phi, OLMo and others of their layout; docs/finetune.md).\n"
       "Any model works whose tensors are called as transformers calls them, also such that cannot be trained here.\n"

@@ -32,13 +32,16 @@ struct MergeOptions {
 WeightedAdapter parse_weighted_adapter(const std::string& text);
 
 /// Writes a checkpoint of the base's tensors by their names, W + Σ weight · ΔW where an adapter changes one, all others
-/// untouched, with config.json, a classifier's head and all that lies in the base's folder and is no weight file beside
-/// them, subfolders included. Sums are made in float and rounded once. The folder appears whole or not at all. Progress
+/// untouched, with config.json, a classifier's head (the adapters', else the base's) and all that lies in the base's
+/// folder and is no weight file beside them, subfolders included. Sums are made in float (in double for a double base)
+/// and rounded once. The folder appears whole or not at all. Progress
 /// goes to `log`, and so does what was left out: weights in other formats (those of sentence-transformers' modules are
 /// copied), what belongs to adapters and runs, hidden files.
 ///
 /// Throws Error or c10::Error naming file and tensor if an adapter does not fit the base, was merged into it before, or
-/// is no plain LoRA, if the base is quantised (see BaseCheckpoint), if `out` is there already, or the system refuses.
+/// is no plain LoRA, if adapters bring different heads or one with a weight, if the base is quantised (see
+/// BaseCheckpoint), if a value that is finite in the base would not be in the result, if `out` is there already, or the
+/// system refuses.
 void merge_adapters(const MergeOptions& options, std::ostream& log);
 
 /// Registers `finetune merge`; once it is parsed, `action` does it.

@@ -21,7 +21,12 @@ NewFolder::NewFolder(fs::path path) : path_(std::move(path)) {
   }
   fs::path temporary = path_;
   temporary += ".tmp";
-  fs::remove_all(temporary, error);  // of a process that was killed
+  // Whose it is cannot be known: another process may be filling it, or it was there before this program.
+  if (fs::exists(fs::symlink_status(temporary, error))) {
+    fail("--out ", path_.string(), ": ", temporary.string(), ", where the folder is filled first, is there already; ",
+         "if it was left by a run that was killed, remove it");
+  }
+  error.clear();
   fs::create_directories(temporary, error);
   if (error) {
     fail("--out ", path_.string(), ": cannot be made (", error.message(), "); choose a folder you can write to");

@@ -5,10 +5,11 @@
 namespace finetune {
 
 /// A folder of results that appears whole or not at all: it is filled under another name beside its place, and moved
-/// there when it is complete. It is gone with this object otherwise.
+/// there when it is complete. It is gone with this object otherwise, but not with a process that is killed.
 class NewFolder {
  public:
-  /// Throws Error, naming the option --out, if `path` is there and not an empty folder, or cannot be made.
+  /// Throws Error, naming the option --out, if `path` is there and not an empty folder, if `path`.tmp is there, or it
+  /// cannot be made.
   explicit NewFolder(std::filesystem::path path);
   ~NewFolder();
   NewFolder(const NewFolder&) = delete;

@@ -76,8 +76,6 @@ std::vector<Row> make_rows(const std::vector<ChoiceRecord>& records) {
   return rows;
 }
 
-double standard_error(double mean, int64_t count) { return std::sqrt(mean * (1 - mean) / static_cast<double>(count)); }
-
 }  // namespace
 
 std::vector<std::vector<double>> choice_log_likelihoods(LanguageModel& model, const std::vector<ChoiceRecord>& records,

@@ -3,9 +3,11 @@
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "common/error.hpp"
 #include "evaluation/evaluate.hpp"
+#include "evaluation/scores.hpp"
 
 namespace finetune {
 namespace {
@@ -36,19 +38,24 @@ Scores combine(Scores own, size_t own_count, size_t count, const Processes& proc
   return own;
 }
 
+// Shares of `count` records, each with its standard error behind it.
+Scores with_errors(const Scores& shares, int64_t count) {
+  Scores result;
+  for (const auto& [name, share] : shares) {
+    result.emplace_back(name, share);
+    result.emplace_back(name + "_error", standard_error(share, count));
+  }
+  return result;
+}
+
 Scores measure_choices(LanguageModel& model, const std::vector<ChoiceRecord>& records, int64_t batch,
                        const Processes& processes) {
   const std::vector<ChoiceRecord> own = own_part(records, processes);
   ChoiceScores scores;
   if (!own.empty()) scores = score_choices(own, choice_log_likelihoods(model, own, batch));
-  const Scores means = combine({{"acc", scores.acc}, {"acc_norm", scores.acc_norm}, {"acc_bytes", scores.acc_bytes}},
-                               own.size(), records.size(), processes);
-  Scores result;
-  for (const auto& [name, mean] : means) {
-    result.emplace_back(name, mean);
-    result.emplace_back(name + "_error", std::sqrt(mean * (1 - mean) / static_cast<double>(records.size())));
-  }
-  return result;
+  const Scores shares = combine({{"acc", scores.acc}, {"acc_norm", scores.acc_norm}, {"acc_bytes", scores.acc_bytes}},
+                                own.size(), records.size(), processes);
+  return with_errors(shares, static_cast<int64_t>(records.size()));
 }
 
 }  // namespace
@@ -94,7 +101,12 @@ Scores measure_generation(LanguageModel& model, const LanguageTest& test, int64_
     means.emplace_back("strict_number", scores.strict_number);
     means.emplace_back("flexible_number", scores.flexible_number);
   }
-  return combine(means, own.size(), test.texts.size(), processes);
+  means = combine(means, own.size(), test.texts.size(), processes);
+  // ROUGE-L is no share: its error would need its spread over the records.
+  Scores result = {means.front()};
+  means.erase(means.begin());
+  for (auto& score : with_errors(means, test.size())) result.push_back(std::move(score));
+  return result;
 }
 
 }  // namespace finetune

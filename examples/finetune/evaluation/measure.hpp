@@ -31,9 +31,9 @@ LanguageTest read_language_test(const std::filesystem::path& path, const TaskRea
 Scores measure(LanguageModel& model, const LanguageTest& test, int64_t batch, const Processes& processes = {});
 
 /// Writes up to `max_new_tokens` after each prompt and compares with the references: rouge_l and exact_match, for gsm8k
-/// strict_number and flexible_number as well (TextScores). `scratch` is the beginning of names for files that are
-/// removed again. `texts` receives what this process's part of the records became, if it is not null. Throws Error if
-/// the test has choices, or decoding fails.
+/// strict_number and flexible_number as well (TextScores), all but rouge_l with their standard errors. `scratch` is the
+/// beginning of names for files that are removed again. `texts` receives what this process's part of the records
+/// became, if it is not null. Throws Error if the test has choices, or decoding fails.
 Scores measure_generation(LanguageModel& model, const LanguageTest& test, int64_t batch, int64_t max_new_tokens,
                           const TokenizerOptions& tokenizer, const std::filesystem::path& scratch,
                           const Processes& processes = {}, std::vector<std::string>* texts = nullptr);

@@ -1,6 +1,7 @@
 #include "evaluation/scores.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "evaluation/lower_case.hpp"
 
@@ -142,6 +143,10 @@ bool number_match(std::string_view prediction, const std::vector<std::string>& r
     if (mark != reference.npos) reference.remove_prefix(mark + kAnswerMark.size());
     return bare_number(reference) == found;
   });
+}
+
+double standard_error(double share, int64_t count) {
+  return std::sqrt(share * (1 - share) / static_cast<double>(count));
 }
 
 std::string cut_at(std::string_view text, const std::vector<std::string>& stops) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -29,6 +30,9 @@ std::string find_number(std::string_view text, NumberRule rule);
 
 /// Whether the prediction's number is that after the last "#### " of one of the references.
 bool number_match(std::string_view prediction, const std::vector<std::string>& references, NumberRule rule);
+
+/// The standard error of a share that was found over `count` examples: √(p (1 − p) / n).
+double standard_error(double share, int64_t count);
 
 /// The text up to the first of `stops`.
 std::string cut_at(std::string_view text, const std::vector<std::string>& stops);

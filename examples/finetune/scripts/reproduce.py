@@ -395,7 +395,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--generate", type=int, default=0, help="tokens to write, instead of each task's own number")
     parser.add_argument("--dtype", default="bfloat16", help="of the frozen weights (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = one a core")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = LibTorch's default")
     parser.add_argument("--target-modules", help="layers with adapters, instead of the setting's own")
     parser.add_argument("--any-model", action="store_true", help="take a model that is not the setting's")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")

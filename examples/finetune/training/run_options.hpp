@@ -57,7 +57,7 @@ struct RunOptions {
   bool gradient_checkpointing = false;  ///< language model: keep the layers' inputs only, compute the rest twice
   double memory_limit = 0;              ///< in 10⁹ bytes, what the run may take; 0 = what the machine has
 
-  int64_t threads = 0;            ///< 0 = one a core
+  int64_t threads = 0;            ///< 0 = LibTorch's default
   int64_t checkpoint_every = 50;  ///< steps; 0 = only at the end and when interrupted
   int64_t timeout = 60;           ///< seconds after which a process that does not answer counts as gone
   int64_t log_every = 25;         ///< steps between lines where there is no terminal for a progress bar

@@ -4,7 +4,6 @@
 #include <ATen/ops/cross_entropy_loss.h>
 
 #include <algorithm>
-#include <cmath>
 #include <lora_rite/io/safetensors.hpp>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -12,6 +11,7 @@
 #include "common/error.hpp"
 #include "common/fingerprint.hpp"
 #include "data/tokenize.hpp"
+#include "evaluation/scores.hpp"
 
 namespace finetune {
 namespace {
@@ -105,9 +105,7 @@ Scores evaluate(SentenceClassifier& model, const Dataset& data, const Processes&
   const std::vector<double> sums = processes.sum({loss, static_cast<double>(correct)});
   const auto count = static_cast<double>(data.size());
   const double accuracy = sums[1] / count;
-  return {{"accuracy", accuracy},
-          {"accuracy_error", std::sqrt(accuracy * (1 - accuracy) / count)},
-          {"loss", sums[0] / count}};
+  return {{"accuracy", accuracy}, {"accuracy_error", standard_error(accuracy, data.size())}, {"loss", sums[0] / count}};
 }
 
 void save_head(const std::filesystem::path& path, const torch::nn::LinearImpl& head,

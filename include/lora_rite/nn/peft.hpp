@@ -32,20 +32,10 @@ namespace lora_rite::nn {
 
 namespace detail {
 
-/// Throws c10::Error naming a field that asks for what the layers cannot do. Fields that only tell how factors started
-/// or were trained (eva_config, runtime_config, …), and those that nobody knows yet, pass.
-inline void check_supported(const AdapterConfig& config) {
-  const auto refuse = [](const std::string& field, const std::string& found, const char* expected, const char* why) {
-    TORCH_CHECK(false, "AdapterConfig: ", field, " is ", lora_rite::detail::in_quotes(found), ", expected ", expected,
-                ": ", why);
-  };
-  if (config.fan_in_fan_out) {
-    refuse("fan_in_fan_out", "true", "false", "the weights of these layers are [out, in]");
-  }
-  if (config.modules_to_save && !config.modules_to_save->empty()) {
-    refuse("modules_to_save", nlohmann::json(*config.modules_to_save).dump(), "none",
-           "modules are trained whole by setting requires_grad, and saved apart");
-  }
+/// The fields of a description that make an adapter more than factors on ordinary layers, and why the layers cannot do
+/// what they ask for. Fields that only tell how factors started or were trained (eva_config, runtime_config, …), and
+/// those that nobody knows yet, are none of them.
+inline std::vector<std::pair<const char*, const char*>> unsupported_fields(const AdapterConfig& config) {
   static const std::pair<const char*, const char*> kinds[] = {
       {"use_dora", "DoRA is not there"},
       {"use_qalora", "QALoRA is not there"},
@@ -61,9 +51,27 @@ inline void check_supported(const AdapterConfig& config) {
       {"layer_replication", "the model's layers are as they are"},
       {"lora_bias", "factors have no bias"},
       {"ensure_weight_tying", "two layers have no adapter in common"}};
-  for (const auto& [field, why] : kinds) {
-    if (lora_rite::detail::is_on(config, field)) refuse(field, config.other.at(field).dump(), "none", why);
+  std::vector<std::pair<const char*, const char*>> found;
+  for (const auto& kind : kinds) {
+    if (lora_rite::detail::is_on(config, kind.first)) found.push_back(kind);
   }
+  return found;
+}
+
+/// Throws c10::Error naming a field that asks for what the layers cannot do.
+inline void check_supported(const AdapterConfig& config) {
+  const auto refuse = [](const std::string& field, const std::string& found, const char* expected, const char* why) {
+    TORCH_CHECK(false, "AdapterConfig: ", field, " is ", lora_rite::detail::in_quotes(found), ", expected ", expected,
+                ": ", why);
+  };
+  if (config.fan_in_fan_out) {
+    refuse("fan_in_fan_out", "true", "false", "the weights of these layers are [out, in]");
+  }
+  if (config.modules_to_save && !config.modules_to_save->empty()) {
+    refuse("modules_to_save", nlohmann::json(*config.modules_to_save).dump(), "none",
+           "modules are trained whole by setting requires_grad, and saved apart");
+  }
+  for (const auto& [field, why] : unsupported_fields(config)) refuse(field, config.other.at(field).dump(), "none", why);
 }
 
 /// init_lora_weights as these layers know it; nothing if they do not.

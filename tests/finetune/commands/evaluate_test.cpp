@@ -1,5 +1,6 @@
 #include "commands/evaluate.hpp"
 
+#include <cmath>
 #include <lora_rite/io/safetensors.hpp>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -66,15 +67,13 @@ void write_choices(const fs::path& path, const std::vector<ChoiceRecord>& record
 
 // A stand-in for the interpreter: of token ids "5 6" it makes the text "5 6 ", of texts "5 6" the ids 5 and 6.
 fs::path write_interpreter(const fs::path& path) {
-  write_bytes(
+  return write_program(
       path,
-      "#!/bin/sh\nscript=$1\n"
+      "script=$1\n"
       "while [ $# -gt 0 ]; do case $1 in --input) in=$2;; --output) out=$2;; --header) header=$2;; esac; shift; "
       "done\n"
       "case $script in *decode_tokens.py) sed 's/.*/\"&\"/' \"$in\" > \"$out\";;\n"
       "*) { printf '%s\\n' \"$header\"; cat \"$in\"; } > \"$out\";; esac\n");
-  fs::permissions(path, fs::perms::owner_all);
-  return path;
 }
 
 nlohmann::json evaluated(const EvaluateOptions& options) {
@@ -215,6 +214,40 @@ TEST_F(EvaluateClassifier, ScoresAreThoseOfTheTrainedModel) {
   for (const auto& [name, value] : expected) EXPECT_EQ(result[name], value) << name;
 }
 
+TEST_F(EvaluateClassifier, AccuracyAndLossAreThoseOfTheLogits) {
+  const nlohmann::json result = evaluated(options_)["results"][0];
+  SentenceClassifier& model = dynamic_cast<SentenceWorkload&>(*workload_).model();
+  model.eval();
+  const torch::NoGradGuard no_grad;
+  double loss = 0;
+  int64_t right = 0;
+  for (int64_t i = 0; i < data_.size(); ++i) {  // each alone
+    const torch::Tensor tokens = torch::tensor(data_.tokens[i], torch::kLong).unsqueeze(0);
+    const torch::Tensor logits = model.forward(tokens, torch::ones_like(tokens, torch::kBool))[0].to(torch::kDouble);
+    const int64_t label = data_.labels[i];
+    const double own = logits[label].item<double>(), other = logits[1 - label].item<double>();
+    loss += std::log1p(std::exp(other - own));
+    right += own > other;
+  }
+  const auto count = static_cast<double>(data_.size());
+  const double accuracy = static_cast<double>(right) / count;
+  EXPECT_GT(right, 0);
+  EXPECT_LT(right, data_.size());
+  EXPECT_DOUBLE_EQ(result["accuracy"], accuracy);
+  EXPECT_DOUBLE_EQ(result["accuracy_error"], std::sqrt(accuracy * (1 - accuracy) / count));
+  EXPECT_NEAR(result["loss"].get<double>(), loss / count, 1e-5);  // padding: sums in another order
+}
+
+TEST_F(EvaluateClassifier, LabelsOfAllFilesAreLookedAtBeforeTextsAreTokenisedAndTheModelIsRead) {
+  fs::remove(folder_ / "base/model.safetensors");
+  write_bytes(folder_ / "bad.tsv", "yes\t8 9\nmaybe\t8 9\n");
+  options_.python = "/nowhere/python3";
+  EXPECT_NE(message_of([&] { evaluated(options_); }).find("/nowhere/python3"), std::string::npos);
+  options_.data.push_back(folder_ / "bad.tsv");
+  const std::string message = message_of([&] { evaluated(options_); });
+  EXPECT_NE(message.find("bad.tsv:2: the label 'maybe' does not occur"), std::string::npos) << message;
+}
+
 TEST_F(EvaluateClassifier, AMergedModelNeedsNoAdapterAndRefusesItsOwn) {
   const double loss = evaluated(options_)["results"][0]["loss"];
   MergeOptions merge;
@@ -261,7 +294,7 @@ TEST_F(EvaluateClassifier, NonsenseIsRefusedAndNothingWritten) {
   const Safetensors head = load_safetensors(folder_ / "run/head.safetensors");
   save_safetensors(folder_ / "run/head.safetensors", head.tensors);
   expect("has no JSON list 'labels'", [](auto&) {});
-  save_safetensors(folder_ / "run/head.safetensors", head.tensors, {{"labels", R"(["a","b","c"])"}});
+  save_safetensors(folder_ / "run/head.safetensors", head.tensors, {{"labels", R"(["maybe","no","yes"])"}});
   expect("tensor 'weight' is of shape [2, ", [](auto&) {});
   save_safetensors(folder_ / "run/head.safetensors", {{"weight", head.tensors.at("weight")}}, head.metadata);
   expect("tensor 'bias' is missing", [](auto&) {});

@@ -138,9 +138,21 @@ TEST(PeftAdapters, WhatReplacesTheBasesIsMergedAlone) {
     EXPECT_NE(message.find(reason), std::string::npos) << message;
     EXPECT_NE(message.find("merge it alone and without a weight"), std::string::npos) << message;
   }
+  // Nor beside others, whichever stands first.
+  const fs::path other = save_golden_adapter("llama", folder / "other");
+  for (const auto& [name, reason] : reasons) {
+    const Case data{name};
+    ASSERT_EQ(data.base, "llama");
+    const std::vector<WeightedAdapter> orders[] = {{{data.adapter, 1}, {other, 1}}, {{other, 1}, {data.adapter, 1}}};
+    for (const auto& adapters : orders) {
+      const std::string message = merge_message(model_golden(data.base), adapters, folder / name);
+      EXPECT_NE(message.find(reason), std::string::npos) << message;
+    }
+  }
   // The base's own bytes beside the factors are none of that.
   const Case data{"llama_both"};
   EXPECT_EQ(merge_message(model_golden(data.base), {{data.adapter, 0.5}}, folder / "half"), "");
+  EXPECT_EQ(merge_message(model_golden(data.base), {{data.adapter, 1}, {other, 1}}, folder / "both"), "");
 }
 
 TEST(PeftAdapters, CopiesOfTheBaseInAnotherDtypeReplaceNothing) {
@@ -207,7 +219,7 @@ TEST(PeftAdapters, AreShownWhateverTheyHoldBesideFactors) {
   EXPECT_NE(changed([](auto& adapter) {
               adapter.config.other["use_dora"] = true;
               adapter.tensors["model.layers.0.self_attn.q_proj.lora_magnitude_vector"] = torch::ones({16});
-            }).find("use_dora: the layers' weights are also scaled"),
+            }).find("use_dora is true: the table shows the factors alone"),
             std::string::npos);
   EXPECT_NE(changed([](auto& adapter) {
               adapter.config.alpha_pattern = {{"layers.7.*", 3}};
@@ -267,6 +279,9 @@ TEST(PeftAdapters, OfAnotherKindAreRefusedByWhatTheyHold) {
   const std::map<std::string, nlohmann::json> fields = {{"use_dora", true},
                                                         {"lora_bias", true},
                                                         {"use_qalora", true},
+                                                        {"use_bdlora", true},
+                                                        {"arrow_config", {{"top_k", 3}}},
+                                                        {"megatron_config", {{"size", 2}}},
                                                         {"ensure_weight_tying", true},
                                                         {"alora_invocation_tokens", {1, 2}},
                                                         {"layer_replication", {{0, 2}, {1, 2}}},
@@ -277,7 +292,13 @@ TEST(PeftAdapters, OfAnotherKindAreRefusedByWhatTheyHold) {
   for (const auto& [field, value] : fields) {
     const std::string message = refusal([&](auto& adapter) { adapter.config.other[field] = value; });
     EXPECT_NE(message.find(field + " is '" + value.dump()), std::string::npos) << field << ": " << message;
+    const std::string text = inspect_text(folder / "adapter");
+    EXPECT_NE(text.find("2 layers, all of ΔW"), std::string::npos) << field << ": " << text;
+    EXPECT_NE(text.find("\n" + field + " is " + value.dump() + ": the table shows the factors alone"),
+              std::string::npos)
+        << field << ": " << text;
   }
+  EXPECT_EQ(inspect_text(golden("peft") / "llama_velora").find("the factors alone"), std::string::npos);
   EXPECT_NE(refusal([](auto& adapter) { adapter.config.init_lora_weights = "pissa"; }).find("init_lora_weights"),
             std::string::npos);
   EXPECT_NE(refusal([](auto& adapter) {

@@ -4,15 +4,20 @@
 #include <torch/torch.h>
 
 #include <CLI/App.hpp>
+#include <algorithm>
 #include <exception>
 #include <filesystem>
 #include <functional>
 #include <lora_rite/io/peft.hpp>
 #include <lora_rite/nn/peft.hpp>
+#include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 #include <vector>
 
+#include "common/files.hpp"
 #include "finetune/models/support.hpp"
 
 namespace finetune {
@@ -50,6 +55,39 @@ inline std::shared_ptr<LanguageModel> adapted_golden(const std::string& name) {
 inline std::filesystem::path save_golden_adapter(const std::string& name, const std::filesystem::path& folder) {
   lora_rite::save_adapter(folder, lora_rite::nn::peft_adapter(*adapted_golden(name)));
   return folder;
+}
+
+/// A checkpoint of these tensors in one file.
+inline void write_model(const std::filesystem::path& folder, const nlohmann::json& config, const Tensors& tensors) {
+  std::filesystem::create_directories(folder);
+  write_json(folder / "config.json", config);
+  save_safetensors(folder / "model.safetensors", tensors, {{"format", "pt"}});
+}
+
+/// A program of these lines for /bin/sh.
+inline std::filesystem::path write_program(const std::filesystem::path& path, const std::string& lines) {
+  lora_rite::testing::write_bytes(path, "#!/bin/sh\n" + lines);
+  std::filesystem::permissions(path, std::filesystem::perms::owner_all);
+  return path;
+}
+
+/// The columns of a line of a table, which are two spaces or more apart.
+inline std::vector<std::string> columns_of(const std::string& line) {
+  std::vector<std::string> columns;
+  for (size_t begin = line.find_first_not_of(' '); begin != std::string::npos;) {
+    const size_t end = std::min(line.find("  ", begin), line.size());
+    columns.push_back(line.substr(begin, end - begin));
+    begin = line.find_first_not_of(' ', end);
+  }
+  return columns;
+}
+
+/// The same of every line.
+inline std::vector<std::vector<std::string>> table_in(const std::string& text) {
+  std::vector<std::vector<std::string>> table;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) table.push_back(columns_of(line));
+  return table;
 }
 
 /// The names and bytes of all files below a folder.

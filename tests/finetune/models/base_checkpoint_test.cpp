@@ -19,12 +19,6 @@ namespace {
 namespace fs = std::filesystem;
 using lora_rite::testing::write_bytes;
 
-void write_model(const fs::path& folder, const nlohmann::json& config, const Tensors& tensors) {
-  fs::create_directories(folder);
-  write_json(folder / "config.json", config);
-  lora_rite::save_safetensors(folder / "model.safetensors", tensors, {{"format", "pt"}});
-}
-
 nlohmann::json config_of(const std::string& golden) { return read_json(model_golden(golden) / "config.json"); }
 
 Tensors tensors_of(const fs::path& folder) { return lora_rite::load_sharded(folder).tensors; }
