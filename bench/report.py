@@ -233,7 +233,7 @@ def main() -> None:
         "## Memory", memory(load(folder, "memory.json")),
         "## How far from the machine's limits", "Limits: the bytes at the measured bandwidth, the operations at the rate "
         "of the library's own matrix product.", roofline(limits),
-        "## Compile time", "A translation unit that steps with the optimizer, `-O2`, medians of rounds of all.",
+        "## Compile time", "A translation unit, `-O2`, medians of rounds of all.",
         compile_time(load(folder, "compile_time.json")),
     ]
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:

@@ -27,9 +27,10 @@ struct PairDiagnostics {
 };
 
 /// The kernels that Engine::Host runs with on this machine: "avx512", "avx2", "baseline" (what the compiler's flags
-/// allow, not on x86-64), "plain" (Eigen, with compilers other than GCC and Clang), or "none", where all pairs go to
-/// Engine::Device. The environment variable LORA_RITE_KERNELS chooses among those that the machine has, or none; it is
-/// read once. Throws std::invalid_argument if it names others, as the first step does then.
+/// allow, not on x86-64), "plain" (Eigen, with compilers other than Clang and GCC from 12), or "none":
+/// Engine::Automatic then takes Engine::Device, and Engine::Host is refused. The environment variable LORA_RITE_KERNELS
+/// chooses among those that the machine has, or none; it is read once. Throws std::invalid_argument if it names others,
+/// as the first step does that asks for them.
 LORA_RITE_BODY std::string kernel_name();
 
 }  // namespace lora_rite

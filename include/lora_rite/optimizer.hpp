@@ -57,7 +57,8 @@ class LoraRite : public LoraRiteBase {
 
 }  // namespace lora_rite
 
-// The bodies, unless the library lora_rite::compiled holds them. Other bases than ours need the engines in any case.
+// The bodies, unless the library lora_rite::compiled holds them. (It has our two bases; for one of your own include
+// engine/make_batches.hpp as well.)
 #ifndef LORA_RITE_COMPILED
 #include "lora_rite/engine/make_batches.hpp"
 #include "lora_rite/step/archive.hpp"

@@ -24,6 +24,9 @@
 namespace lora_rite {
 
 struct PairState;
+namespace detail {
+class Owners;
+}
 namespace engine {
 struct RowShards;
 }
@@ -141,8 +144,8 @@ class LoraRiteBase : public torch::optim::Optimizer {
                                                   const LoadOptions& options = {});
 
  protected:
-  /// Without groups yet. With `parts` the factors are what one of several processes holds of them, and their sides are
-  /// known in the first step.
+  /// Without groups yet. With `parts` the factors are what one of several processes holds of them: how many rows there
+  /// are in all, and so whether the rank fits, is known in the first step only.
   LoraRiteBase(const engine::BasisFunctions& basis, const LoraRiteOptions& defaults, bool parts);
   LoraRiteBase(LoraRiteBase&&) noexcept;
   LoraRiteBase& operator=(LoraRiteBase&&) noexcept;
@@ -199,6 +202,8 @@ class LoraRiteBase : public torch::optim::Optimizer {
   struct Group;
 
   // step/groups.hpp
+  void append(Group&& group, std::vector<torch::Tensor> tensors,
+              std::unique_ptr<torch::optim::OptimizerOptions> options, detail::Owners owners);
   const LoraRiteOptions& rite_options(size_t group) const;
   const torch::optim::AdamWOptions& adamw_options(size_t group) const;
   [[noreturn]] void refuse_tensor(size_t group, size_t place) const;

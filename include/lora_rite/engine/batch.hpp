@@ -73,9 +73,6 @@ class Batch {
     }
   }
 
-  /// Tells, before the first step, that the factors are shards. Only some engines can.
-  virtual void set_row_shards(RowShards) { TORCH_CHECK(false, "this engine has no row shards"); }
-
   /// What is remembered of all pairs. From the second step on its tensors stay where they are.
   const PairState& state() const { return state_; }
 

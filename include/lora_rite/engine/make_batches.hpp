@@ -50,17 +50,13 @@ inline std::vector<BatchMembers> partition(const std::vector<PairToPlace>& pairs
   std::map<BatchKey, size_t> known;
   std::vector<BatchMembers> members;
   for (const auto& [index, pair, label, shards] : pairs) {
-    const bool possible = !shards && host::HostBatch::takes(pair);
-    TORCH_CHECK(possible || engine != Engine::Host, label, " is ", pair.a.scalar_type(), pair.a.sizes(), " and ",
+    const bool on_host = engine != Engine::Device && !shards && host::HostBatch::takes(pair);
+    TORCH_CHECK(on_host || engine != Engine::Host, label, " is ", pair.a.scalar_type(), pair.a.sizes(), " and ",
                 pair.b.scalar_type(), pair.b.sizes(), " on ", pair.a.device(),
                 ", expected contiguous float factors on a CPU",
-                host::kernels::chosen() != nullptr ? "" : " that has kernels (see kernel_name)",
+                host::kernels::chosen() != nullptr ? "" : ", and kernels, of which none are in use (see kernel_name),",
                 " for Engine::Host; use Engine::Automatic");
-    BatchKey key = {possible && engine != Engine::Device,
-                    pair.a.sizes().vec(),
-                    pair.b.sizes().vec(),
-                    pair.a.scalar_type(),
-                    pair.a.device().str(),
+    BatchKey key = {on_host, pair.a.sizes().vec(), pair.b.sizes().vec(), pair.a.scalar_type(), pair.a.device().str(),
                     {}};
     if (shards) key.whole = {shards->rows.a, shards->rows.b, shards->sharded.a, shards->sharded.b};
     const size_t batch = known.emplace(key, members.size()).first->second;

@@ -25,7 +25,7 @@ namespace lora_rite {
 struct PairState {
   rule::Moments<at::Tensor> moments;  ///< V, R⁺ of the partner [2, k, r, r], ρ and t [2, k, 1, 1], double
   PerSide<at::Tensor> momentum;       ///< N [k, factor shape], float or double; undefined before the first gradient
-  PerSide<at::Tensor> row_moments;    ///< second moments of the rows [k, n], as N; undefined if not wanted
+  PerSide<at::Tensor> row_moments;    ///< second moments of the rows [k, n], as N; undefined if never wanted
   PerSide<at::Tensor> master;         ///< float copy of half-type factors [k, factor shape], undefined if not wanted
   at::Tensor column_sums;             ///< of the factors as the last step left them, to notice edits [2, 2, k, r]
   at::Tensor previous_scale;          ///< α and γ of `rule::WayBack` [2, k, 1, 1]: how the last step is undone

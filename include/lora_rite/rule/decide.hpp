@@ -23,8 +23,8 @@ LORA_RITE_FUNCTION inline double relative_cutoff(double dtype_epsilon, int64_t r
 }
 
 /// Every step rounds a factor Y and its momentum anew, at random, each column by a share of itself. After t steps an
-/// eigenvector q of YᵀY is nothing but round-off if its eigenvalue is no more than this share of Σ_j q_j² ‖y_j‖². A
-/// thousand float steps reach kMostRounding; above it a direction is trusted.
+/// eigenvector q of YᵀY is nothing but round-off if its eigenvalue is no more than this share of Σ_j q_j² ‖y_j‖². Float
+/// factors reach kMostRounding after some 7000 / r steps; above it a direction is trusted.
 constexpr double kMostRounding = 1e-10;
 template <class Number>
 LORA_RITE_FUNCTION Number rounding_share(double dtype_epsilon, int64_t rank, const Number& steps) {
@@ -37,7 +37,7 @@ template <class Basis, class Matrix>
 LORA_RITE_FUNCTION Unmagnified<Matrix> unmagnify(Statistics<Matrix> statistics, double factor_epsilon) {
   const int64_t rank = rank_of(statistics.gram);
   const double cutoff = relative_cutoff(factor_epsilon, rank);
-  // Only of floats can the share exceed the cut-off.
+  // Floats alone: half types cut off above kMostRounding anyway, and double's round-off is the eigensolver's.
   const Matrix root =
       is_coarse(factor_epsilon) && cutoff < kMostRounding
           ? Basis::inverse_root(statistics.gram, cutoff, rounding_share(factor_epsilon, rank, statistics.steps))
@@ -102,8 +102,8 @@ LORA_RITE_FUNCTION Decision<Matrix> decide(const Moments<Matrix>& old, const Unm
   const Scalar<Matrix> fresh = (1.0 - beta2) * clip_factor * clip_factor / rows;
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
-  // Only doubles have coordinates C, and their gradients are doubles, too.
-  // (Constructed whole: std::optional's emplace is no device code in C++17.)
+  // `magnified_gram` is GᵀG here: only doubles have coordinates C, and their rounding is not looked at.
+  // Constructed whole, for std::optional's emplace is no device code in C++17.
   const double squared = gradient_epsilon * gradient_epsilon;
   const auto round_off = is_coarse(gradient_epsilon)
                              ? std::optional<RoundOff<Matrix>>(RoundOff<Matrix>{

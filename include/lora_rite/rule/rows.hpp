@@ -55,14 +55,14 @@ Number row_moment(const Number& decay, const Number& old, const Number& fresh) {
   return decay * old + (1.0 - decay) * fresh;
 }
 
-/// What is remembered of a factor's column x, to notice that someone else wrote to it: ‖x‖² and Σ w_i x_i. The weights
-/// w_i = frac(i·φ) + ½ are irregular, so that no change of signs and no exchange of rows goes unnoticed.
+/// w_i = frac(i·φ) + ½: irregular, so that no change of signs and no exchange of rows goes unnoticed.
 inline double column_weight(int64_t row) {
   const double multiple = static_cast<double>(row) * 0.61803398874989485;
   return multiple - static_cast<double>(static_cast<int64_t>(multiple)) + 0.5;
 }
 
-/// The same sums, formed twice, differ by no more than this share of what goes into them.
+/// ‖x‖² and Σ w_i x_i are remembered of a factor's column x, to notice that someone else wrote to it. Formed twice,
+/// they differ by no more than this share of what goes into them.
 constexpr double kSumRoundOff = 1e-12;
 
 /// Do the squared norms differ by more than round-off?

@@ -6,14 +6,14 @@
 /// The few operations that the rule is written in. `Matrix` is a batch of r×r matrices, `Scalar` one number for each of
 /// them, `Values` r numbers for each; all are double. The types are at::Tensor ([..., r, r], [..., 1, 1], [..., 1, r])
 /// for the device engine, and lanes of vector registers for the host engine. Arithmetic, `matmul`, `sqrt`, `rsqrt`,
-/// `reciprocal` and `pow` exist for every type.
+/// `reciprocal` and `pow` exist for every type. A default-constructed Matrix is undefined, which `defined()` tells.
 ///
 /// at::Tensor is only declared here, so that the rule needs nothing but the standard library. The tensors' operations
 /// must be declared before the rule's templates, because argument-dependent lookup does not find them (at::Tensor is in
 /// another namespace); `engine/device/tensor_algebra.hpp` defines them. `engine/host/lane_algebra.hpp` has the lanes'.
 
-/// Before every function of the rule. Our own CUDA sources define LORA_RITE_DEVICE_RULE and compile the rule for a GPU.
-/// A user's .cu file sees ordinary functions.
+/// Before every function of act 2 (`basis.hpp`, `roots.hpp`, `decide.hpp`). Who compiles them for a GPU defines
+/// LORA_RITE_DEVICE_RULE, as tests/rule/on_device.cu does; a user's .cu file sees ordinary functions.
 #if defined(__CUDACC__) && defined(LORA_RITE_DEVICE_RULE)
 #define LORA_RITE_FUNCTION __host__ __device__
 #else

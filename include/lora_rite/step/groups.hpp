@@ -31,6 +31,16 @@ LORA_RITE_BODY LoraRiteBase& LoraRiteBase::operator=(LoraRiteBase&&) noexcept = 
 
 // --- Adding --------------------------------------------------------------------------------------------------------
 
+/// Adds a group that was checked. What can fail comes before the first change.
+LORA_RITE_BODY void LoraRiteBase::append(Group&& group, std::vector<torch::Tensor> tensors,
+                                         std::unique_ptr<torch::optim::OptimizerOptions> options,
+                                         detail::Owners owners) {
+  own_->all.reserve(own_->all.size() + 1);
+  detail::add_group(*this, std::move(tensors), std::move(options));
+  own_->owners = std::move(owners);
+  own_->all.push_back(std::move(group));
+}
+
 LORA_RITE_BODY void LoraRiteBase::add_pairs(std::vector<FactorPair> pairs, LoraRiteOptions options) {
   const size_t index = param_groups_.size();
   detail::check_options(options, "LoraRite, group " + std::to_string(index));
@@ -49,10 +59,7 @@ LORA_RITE_BODY void LoraRiteBase::add_pairs(std::vector<FactorPair> pairs, LoraR
       std::remove_if(leaves.begin(), leaves.end(), [&](const torch::Tensor& leaf) { return own_->owners.know(leaf); }),
       leaves.end());
   Group group{Group::Pairs{std::move(pairs), leaves, std::nullopt}};
-  own_->all.reserve(own_->all.size() + 1);
-  detail::add_group(*this, std::move(leaves), std::make_unique<LoraRiteOptions>(options));
-  own_->owners = std::move(owners);
-  own_->all.push_back(std::move(group));
+  append(std::move(group), std::move(leaves), std::make_unique<LoraRiteOptions>(options), std::move(owners));
 }
 
 LORA_RITE_BODY void LoraRiteBase::add_parameters(std::vector<torch::Tensor> parameters,
@@ -70,10 +77,8 @@ LORA_RITE_BODY void LoraRiteBase::add_parameters(std::vector<torch::Tensor> para
   }
   const bool ascends = maximize.value_or(static_cast<const LoraRiteOptions&>(defaults()).maximize());
   Group group{engine::AdamWParameters(parameters, ascends)};
-  own_->all.reserve(own_->all.size() + 1);
-  detail::add_group(*this, std::move(parameters), std::make_unique<torch::optim::AdamWOptions>(options));
-  own_->owners = std::move(owners);
-  own_->all.push_back(std::move(group));
+  append(std::move(group), std::move(parameters), std::make_unique<torch::optim::AdamWOptions>(options),
+         std::move(owners));
 }
 
 LORA_RITE_BODY void LoraRiteBase::add_param_group(const torch::optim::OptimizerParamGroup& group) {

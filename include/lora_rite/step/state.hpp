@@ -20,14 +20,14 @@ namespace lora_rite {
 
 // --- Batches -------------------------------------------------------------------------------------------------------
 
-/// Calls the function with batches built. If it throws, those that are new are forgotten: what failed did not take
-/// place, and the module may still be moved or converted.
+/// Calls the function with batches built; not before the first step, for until then a module may still be moved or
+/// converted. If it throws, those that are new are forgotten: what failed did not take place. (What an accelerator
+/// could not finish in act 3 is the exception: factors that had moved then lose their state.)
 LORA_RITE_BODY void LoraRiteBase::with_batches(const std::function<void()>& function) {
   std::vector<bool> had_batches;
   for (const Group& group : own_->all) had_batches.push_back(group.pairs() && group.pairs()->batches);
   try {
     check_groups();
-    // Batches are built with the first step, not before: until then a module may still be moved or converted.
     for (size_t g = 0; g < group_count(); ++g)
       if (own_->all[g].pairs() && !own_->all[g].pairs()->batches) build_batches(g, own_->all[g]);
     function();
@@ -76,11 +76,6 @@ LORA_RITE_BODY std::vector<PairDiagnostics> LoraRiteBase::diagnostics() const {
     }
   }
   return result;
-}
-
-LORA_RITE_BODY std::string kernel_name() {
-  const host::kernels::Table* kernels = host::kernels::chosen();
-  return kernels == nullptr ? "none" : kernels->name;
 }
 
 LORA_RITE_BODY std::optional<StateOfPair> LoraRiteBase::state_of(const std::string& name) const {
@@ -142,7 +137,8 @@ LORA_RITE_BODY void LoraRiteBase::remove_pair(size_t g, size_t pair) {
     rest.pairs()->all.push_back(pairs_of(g)[i]);
     if (own_->all[g].pairs()->slot_of(i)) states.push_back(pick(g, i));
   }
-  // Labels count places, and a tensor whose first part goes stands in a later group.
+  // All groups are claimed anew: labels hold places, which move up, and a leaf that groups share may now belong to a
+  // later one.
   detail::Owners owners;
   std::vector<std::vector<torch::Tensor>> leaves(group_count());
   for (size_t i = 0; i < group_count(); ++i) {
@@ -166,6 +162,13 @@ LORA_RITE_BODY void LoraRiteBase::remove_pair(size_t g, size_t pair) {
     own_->all[i].pairs()->leaves.swap(leaves[i]);
   }
   own_->owners = std::move(owners);
+}
+
+// --- Kernels -------------------------------------------------------------------------------------------------------
+
+LORA_RITE_BODY std::string kernel_name() {
+  const host::kernels::Table* kernels = host::kernels::chosen();
+  return kernels == nullptr ? "none" : kernels->name;
 }
 
 }  // namespace lora_rite

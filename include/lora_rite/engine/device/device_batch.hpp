@@ -33,7 +33,7 @@ class DeviceBatch final : public engine::Batch {
     set_rows(lora_rite::detail::rows_of(pairs_[0]));
   }
 
-  void set_row_shards(engine::RowShards shards) override {
+  void set_row_shards(engine::RowShards shards) {
     shards_ = std::move(shards);
     set_rows(shards_->rows);
   }
@@ -69,8 +69,8 @@ class DeviceBatch final : public engine::Batch {
     return found;
   }
 
-  /// Act 3 but for the writing, with the part of act 2's decision that belongs to this batch. `rates` is η of both
-  /// sides [2, 1, 1, 1], `squared_norm` ‖Ḡ‖² [2, k].
+  /// Computes all new tensors of this batch, which `commit` writes. `decision` is this batch's slice of act 2's,
+  /// `rates` η of both sides [2, 1, 1, 1], `squared_norm` ‖Ḡ‖² [2, k].
   BatchPlan plan(BatchObservation found, rule::Decision<at::Tensor> decision, const at::Tensor& squared_norm,
                  const LoraRiteOptions& options, const at::Tensor& rates, const at::Tensor& clip_factor,
                  const at::Tensor& step_allowed) {
@@ -91,7 +91,7 @@ class DeviceBatch final : public engine::Batch {
     BatchPlan plan = {state_, PendingWrites(step_allowed)};
     PerSide<at::Tensor> sums;
     for (const Side side : kSides) {
-      // Without what options no longer ask for.
+      // Master copies that were switched off are dropped; row moments wait as they are.
       if (found.factors[side].scalar_type() == dtype_) plan.next.master[side] = at::Tensor();
       if (momentum[side].defined()) {
         const at::Tensor fresh = stacked(momentum[side], side, shapes_[side]).to(wide_dtype());

@@ -7,8 +7,8 @@
 
 namespace lora_rite::host {
 
-/// Doubles that a thread uses again and again: the step allocates only the first time. Up to 1 MiB of them stays with
-/// the thread; larger ranks, whose arithmetic takes far longer than an allocation, give theirs back.
+/// Doubles for matrices in lanes and for work spaces. What a thread frees it keeps for its next request, up to 1 MiB.
+/// Beyond that, as at large ranks, whose arithmetic takes far longer than an allocation, it goes back to the allocator.
 class Buffer {
  public:
   Buffer() = default;

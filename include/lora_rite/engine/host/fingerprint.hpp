@@ -17,7 +17,7 @@ class Fingerprint {
   /// neither dimension; otherwise all of them could be of a few columns. A small factor is taken whole.
   static int64_t stride_of(int64_t size) {
     if (size <= kPlaces * kNeighbours) return kNeighbours;
-    int64_t stride = size / kPlaces;
+    int64_t stride = (size + kPlaces - 1) / kPlaces;
     while (std::gcd(stride, size) != 1) ++stride;
     return stride;
   }

@@ -23,15 +23,14 @@ namespace lora_rite::host {
 /// Contiguous float factors on a CPU. B may also be one expert's part of a tensor: it is stepped as a packed copy.
 class HostBatch : public engine::Batch {
  public:
-  /// Is the pair one for this engine, and the processor? The rank must be last in B, except for dimensions of one.
+  /// Can this engine step the pair on this processor? The rank must be last in B, except for dimensions of one.
   static bool takes(const FactorPair& pair) {
-    if (kernels::chosen() == nullptr) return false;
     bool rank_is_last = true;
     for (int64_t d = 2; d < pair.b.dim(); ++d) rank_is_last = rank_is_last && pair.b.size(d) == 1;
     const auto fits = [](const at::Tensor& factor) {
       return factor.is_cpu() && factor.scalar_type() == at::kFloat && factor.is_contiguous() && factor.numel() > 0;
     };
-    return rank_is_last && fits(pair.a) && (fits(pair.b) || is_packed(pair.b));
+    return rank_is_last && fits(pair.a) && (fits(pair.b) || is_packed(pair.b)) && kernels::chosen() != nullptr;
   }
 
   HostBatch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
@@ -199,7 +198,7 @@ class HostGroup final : public engine::BatchGroup {
 
   std::unique_ptr<engine::Observation> observe(const LoraRiteOptions& options) override {
     TORCH_CHECK(!options.capturable(),
-                "LoraRite: capturable was set when the engine was chosen already, expected before the first step or "
+                "LoraRite: capturable was switched on after the engine was chosen, expected before the first step or "
                 "`load`");
     HostBatch::Inputs inputs = batch_.inputs();
     if (!inputs.any_gradient) return nullptr;

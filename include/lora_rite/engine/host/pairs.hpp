@@ -79,7 +79,7 @@ class Pairs {
   /// The numbers of p×p matrices.
   size_t square() const { return static_cast<size_t>(padded_ * padded_); }
 
-  /// Lanes are filled with the k factors A, then the k factors B; lanes too many repeat the last one.
+  /// Lanes are filled with the k factors A, then the k factors B; surplus lanes repeat the last factor.
   int64_t group_count() const { return (2 * count_ + kLanes - 1) / kLanes; }
   FactorId factor_in(int64_t group, int64_t lane) const {
     return factor_of(std::min(group * kLanes + lane, 2 * count_ - 1));
@@ -100,9 +100,7 @@ class Pairs {
     Work& work = *observation.work;
     for (const Side side : kSides) {
       for (size_t i = 0; i < views[side].size(); ++i) {
-        FactorWork& factor = work.sides[side].factors[i];
-        factor = {};
-        factor.view = views[side][i];
+        work.sides[side].factors[i].view = views[side][i];
       }
       work.sides[side].row_moments = work.row_equilibration ? state.row_moments[side] : nullptr;
     }

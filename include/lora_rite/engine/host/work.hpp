@@ -57,8 +57,9 @@ struct FactorWork {
 /// The k factors of a side in one step.
 struct SideWork {
   std::vector<FactorWork> factors;
-  ChunkedSums gradient_gram;               ///< GᵀG [k, p, p]
-  ChunkedSums scaled_gradient_gram;        ///< the same of rows scaled by their moments, where those are known
+  ChunkedSums gradient_gram;         ///< GᵀG [k, p, p]
+  ChunkedSums scaled_gradient_gram;  ///< the same of rows scaled by their moments, where those are known
+  // Maps: beyond r zero, as they were made; nobody writes there.
   std::vector<float> momentum_maps;        ///< N → N [k, p, p]
   std::vector<double> wide_momentum_maps;  ///< the same in double
   std::vector<double> gradient_maps;       ///< G → N [k, p, p]
@@ -84,7 +85,7 @@ struct Workspace {
       : memory(static_cast<size_t>(kernels::Blocks::size(rank))), blocks(kernels::Blocks::in(memory.data(), rank)) {}
 };
 
-/// All memory of one step. It wanders from `Observation` to `Plan`; `commit` gives it back.
+/// All memory of one step. `observe` makes it; the Observation has it, then the Plan; `commit` frees it.
 struct Work {
   PerSide<SideWork> sides;
   std::vector<LaneGroup> groups;
@@ -125,7 +126,7 @@ inline void copy_out(const LaneMatrix& matrix, int64_t lane, double* numbers, in
     for (int64_t j = 0; j < matrix.rank(); ++j) numbers[i * stride + j] = matrix.at(i, j, lane);
 }
 
-/// Neither NaN nor infinite, any of them?
+/// Are all of them finite?
 inline bool all_finite(const double* numbers, size_t size) {
   std::array<double, 8> sums = {};  // side by side: one sum would wait for itself
   size_t e = 0;

@@ -20,7 +20,7 @@
 /// They are written once, on the vector extensions of GCC and Clang. On x86-64 they are compiled twice, for AVX2 with
 /// FMA and for AVX-512, whatever the user's flags are, and `chosen()` says at run time which are used. (A processor
 /// without AVX2, from before 2013, is left to the device engine.) On other processors they are compiled for what the
-/// user's flags allow. Other compilers take the formulas of `plain.hpp`, in Eigen.
+/// user's flags allow. Clang and GCC from 12 have them; other compilers take the formulas of `plain.hpp`, in Eigen.
 namespace lora_rite::host::kernels {
 
 #if LORA_RITE_VECTOR_EXTENSIONS

@@ -52,7 +52,8 @@ inline int64_t block_rows(int64_t rank) {
 /// sets.
 inline int64_t pair_stride(int64_t p) { return 2 * p + 8; }
 
-/// Work space of one thread for blocks of b rows and padded rank p, all by rows.
+/// Work space of one thread for blocks of b rows and padded rank p, all by rows; the passes over A use some
+/// of them by columns, [r][b].
 struct Blocks {
   float *factor, *momentum, *gradient, *update;  ///< [b][p]
   double* gradient_wide;                         ///< [b][p]
