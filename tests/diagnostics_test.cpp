@@ -144,9 +144,22 @@ TEST(Diagnostics, EscapedMassGrowsWhenTheBasisTurnsAndNotWithoutEscape) {
   }
 }
 
-TEST(KernelName, IsThatOfTheKernelsInUse) {
+/// Run once more with LORA_RITE_KERNELS=none (tests/CMakeLists.txt).
+TEST(KernelName, IsThatOfTheKernelsInUseAndWithoutThemAutomaticDoes) {
   const host::kernels::Table* kernels = host::kernels::chosen();
   EXPECT_EQ(kernel_name(), kernels == nullptr ? "none" : kernels->name);
+  const auto step = [](Engine engine) {
+    const FactorPair pair = random_pair("q", 3, 8, 6, torch::kFloat);
+    LoraRite<> optimizer({pair}, LoraRiteOptions(1e-2).engine(engine));
+    run_steps(optimizer, {pair}, 0, 2);
+    return pair;
+  };
+  EXPECT_NO_THROW(step(Engine::Automatic));
+  EXPECT_NO_THROW(step(Engine::Device));
+  const std::string message = testing::error_of([&] { step(Engine::Host); });
+  EXPECT_EQ(message.find("kernels, of which none are in use (see kernel_name)") != std::string::npos,
+            kernels == nullptr)
+      << message;
 }
 
 }  // namespace

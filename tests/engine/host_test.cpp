@@ -333,7 +333,8 @@ TEST(HostEngineTest, RefusesACapturableStepOnceItWasChosen) {
   LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2));
   run_steps(optimizer, pairs, 0, 1);
   static_cast<LoraRiteOptions&>(optimizer.param_groups()[0].options()).capturable(true);
-  EXPECT_TRUE(mentions(error_of([&] { run_steps(optimizer, pairs, 1, 2); }), "capturable was set when the engine"));
+  EXPECT_TRUE(mentions(error_of([&] { run_steps(optimizer, pairs, 1, 2); }),
+                       "capturable was switched on after the engine was chosen"));
 }
 
 TEST(HostEngineTest, TakesGradientsThatAreNotContiguous) {
