@@ -156,10 +156,12 @@ TEST(KernelName, IsThatOfTheKernelsInUseAndWithoutThemAutomaticDoes) {
   };
   EXPECT_NO_THROW(step(Engine::Automatic));
   EXPECT_NO_THROW(step(Engine::Device));
-  const std::string message = testing::error_of([&] { step(Engine::Host); });
-  EXPECT_EQ(message.find("kernels, of which none are in use (see kernel_name)") != std::string::npos,
-            kernels == nullptr)
-      << message;
+  if (kernels != nullptr) {
+    EXPECT_NO_THROW(step(Engine::Host));
+  } else {
+    EXPECT_TRUE(testing::mentions(testing::error_of([&] { step(Engine::Host); }),
+                                  "kernels, of which none are in use (see kernel_name)"));
+  }
 }
 
 }  // namespace
