@@ -4,11 +4,11 @@
 #define LORA_RITE_COMPILING
 
 #include "lora_rite/engine/make_batches.hpp"
-#include "lora_rite/step/archive.hpp"
-#include "lora_rite/step/groups.hpp"
-#include "lora_rite/step/load_matching.hpp"
-#include "lora_rite/step/state.hpp"
-#include "lora_rite/step/step.hpp"
+#include "lora_rite/step/archive.inc"
+#include "lora_rite/step/groups.inc"
+#include "lora_rite/step/load_matching.inc"
+#include "lora_rite/step/state.inc"
+#include "lora_rite/step/step.inc"
 
 namespace lora_rite::engine {
 

@@ -61,9 +61,9 @@ class LoraRite : public LoraRiteBase {
 // engine/make_batches.hpp as well.)
 #ifndef LORA_RITE_COMPILED
 #include "lora_rite/engine/make_batches.hpp"
-#include "lora_rite/step/archive.hpp"
-#include "lora_rite/step/groups.hpp"
-#include "lora_rite/step/load_matching.hpp"
-#include "lora_rite/step/state.hpp"
-#include "lora_rite/step/step.hpp"
+#include "lora_rite/step/archive.inc"
+#include "lora_rite/step/groups.inc"
+#include "lora_rite/step/load_matching.inc"
+#include "lora_rite/step/state.inc"
+#include "lora_rite/step/step.inc"
 #endif

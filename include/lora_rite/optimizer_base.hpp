@@ -201,7 +201,7 @@ class LoraRiteBase : public torch::optim::Optimizer {
   struct Groups;
   struct Group;
 
-  // step/groups.hpp
+  // step/groups.inc
   void append(Group&& group, std::vector<torch::Tensor> tensors,
               std::unique_ptr<torch::optim::OptimizerOptions> options, detail::Owners owners);
   const LoraRiteOptions& rite_options(size_t group) const;
@@ -211,11 +211,11 @@ class LoraRiteBase : public torch::optim::Optimizer {
   void check_pair(size_t group, size_t pair) const;
   std::string name_of(size_t group, size_t pair) const;
 
-  // step/state.hpp
+  // step/state.inc
   void with_batches(const std::function<void()>& function);
   void build_batches(size_t index, Group& group);
 
-  // step/step.hpp
+  // step/step.inc
   struct Act1;
   Act1 observe();
   void check_inputs() const;
@@ -223,7 +223,7 @@ class LoraRiteBase : public torch::optim::Optimizer {
   at::Tensor in_pair_order(const std::vector<at::Tensor>& of_batches, const std::vector<int64_t>& order,
                            at::Device device);
 
-  // step/archive.hpp
+  // step/archive.inc
   using WritePair = std::function<void(torch::serialize::OutputArchive& entry, size_t group, size_t pair)>;
   using WriteAdamW = std::function<void(torch::serialize::OutputArchive& group_archive, size_t group)>;
   void write(torch::serialize::OutputArchive& archive, const WritePair& write_pair,
@@ -234,7 +234,7 @@ class LoraRiteBase : public torch::optim::Optimizer {
   struct SavedGroup;
   SavedGroup read_group(torch::serialize::InputArchive& archive, size_t index) const;
 
-  // step/load_matching.hpp
+  // step/load_matching.inc
   struct Matching;
   Matching find_in(torch::serialize::InputArchive& archive, const LoadOptions& options) const;
   void read_matching(Matching& matching, const LoadOptions& options) const;

@@ -146,6 +146,6 @@ MUTATIONS = [
     ("engine/adamw.hpp",
      "«if (options.amsgrad() && !state.largest_square.defined()) state.largest_square = state.square.clone();»",
      "if (options.amsgrad()) state.largest_square = state.square.clone();", ""),
-    ("step/step.hpp", "«(bound / norm).clamp_max(1.0)» : at::ones_like(norm)", "(bound / norm)", ""),
-    ("step/step.hpp", "count.add_(«skipped»);", "skipped * 0", ""),
+    ("step/step.inc", "«(bound / norm).clamp_max(1.0)» : at::ones_like(norm)", "(bound / norm)", ""),
+    ("step/step.inc", "count.add_(«skipped»);", "skipped * 0", ""),
 ]
