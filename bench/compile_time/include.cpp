@@ -1,7 +1,7 @@
 // A translation unit that includes the header and hands an optimizer on.
 
-#include <lora_rite/lora_rite.hpp>
 #include <torch/torch.h>
+#include <lora_rite/lora_rite.hpp>
 
 double train(lora_rite::LoraRite<>& optimizer, const torch::Tensor& data);
 

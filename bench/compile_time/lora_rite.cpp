@@ -1,7 +1,7 @@
 // A translation unit that constructs the optimizer and steps with it.
 
-#include <lora_rite/lora_rite.hpp>
 #include <torch/torch.h>
+#include <lora_rite/lora_rite.hpp>
 
 int main() {
   const auto a = torch::randn({4, 8}).requires_grad_(), b = torch::zeros({6, 4}).requires_grad_();

@@ -12,11 +12,11 @@
 #include <utility>
 #include <vector>
 
-#include "lora_rite/optimizer_support.hpp"
 #include "lora_rite/distributed/process_group.hpp"
 #include "lora_rite/engine/batch.hpp"
 #include "lora_rite/engine/pair_state.hpp"
 #include "lora_rite/optimizer.hpp"
+#include "lora_rite/optimizer_support.hpp"
 
 namespace lora_rite::detail {
 
