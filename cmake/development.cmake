@@ -81,10 +81,14 @@ function(lora_rite_compile_command variable compiler standard)
   set(_json "$<FILTER:$<TARGET_PROPERTY:nlohmann_json::nlohmann_json,INTERFACE_INCLUDE_DIRECTORIES>,EXCLUDE,^/usr/include$>")
   set(_options "$<TARGET_PROPERTY:LibTorch::torch,INTERFACE_COMPILE_OPTIONS>")
   set(_next "$<SEMICOLON>")
+  set(_eigen) # which the library needs with other compilers than GCC and Clang
+  if(TARGET Eigen3::Eigen)
+    set(_eigen "-isystem$<JOIN:$<TARGET_PROPERTY:Eigen3::Eigen,INTERFACE_INCLUDE_DIRECTORIES>,${_next}-isystem>")
+  endif()
   # What may be empty hangs on what is not: CMake 3.31 hands an empty argument on, which GCC takes for a file.
   set(${variable} ${LORA_RITE_LAUNCHER} "${compiler}" -std=c++${standard} ${ARGN}
     "-I${PROJECT_SOURCE_DIR}/include$<$<BOOL:${_json}>:${_next}-isystem$<JOIN:${_json},${_next}-isystem>>"
-    "-isystem$<JOIN:$<TARGET_PROPERTY:Eigen3::Eigen,INTERFACE_INCLUDE_DIRECTORIES>,${_next}-isystem>"
+    ${_eigen}
     "-isystem$<JOIN:$<TARGET_PROPERTY:LibTorch::torch,INTERFACE_INCLUDE_DIRECTORIES>,${_next}-isystem>"
     "-c$<$<BOOL:${_options}>:${_next}${_options}>" PARENT_SCOPE)
 endfunction()
