@@ -14,17 +14,6 @@ namespace {
 namespace fs = std::filesystem;
 using lora_rite::testing::write_bytes;
 
-std::string merged(const fs::path& model, const std::vector<WeightedAdapter>& adapters, const fs::path& out) {
-  MergeOptions options;
-  options.model = model;
-  options.adapters = adapters;
-  options.out = out;
-  std::ostringstream ignored;
-  const std::string message = message_of([&] { merge_adapters(options, ignored); });
-  EXPECT_EQ(fs::exists(out), message.empty()) << message;
-  return message;
-}
-
 void expect_words(const std::string& words, const std::string& message) {
   EXPECT_NE(message.find(words), std::string::npos) << message;
 }
@@ -36,7 +25,7 @@ TEST(MergeRefusals, AHeadThatTheBaseHasNot) {
   adapter.tensors["score.weight"] = torch::ones({2, 16});
   lora_rite::save_adapter(folder / "adapter", adapter);
   expect_words("brings 'score.weight', which",
-               merged(model_golden("llama"), {{folder / "adapter", 1}}, folder / "merged"));
+               merge_message(model_golden("llama"), {{folder / "adapter", 1}}, folder / "merged"));
 }
 
 TEST(MergeRefusals, AnOutputOfAnotherVocabulary) {
@@ -45,7 +34,7 @@ TEST(MergeRefusals, AnOutputOfAnotherVocabulary) {
   adapter.config.modules_to_save = std::vector<std::string>{"lm_head"};
   adapter.tensors["lm_head.weight"] = torch::ones({50, 16});  // 48 in the base
   lora_rite::save_adapter(folder / "adapter", adapter);
-  const std::string message = merged(model_golden("llama"), {{folder / "adapter", 1}}, folder / "merged");
+  const std::string message = merge_message(model_golden("llama"), {{folder / "adapter", 1}}, folder / "merged");
   expect_words("tensor 'lm_head.weight' has shape [48, 16], but the adapter's module that was trained whole [50, 16]",
                message);
   expect_words("or one with another vocabulary", message);
@@ -61,11 +50,11 @@ TEST(MergeRefusals, ATiedMatrixInACheckpointWithoutAHead) {
   write_model(folder / "base", read_json(model_golden("llama_tied_llama3") / "config.json"), tensors);
   for (const char* name : {"tied_embedding", "tied_output"}) {
     expect_words("in a checkpoint without a head",
-                 merged(folder / "base", {{golden("peft") / name, 1}}, folder / "merged"));
+                 merge_message(folder / "base", {{golden("peft") / name, 1}}, folder / "merged"));
   }
   // An adapter of other layers finds them under these names.
   const fs::path other = save_golden_adapter("llama_tied_llama3", folder / "other");
-  EXPECT_EQ(merged(folder / "base", {{other, 1}}, folder / "merged"), "");
+  EXPECT_EQ(merge_message(folder / "base", {{other, 1}}, folder / "merged"), "");
 }
 
 TEST(MergeRefusals, EmbeddingsOfAT5WhoseOutputIsItsOwn) {
@@ -79,7 +68,7 @@ TEST(MergeRefusals, EmbeddingsOfAT5WhoseOutputIsItsOwn) {
       adapter.tensors[module + std::string(".lora_embedding_B")] = torch::ones({shape[1], 2});
       lora_rite::save_adapter(folder / "adapter", adapter);
       expect_words("uses one matrix for the embeddings of encoder and decoder, and readers",
-                   merged(model_golden(base), {{folder / "adapter", 1}}, folder / "merged"));
+                   merge_message(model_golden(base), {{folder / "adapter", 1}}, folder / "merged"));
     }
   }
 }
@@ -106,7 +95,7 @@ struct Heads {
     std::vector<WeightedAdapter> adapters;
     if (first != 0) adapters.push_back({folder / "first", first});
     if (second != 0) adapters.push_back({folder / "second", second});
-    const std::string message = merged(folder / "base", adapters, folder / "merged");
+    const std::string message = merge_message(folder / "base", adapters, folder / "merged");
     return message.empty() ? lora_rite::testing::read_bytes(folder / "merged/head.safetensors") : message;
   }
 

@@ -32,17 +32,7 @@ struct Case {
   }
 };
 
-std::string merge_message(const fs::path& model, const std::vector<WeightedAdapter>& adapters, const fs::path& out) {
-  MergeOptions options;
-  options.model = model;
-  options.adapters = adapters;
-  options.out = out;
-  std::ostringstream ignored;
-  const std::string message = message_of([&] { merge_adapters(options, ignored); });
-  EXPECT_EQ(fs::exists(out), message.empty()) << message;
-  return message;
-}
-
+using finetune::merge_message;
 std::string merge_message(const Case& data, const fs::path& out) {
   return merge_message(model_golden(data.base), {{data.adapter, 1}}, out);
 }

@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "commands/merge.hpp"
 #include "common/files.hpp"
 #include "finetune/models/support.hpp"
 
@@ -55,6 +56,19 @@ inline std::shared_ptr<LanguageModel> adapted_golden(const std::string& name) {
 inline std::filesystem::path save_golden_adapter(const std::string& name, const std::filesystem::path& folder) {
   lora_rite::save_adapter(folder, lora_rite::nn::peft_adapter(*adapted_golden(name)));
   return folder;
+}
+
+/// What merging says, empty if it succeeds: then, and only then, `out` is there.
+inline std::string merge_message(const std::filesystem::path& model, const std::vector<WeightedAdapter>& adapters,
+                                 const std::filesystem::path& out) {
+  MergeOptions options;
+  options.model = model;
+  options.adapters = adapters;
+  options.out = out;
+  std::ostringstream ignored;
+  const std::string message = message_of([&] { merge_adapters(options, ignored); });
+  EXPECT_EQ(std::filesystem::exists(out), message.empty()) << message;
+  return message;
 }
 
 /// A checkpoint of these tensors in one file.
