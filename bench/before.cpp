@@ -12,7 +12,7 @@
 
 namespace bench {
 
-std::function<void()> rite_before(const std::vector<std::pair<torch::Tensor, torch::Tensor>>& pairs, double lr) {
+std::function<void()> step_before(const std::vector<std::pair<torch::Tensor, torch::Tensor>>& pairs, double lr) {
   std::vector<lora_rite_before::FactorPair> own;
   for (const auto& [a, b] : pairs) own.push_back({"", a, b});
   const auto optimizer = std::make_shared<lora_rite_before::LoraRite<>>(own, lora_rite_before::LoraRiteOptions(lr));

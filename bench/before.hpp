@@ -9,7 +9,7 @@
 
 namespace bench {
 
-/// Its step over pairs of factors A and B.
-std::function<void()> rite_before(const std::vector<std::pair<torch::Tensor, torch::Tensor>>& pairs, double lr);
+/// A step of it over pairs of factors A and B.
+std::function<void()> step_before(const std::vector<std::pair<torch::Tensor, torch::Tensor>>& pairs, double lr);
 
 }  // namespace bench

@@ -111,7 +111,7 @@ inline Step rite_graph(std::vector<FactorPair> pairs) {
 inline Step rite_before(const std::vector<FactorPair>& pairs) {
   std::vector<std::pair<torch::Tensor, torch::Tensor>> factors;
   for (const FactorPair& pair : pairs) factors.emplace_back(pair.a, pair.b);
-  return rite_before(factors, 1e-4);
+  return step_before(factors, 1e-4);
 }
 #endif
 inline Step fused_adamw(const std::vector<FactorPair>& pairs) { return step_of(std::make_shared<FusedAdamW>(pairs)); }

@@ -39,7 +39,7 @@ std::vector<std::pair<std::string, Make>> usual(torch::Device device) {
   std::vector<std::pair<std::string, Make>> contenders = {
       {"rite", rite()}, {"adam", named("adam")}, {"adamw", named("adamw")}, {"fused_adamw", fused_adamw}};
 #ifdef LORA_RITE_HAS_BEFORE
-  contenders.emplace_back("rite, before", [](std::vector<FactorPair> pairs) { return rite_before(pairs); });
+  contenders.emplace_back("rite, before", rite_before);
 #endif
   if (!device.is_cuda()) return contenders;
   contenders.emplace_back("rite, capturable", rite(LoraRiteOptions(1e-4).capturable(true)));

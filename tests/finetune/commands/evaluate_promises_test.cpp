@@ -5,7 +5,6 @@
 #include <cmath>
 #include <sstream>
 
-#include "commands/merge.hpp"
 #include "support.hpp"
 
 namespace finetune {
@@ -46,6 +45,13 @@ fs::path write_choices(const fs::path& path, int64_t size) {
   return path;
 }
 
+// A model's folder without weights.
+fs::path write_config_alone(const fs::path& folder) {
+  fs::create_directories(folder);
+  fs::copy_file(model_golden("llama") / "config.json", folder / "config.json");
+  return folder;
+}
+
 TEST(EvaluatePromises, OneLineAFileAndScoreAndAllOfThemInTheJson) {
   const TemporaryFolder folder;
   EvaluateOptions options;
@@ -84,9 +90,7 @@ TEST(EvaluatePromises, OneLineAFileAndScoreAndAllOfThemInTheJson) {
 TEST(EvaluatePromises, FilesAreReadBeforeModelAndAdapter) {
   const TemporaryFolder folder;
   EvaluateOptions options;
-  options.model = folder / "base";  // a config.json alone
-  fs::create_directories(options.model);
-  fs::copy_file(model_golden("llama") / "config.json", options.model / "config.json");
+  options.model = write_config_alone(folder / "base");
   options.adapter = "/nowhere/adapter";
   options.data = {write_texts(folder / "texts.jsonl", 2), folder / "bad.jsonl"};
   write_bytes(folder / "bad.jsonl", "no JSON\n");
@@ -96,16 +100,13 @@ TEST(EvaluatePromises, FilesAreReadBeforeModelAndAdapter) {
 
 TEST(EvaluatePromises, AMergedLanguageModelRefusesItsOwnAdapter) {
   const TemporaryFolder folder;
-  MergeOptions merge;
-  merge.model = model_golden("llama");
-  merge.adapters = {{save_golden_adapter("llama", folder / "adapter"), 1}};
-  merge.out = folder / "merged";
-  std::ostringstream ignored;
-  merge_adapters(merge, ignored);
+  const fs::path adapter = save_golden_adapter("llama", folder / "adapter");
+  ASSERT_EQ(merge_message(model_golden("llama"), {{adapter, 1}}, folder / "merged"), "");
   EvaluateOptions options;
   options.model = folder / "merged";
-  options.adapter = folder / "adapter";
+  options.adapter = adapter;
   options.data = {write_texts(folder / "texts.jsonl", 2)};
+  std::ostringstream ignored;
   EXPECT_NE(message_of([&] { evaluate_model(options, ignored); }).find("was merged into"), std::string::npos);
 }
 
@@ -155,9 +156,7 @@ TEST(EvaluatePromises, SharesOfGeneratedTextsHaveStandardErrors) {
 TEST(EvaluatePromises, FoldersOfResultsAreLookedForBeforeAnythingIsRead) {
   const TemporaryFolder folder;
   EvaluateOptions options;
-  options.model = folder / "base";  // a config.json alone
-  fs::create_directories(options.model);
-  fs::copy_file(model_golden("llama") / "config.json", options.model / "config.json");
+  options.model = write_config_alone(folder / "base");
   options.data = {"/nowhere.jsonl"};
   options.generate = 2;
   const auto message = [&] {

@@ -57,28 +57,6 @@ fs::path save_scaled(const fs::path& adapter, double factor, const fs::path& fol
   return folder;
 }
 
-// What it refuses, empty if it merges; then there is a result, and none otherwise.
-std::string merged(const MergeOptions& options) {
-  std::ostringstream ignored;
-  const std::string message = message_of([&] { merge_adapters(options, ignored); });
-  EXPECT_EQ(fs::exists(options.out), message.empty()) << message;
-  return message;
-}
-
-MergeOptions merge_options(const fs::path& model, const std::vector<WeightedAdapter>& adapters, const fs::path& out,
-                           const std::string& dtype = "") {
-  MergeOptions options;
-  options.model = model;
-  options.adapters = adapters;
-  options.out = out;
-  options.dtype = dtype;
-  return options;
-}
-
-void expect_words(const std::string& words, const std::string& message) {
-  EXPECT_NE(message.find(words), std::string::npos) << message;
-}
-
 TEST(MergePromises, AHalfBaseKeepsItsDtypeAndEverySumIsRoundedOnce) {
   for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
     const TemporaryFolder folder;
@@ -86,7 +64,7 @@ TEST(MergePromises, AHalfBaseKeepsItsDtypeAndEverySumIsRoundedOnce) {
     options.model = write_base(folder / "base", "llama", dtype);
     options.adapters = {{save_golden_adapter("llama", folder / "adapter"), 1}};
     options.out = folder / "merged";
-    ASSERT_EQ(merged(options), "");
+    ASSERT_EQ(merge_message(options), "");
     const Tensors base = tensors_of(options.model), deltas = deltas_of(folder / "adapter");
     size_t rounded_twice = 0;
     for (const auto& [name, tensor] : tensors_of(options.out)) {
@@ -117,7 +95,7 @@ TEST(MergePromises, AnotherDtypeIsSaidOfEveryPartOfTheModel) {
   options.adapters = {{save_golden_adapter("llama", folder / "adapter"), 1}};
   options.out = folder / "merged";
   options.dtype = "bfloat16";
-  ASSERT_EQ(merged(options), "");
+  ASSERT_EQ(merge_message(options), "");
   config["dtype"] = config["text_config"]["torch_dtype"] = config["vision_config"]["dtype"] = "bfloat16";
   EXPECT_EQ(read_json(folder / "merged/config.json"), config);
 }
@@ -131,10 +109,10 @@ TEST(MergePromises, AModelThatCannotBeTrainedHereWillDo) {
   write_json(options.model / "config.json", config);
   options.adapters = {{save_golden_adapter("llama", folder / "adapter"), 1}};
   options.out = folder / "merged";
-  ASSERT_EQ(merged(options), "");
+  ASSERT_EQ(merge_message(options), "");
   options.model = model_golden("llama");
   options.out = folder / "known";
-  ASSERT_EQ(merged(options), "");
+  ASSERT_EQ(merge_message(options), "");
   const Tensors known = tensors_of(folder / "known");
   for (const auto& [name, tensor] : tensors_of(folder / "merged")) {
     EXPECT_TRUE(tensor.equal(known.at(name))) << name;
@@ -157,7 +135,7 @@ TEST(MergePromises, TrainedBiasesAmongSeveralAdaptersAreRefused) {
   options.model = model_golden("llama_linear_biases");
   options.adapters = {{folder / "biases", 1}, {save_golden_adapter("llama_linear_biases", folder / "other"), 1}};
   options.out = folder / "merged";
-  EXPECT_NE(merged(options).find("has trained biases"), std::string::npos);
+  EXPECT_NE(merge_message(options).find("has trained biases"), std::string::npos);
   EXPECT_FALSE(fs::exists(options.out));
 }
 
@@ -168,7 +146,7 @@ TEST(MergePromises, EveryFilesMetadataListsWhatWasMerged) {
   options.adapters = {{save_golden_adapter("llama", folder / "adapter"), 1}};
   options.out = folder / "merged";
   options.shard_size = 8000 / 1e9;
-  ASSERT_EQ(merged(options), "");
+  ASSERT_EQ(merge_message(options), "");
   std::set<std::string> lists;
   size_t files = 0;
   for (const auto& entry : fs::directory_iterator(options.out)) {
@@ -185,7 +163,7 @@ TEST(MergePromises, AFloatSumOfAHalfBaseIsTheSumOfItsFloats) {
   const TemporaryFolder folder;
   const fs::path model = write_base(folder / "base", "llama", torch::kBFloat16);
   const fs::path adapter = save_golden_adapter("llama", folder / "adapter");
-  ASSERT_EQ(merged(merge_options(model, {{adapter, 1}}, folder / "merged", "float32")), "");
+  ASSERT_EQ(merge_message(model, {{adapter, 1}}, folder / "merged", "float32"), "");
   const Tensors base = tensors_of(model), deltas = deltas_of(adapter);
   for (const auto& [name, tensor] : tensors_of(folder / "merged")) {
     const torch::Tensor wide = base.at(name).to(torch::kFloat);
@@ -197,7 +175,7 @@ TEST(MergePromises, SumsOfAFloat64BaseAreMadeInDouble) {
   const TemporaryFolder folder;
   const fs::path model = write_base(folder / "base", "llama", torch::kDouble);
   const fs::path adapter = save_golden_adapter("llama", folder / "adapter");
-  ASSERT_EQ(merged(merge_options(model, {{adapter, 1}}, folder / "merged")), "");
+  ASSERT_EQ(merge_message(model, {{adapter, 1}}, folder / "merged"), "");
   const Tensors base = tensors_of(model), found = tensors_of(folder / "merged");
   for (const auto& [name, delta] : deltas_of(adapter)) {
     EXPECT_TRUE(found.at(name).equal(base.at(name) + delta.to(torch::kDouble))) << name;
@@ -210,7 +188,7 @@ TEST(MergePromises, SeveralAdaptersAreRoundedOnceAllTogether) {
   const fs::path model = write_base(folder / "base", "llama", torch::kBFloat16);
   const fs::path first = save_golden_adapter("llama", folder / "first");
   const fs::path second = save_scaled(first, 0.7, folder / "second");
-  ASSERT_EQ(merged(merge_options(model, {{first, 0.5}, {second, -0.25}}, folder / "merged")), "");
+  ASSERT_EQ(merge_message(model, {{first, 0.5}, {second, -0.25}}, folder / "merged"), "");
   const Tensors base = tensors_of(model), found = tensors_of(folder / "merged");
   const Tensors deltas = deltas_of(first), others = deltas_of(second);
   size_t rounded_twice = 0;
@@ -231,7 +209,7 @@ TEST(MergePromises, WhatIsNoFloatKeepsItsDtype) {
     tensors["model.mask"] = mask;
   });
   const fs::path adapter = save_golden_adapter("llama", folder / "adapter");
-  ASSERT_EQ(merged(merge_options(model, {{adapter, 1}}, folder / "merged", "bfloat16")), "");
+  ASSERT_EQ(merge_message(model, {{adapter, 1}}, folder / "merged", "bfloat16"), "");
   const Tensors found = tensors_of(folder / "merged");
   EXPECT_EQ(found.at("model.norm.weight").scalar_type(), torch::kBFloat16);
   EXPECT_EQ(found.at("model.position_ids").scalar_type(), torch::kLong);
@@ -251,7 +229,7 @@ TEST(MergePromises, AConvolutionComputesWhatBaseAndFactorsCompute) {
   const torch::Tensor a = adapter.tensors["stem.conv.lora_A.weight"] = torch::randn({2, 3, 2, 3});
   const torch::Tensor b = adapter.tensors["stem.conv.lora_B.weight"] = torch::randn({6, 2, 1, 1});
   lora_rite::save_adapter(folder / "adapter", adapter);
-  ASSERT_EQ(merged(merge_options(folder / "base", {{folder / "adapter", 1}}, folder / "merged")), "");
+  ASSERT_EQ(merge_message(folder / "base", {{folder / "adapter", 1}}, folder / "merged"), "");
   const torch::Tensor input = torch::randn({2, 3, 5, 7});
   const torch::Tensor expected = torch::conv2d(input, weight) + 1.5 * torch::conv2d(torch::conv2d(input, a), b);
   const torch::Tensor found = torch::conv2d(input, tensors_of(folder / "merged").at("stem.conv.weight"));
@@ -265,7 +243,7 @@ TEST(MergePromises, AnotherBaseOfTheSameNamesAndShapesCannotBeTold) {
     for (auto& item : tensors) item.second = item.second + 1;
   });
   const fs::path adapter = save_golden_adapter("llama", folder / "adapter");
-  ASSERT_EQ(merged(merge_options(model, {{adapter, 1}}, folder / "merged")), "");
+  ASSERT_EQ(merge_message(model, {{adapter, 1}}, folder / "merged"), "");
   const Tensors base = tensors_of(model), found = tensors_of(folder / "merged");
   for (const auto& [name, delta] : deltas_of(adapter)) EXPECT_TRUE(found.at(name).equal(base.at(name) + delta)) << name;
 }
@@ -279,10 +257,10 @@ TEST(MergePromises, AnUnchangedTensorThatOverflowsInTheDtypeIsRefused) {
     norm[3] = 1e5;
   });
   const fs::path adapter = save_golden_adapter("llama", folder / "adapter");
-  const std::string message = merged(merge_options(model, {{adapter, 1}}, folder / "half", "float16"));
+  const std::string message = merge_message(model, {{adapter, 1}}, folder / "half", "float16");
   expect_words("tensor 'model.norm.weight' would hold values that are not finite in Half; choose another --dtype",
                message);
-  EXPECT_EQ(merged(merge_options(model, {{adapter, 1}}, folder / "bfloat16", "bfloat16")), "");
+  EXPECT_EQ(merge_message(model, {{adapter, 1}}, folder / "bfloat16", "bfloat16"), "");
 }
 
 TEST(MergePromises, WhatIsNotFiniteInTheBaseStaysAsItIs) {
@@ -300,7 +278,7 @@ TEST(MergePromises, WhatIsNotFiniteInTheBaseStaysAsItIs) {
   ASSERT_EQ(deltas_of(adapter).count(changed), 1U);
   for (const std::string dtype : {"", "bfloat16", "float16"}) {
     const fs::path out = folder / ("merged" + dtype);
-    EXPECT_EQ(merged(merge_options(model, {{adapter, 1}}, out, dtype)), "") << dtype;
+    EXPECT_EQ(merge_message(model, {{adapter, 1}}, out, dtype), "") << dtype;
     if (!fs::exists(out)) continue;
     const Tensors found = tensors_of(out);
     for (const std::string& name : {std::string("model.norm.weight"), changed}) {
@@ -335,14 +313,14 @@ TEST(MergePromises, AnAdapterIsToldByItsFactorsNamesAndScales) {
     };
   };
   const fs::path base = folder / "merged";
-  ASSERT_EQ(merged(merge_options(model_golden("llama_linear_biases"), {{save("first", [](auto&) {}), 1}}, base)), "");
+  ASSERT_EQ(merge_message(model_golden("llama_linear_biases"), {{save("first", [](auto&) {}), 1}}, base), "");
   // Its factors would be there twice, whatever its biases are.
   const fs::path biases = save("biases", shift(".bias"));
   ASSERT_NE(content_of(biases), content_of(folder / "first"));
-  expect_words("was merged into", merged(merge_options(base, {{biases, 1}}, folder / "twice")));
-  EXPECT_EQ(merged(merge_options(base, {{save("a", shift("lora_A")), 1}}, folder / "other")), "");
+  expect_words("was merged into", merge_message(base, {{biases, 1}}, folder / "twice"));
+  EXPECT_EQ(merge_message(base, {{save("a", shift("lora_A")), 1}}, folder / "other"), "");
   const fs::path scaled = save("scale", [](auto& other) { other.config.lora_alpha *= 2; });
-  EXPECT_EQ(merged(merge_options(base, {{scaled, 1}}, folder / "scaled")), "");
+  EXPECT_EQ(merge_message(base, {{scaled, 1}}, folder / "scaled"), "");
 }
 
 TEST(MergePromises, OnlyNamedEndingsAreWeightsAndWhatIsLeftOutIsSaid) {

@@ -14,10 +14,6 @@ namespace {
 namespace fs = std::filesystem;
 using lora_rite::testing::write_bytes;
 
-void expect_words(const std::string& words, const std::string& message) {
-  EXPECT_NE(message.find(words), std::string::npos) << message;
-}
-
 TEST(MergeRefusals, AHeadThatTheBaseHasNot) {
   const TemporaryFolder folder;
   lora_rite::Adapter adapter = lora_rite::load_adapter(save_golden_adapter("llama", folder / "plain"));

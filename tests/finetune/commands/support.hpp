@@ -58,17 +58,30 @@ inline std::filesystem::path save_golden_adapter(const std::string& name, const 
   return folder;
 }
 
-/// What merging says, empty if it succeeds: then, and only then, `out` is there.
-inline std::string merge_message(const std::filesystem::path& model, const std::vector<WeightedAdapter>& adapters,
-                                 const std::filesystem::path& out) {
+inline void expect_words(const std::string& words, const std::string& message) {
+  EXPECT_NE(message.find(words), std::string::npos) << message;
+}
+
+inline MergeOptions merge_options(const std::filesystem::path& model, const std::vector<WeightedAdapter>& adapters,
+                                  const std::filesystem::path& out, const std::string& dtype = "") {
   MergeOptions options;
   options.model = model;
   options.adapters = adapters;
   options.out = out;
+  options.dtype = dtype;
+  return options;
+}
+
+/// What merging says, empty if it succeeds: then, and only then, there is a result.
+inline std::string merge_message(const MergeOptions& options) {
   std::ostringstream ignored;
   const std::string message = message_of([&] { merge_adapters(options, ignored); });
-  EXPECT_EQ(std::filesystem::exists(out), message.empty()) << message;
+  EXPECT_EQ(std::filesystem::exists(options.out), message.empty()) << message;
   return message;
+}
+inline std::string merge_message(const std::filesystem::path& model, const std::vector<WeightedAdapter>& adapters,
+                                 const std::filesystem::path& out, const std::string& dtype = "") {
+  return merge_message(merge_options(model, adapters, out, dtype));
 }
 
 /// A checkpoint of these tensors in one file.
