@@ -54,16 +54,24 @@ std::vector<std::pair<std::string, Pass>> passes(int64_t r, bool rank_first) {
   const kernels::Shape shape = {2048, r, rank_first};
   const int64_t size = shape.rows * r, p = kernels::padded_rank(r), factors = (96 << 20) / (12 * size);
   at::Tensor x = at::randn({factors, size}), n = at::randn({factors, size}), g = at::randn({factors, size});
-  const at::Tensor weights = at::ones({shape.rows}, at::kDouble), momentum_map = at::eye(p) * 0.9,
+  const at::Tensor weights = at::ones({shape.rows}, at::kDouble), momentum_map = at::eye(p, at::kDouble) * 0.9,
                    gradient_map = at::eye(p, at::kDouble) * 0.1;
-  at::Tensor products = at::zeros({factors, 2 * p * p + p}, at::kDouble);
-  const kernels::Maps maps = {momentum_map.const_data_ptr<float>(), gradient_map.const_data_ptr<double>(), 1, 1e-4F,
-                              true};
+  at::Tensor products = at::zeros({factors, 2 * p * p + 2 * p}, at::kDouble);
+  const kernels::Maps maps = {momentum_map.const_data_ptr<double>(),
+                              gradient_map.const_data_ptr<double>(),
+                              1,
+                              1e-4F,
+                              true,
+                              /*wide_momentum=*/false,
+                              /*wide_gradient=*/false,
+                              {}};
+  const bool wide_cross = !kernels::sums_in_float(shape);
   const auto run = [&](const auto& pass) {
     return 1e9 / static_cast<double>(factors * size) * seconds([&] {
              lora_rite::host::torch_threads().for_each(factors, [&](int64_t i, int64_t) {
                std::vector<double> memory(static_cast<size_t>(kernels::Blocks::size(r)));
-               pass(i * size, products.data_ptr<double>() + i * (2 * p * p + p), kernels::Blocks::in(memory.data(), r));
+               pass(i * size, products.data_ptr<double>() + i * (2 * p * p + 2 * p),
+                    kernels::Blocks::in(memory.data(), r));
              });
            });
   };
@@ -74,10 +82,12 @@ std::vector<std::pair<std::string, Pass>> passes(int64_t r, bool rank_first) {
   const double apply = run([&](int64_t at, double* sums, const kernels::Blocks& blocks) {
     kernels::best().apply(x.data_ptr<float>() + at, n.data_ptr<float>() + at, g.const_data_ptr<float>() + at,
                           weights.const_data_ptr<double>(), shape, 0, shape.rows, maps, blocks,
-                          {sums, sums + 2 * p * p});
+                          {sums, sums + 2 * p * p, sums + 2 * p * p + p, wide_cross});
   });
-  // GᵀG: half of r products. Act 3: N by a float map, G by a double one, half of XᵀX, XᵀN.
-  return {{"act 1", {gram, 4, 0, rank}}, {"act 3", {apply, 20, 2 * rank, 2 * rank + rank + 2 * rank}}};
+  // GᵀG: half of r products. Act 3: N and G by float maps, half of XᵀX, XᵀN.
+  const double cross = 2 * rank;
+  return {{"act 1", {gram, 4, 0, rank}},
+          {"act 3", {apply, 20, 4 * rank + (wide_cross ? 0 : cross), rank + (wide_cross ? cross : 0)}}};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "lora_rite/bodies.hpp"
+#include "lora_rite/engine/host/precision.hpp"
 
 namespace lora_rite {
 
@@ -15,6 +16,9 @@ struct FactorDiagnostics {
   double escaped_mass = 0;               ///< ρ
   double effective_rank = 0;             ///< (tr V)² / tr V², between 1 and r; 0 before the first gradient
   double update_rms = 0;  ///< RMS of the momentum M in the orthonormal basis: what a step of rate 1 moves
+
+  /// Of Engine::Host, since its first step or the last load; 0 with other engines. How often costs time, not accuracy.
+  host::DoubleSteps in_double;
 };
 
 /// How one pair stands.

@@ -146,7 +146,7 @@ TEST(Kernels, ProductsOfLanesAndTheirTransposes) {
         for (const bool transposed_right : {false, true}) {
           const Operand a = transposed_left ? Operand{left.data(), 1, stride} : Operand{left.data(), stride, 1};
           const Operand b = transposed_right ? Operand{right.data(), 1, stride} : Operand{right.data(), stride, 1};
-          table->multiply(a, b, r, stride, out.data());
+          table->multiply(a, b, r, stride, false, out.data());
           for (int64_t lane = 0; lane < kLanes; ++lane) {
             MatrixXd p = x[static_cast<size_t>(lane)], q = y[static_cast<size_t>(lane)];
             if (transposed_left) p.transposeInPlace();
@@ -154,6 +154,28 @@ TEST(Kernels, ProductsOfLanesAndTheirTransposes) {
             EXPECT_LT((matrix_of(out, r, stride, lane) - p * q).norm(), 1e-13 * static_cast<double>(r)) << table->name;
           }
         }
+      }
+    }
+  }
+}
+
+TEST(Kernels, OfASymmetricProductHalfIsMirrored) {
+  std::srand(3);
+  for (const Table* table : tables()) {
+    for (const int64_t r : {1, 2, 3, 4, 7, 8, 16, 31}) {
+      const int64_t stride = r + 1;
+      std::vector<MatrixXd> x;
+      for (int64_t lane = 0; lane < kLanes; ++lane) x.push_back(MatrixXd::Random(r, r));
+      const Aligned lanes = lanes_of(x, stride);
+      Aligned out(r * stride * kLanes), whole(r * stride * kLanes);
+      const Operand plain = {lanes.data(), stride, 1}, transposed = {lanes.data(), 1, stride};
+      table->multiply(plain, transposed, r, stride, true, out.data());
+      table->multiply(plain, transposed, r, stride, false, whole.data());
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const MatrixXd half = matrix_of(out, r, stride, lane), both = matrix_of(whole, r, stride, lane);
+        EXPECT_EQ(half, half.transpose()) << table->name << ", rank " << r;
+        EXPECT_EQ(MatrixXd(half.triangularView<Eigen::Upper>()), MatrixXd(both.triangularView<Eigen::Upper>()))
+            << table->name << ", rank " << r;
       }
     }
   }
@@ -214,73 +236,120 @@ void for_each_shape(const std::vector<int64_t>& ranks, const std::vector<int64_t
   }
 }
 
+/// What one pass reads and leaves, and the same in Eigen.
+struct Pass {
+  Shape shape;
+  std::vector<float> x, n, g;
+  std::vector<double> weights, momentum_map, gradient_map;
+  MatrixXd mm, gm;
+  int64_t p;
+
+  explicit Pass(const Shape& shape) : shape(shape), p(padded_rank(shape.rank)) {
+    const auto [rows, rank, rank_first] = shape;
+    Random random;
+    x = random.floats(rows * rank), n = random.floats(rows * rank), g = random.floats(rows * rank);
+    for (int64_t i = 0; i < rows; ++i) weights.push_back(0.5 + 0.01 * static_cast<double>(i));
+    momentum_map.resize(static_cast<size_t>(p * p)), gradient_map.resize(momentum_map.size());
+    mm.resize(rank, rank), gm.resize(rank, rank);
+    const std::vector<float> entries = random.floats(2 * rank * rank);
+    for (int64_t i = 0; i < rank; ++i)
+      for (int64_t j = 0; j < rank; ++j) {
+        const size_t e = static_cast<size_t>(i * rank + j), square = static_cast<size_t>(rank * rank);
+        const size_t place = static_cast<size_t>(i * p + j);
+        mm(i, j) = momentum_map[place] = entries[e];
+        gm(i, j) = gradient_map[place] = entries[e + square];
+      }
+  }
+
+  Maps maps(bool wide_momentum, bool wide_gradient) const {
+    return {momentum_map.data(), gradient_map.data(), 0.1F, 0.1F, true, wide_momentum, wide_gradient, {}};
+  }
+};
+
+/// The sums that a pass leaves.
+struct Left {
+  std::vector<double> products, weighted, squares;
+  bool wide;
+
+  Left(int64_t p, bool wide)
+      : products(static_cast<size_t>(2 * p * p)), weighted(static_cast<size_t>(p)), squares(weighted), wide(wide) {}
+  Sums sums() { return {products.data(), weighted.data(), squares.data(), wide}; }
+};
+
 /// The passes that every step makes, one after the other, against Eigen.
 void check_passes(const Table* table, const Shape& shape, const Blocks& blocks, const std::string& where) {
   const auto [rows, rank, rank_first] = shape;
-  const int64_t p = padded_rank(rank);
-  Random random;
-  std::vector<float> x = random.floats(rows * rank), n = random.floats(rows * rank);
-  const std::vector<float> g = random.floats(rows * rank);
-  std::vector<double> weights(static_cast<size_t>(rows));
-  for (size_t i = 0; i < weights.size(); ++i) weights[i] = 0.5 + 0.01 * static_cast<double>(i);
-  std::vector<float> momentum_map(static_cast<size_t>(p * p));
-  std::vector<double> gradient_map(static_cast<size_t>(p * p));
-  MatrixXd mm(rank, rank), gm(rank, rank);
-  const std::vector<float> entries = random.floats(2 * rank * rank);
-  for (int64_t i = 0; i < rank; ++i)
-    for (int64_t j = 0; j < rank; ++j) {
-      const size_t e = static_cast<size_t>(i * rank + j), square = static_cast<size_t>(rank * rank);
-      const size_t place = static_cast<size_t>(i * p + j);
-      mm(i, j) = momentum_map[place] = entries[e];
-      gm(i, j) = gradient_map[place] = entries[e + square];
-    }
-  const MatrixXd x0 = tall(x, shape), n0 = tall(n, shape), g0 = tall(g, shape);
+  const Pass pass(shape);
+  const int64_t p = pass.p;
+  const MatrixXd x0 = tall(pass.x, shape), n0 = tall(pass.n, shape), g0 = tall(pass.g, shape);
 
-  std::vector<double> products(static_cast<size_t>(2 * p * p)), weighted(static_cast<size_t>(p));
   std::vector<double> gram(static_cast<size_t>(p * p)), update_gram(gram);
-  table->gram(g.data(), nullptr, shape, 0, rows, blocks, gram.data(), nullptr);
+  table->gram(pass.g.data(), nullptr, shape, 0, rows, blocks, gram.data(), nullptr);
   EXPECT_LT(relative(symmetric(gram, rank, p), g0.transpose() * g0), 1e-13) << where;
 
-  const Maps maps = {momentum_map.data(), gradient_map.data(), 0.1F, 0.1F, true};
-  const MatrixXd n1 = n0 * mm + g0 * gm, x1 = 0.9 * x0 - 0.1 * n1;
-  {  // The momentum's map in double takes the place of the other.
-    std::vector<double> wide_map(static_cast<size_t>(p * p));
-    for (int64_t i = 0; i < rank; ++i)
-      for (int64_t j = 0; j < rank; ++j) wide_map[static_cast<size_t>(i * p + j)] = mm(i, j);
-    const Maps wide = {nullptr, gradient_map.data(), 0.1F, 0.1F, true, wide_map.data()};
-    std::vector<float> moved_x = x, moved_n = n;
-    std::vector<double> unused_products(products.size()), unused_weighted(weighted.size());
-    table->apply(moved_x.data(), moved_n.data(), g.data(), weights.data(), shape, 0, rows, wide, blocks,
-                 {unused_products.data(), unused_weighted.data()});
-    EXPECT_LT(relative(tall(moved_n, shape), n1), 2e-7) << where;
-  }
-  table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, update_gram.data());
+  const MatrixXd n1 = n0 * pass.mm + g0 * pass.gm, x1 = 0.9 * x0 - 0.1 * n1;
+  const Maps mixed = pass.maps(false, true);
+  table->update_gram(pass.n.data(), pass.g.data(), shape, 0, rows, mixed, blocks, update_gram.data());
   EXPECT_LT(relative(symmetric(update_gram, rank, p), n1.transpose() * n1), 1e-5) << where;
-  table->apply(x.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,
-               {products.data(), weighted.data()});
-  EXPECT_LT(relative(tall(n, shape), n1), 1e-5) << where;
-  EXPECT_LT(relative(tall(x, shape), x1), 1e-5) << where;
-  const MatrixXd x2 = tall(x, shape), n2 = tall(n, shape);
-  EXPECT_LT(relative(symmetric(products, rank, 2 * p), x2.transpose() * x2), 1e-13) << where;
-  EXPECT_LT(relative(part_of(products, rank, 2 * p, p), x2.transpose() * n2), 1e-12) << where;
-  Eigen::RowVectorXd sums = Eigen::RowVectorXd::Zero(rank);
-  for (int64_t row = 0; row < rows; ++row) sums += weights[static_cast<size_t>(row)] * x2.row(row);
-  for (int64_t i = 0; i < rank; ++i) EXPECT_NEAR(weighted[static_cast<size_t>(i)], sums(i), 1e-10) << where;
 
-  // A factor without a gradient rests; only its momentum is carried along.
-  std::vector<float> resting_x = x, resting_n = n;
-  Maps resting = maps;
-  resting.has_gradient = false;
-  table->apply(resting_x.data(), resting_n.data(), nullptr, weights.data(), shape, 0, rows, resting, blocks, {});
-  EXPECT_EQ(resting_x, x) << where;
-  EXPECT_LT(relative(tall(resting_n, shape), n2 * mm), 1e-5) << where;
+  for (const bool wide_cross : {true, false}) {
+    if (!wide_cross && !sums_in_float(shape)) continue;
+    for (const auto& [wide_momentum, wide_gradient] : {std::pair(true, true), {false, true}, {false, false}}) {
+      std::vector<float> x = pass.x, n = pass.n;
+      Left left(p, wide_cross);
+      table->apply(x.data(), n.data(), pass.g.data(), pass.weights.data(), shape, 0, rows,
+                   pass.maps(wide_momentum, wide_gradient), blocks, left.sums());
+      // In double all but the result's own rounding is exact.
+      EXPECT_LT(relative(tall(n, shape), n1), wide_momentum && wide_gradient ? 2e-7 : 1e-5) << where;
+      EXPECT_LT(relative(tall(x, shape), x1), 1e-5) << where;
+      const MatrixXd x2 = tall(x, shape), n2 = tall(n, shape);
+      EXPECT_LT(relative(symmetric(left.products, rank, 2 * p), x2.transpose() * x2), 1e-13) << where;
+      const MatrixXd cross = part_of(left.products, rank, 2 * p, p), of_columns = x2.transpose() * n2;
+      const double exact = relative(cross, of_columns);
+      if (wide_cross || table == &plain::table) {
+        EXPECT_LT(exact, 1e-12) << where;
+      } else {  // each entry to the round-off of what it sums
+        const MatrixXd most = x2.colwise().norm().transpose() * n2.colwise().norm();
+        EXPECT_LT(((cross - of_columns).array() / most.array()).abs().maxCoeff(), 6e-7) << where;
+        if (rows >= 16) {
+          EXPECT_GT(exact, 1e-12) << where << ": not in float?";
+        }
+      }
+      Eigen::RowVectorXd sums = Eigen::RowVectorXd::Zero(rank);
+      for (int64_t row = 0; row < rows; ++row) sums += pass.weights[static_cast<size_t>(row)] * x2.row(row);
+      for (int64_t i = 0; i < rank; ++i) {
+        EXPECT_NEAR(left.weighted[static_cast<size_t>(i)], sums(i), 1e-10) << where;
+        if (!sums_in_float(shape)) continue;
+        const double square = n2.col(i).squaredNorm();
+        EXPECT_NEAR(left.squares[static_cast<size_t>(i)], square, 1e-6 * square) << where;
+      }
+      for (size_t i = static_cast<size_t>(rank); i < static_cast<size_t>(p); ++i)
+        EXPECT_TRUE(left.weighted[i] == 0 && left.squares[i] == 0) << where;
 
-  // What act 3 leaves is bit for bit what reading the rows again gives: a resumed run depends on it.
-  std::vector<double> products_again(products.size()), weighted_again(weighted.size());
-  table->remember(x.data(), n.data(), weights.data(), shape, 0, rows, blocks,
-                  {products_again.data(), weighted_again.data()});
-  EXPECT_EQ(products, products_again) << where;
-  EXPECT_EQ(weighted, weighted_again) << where;
+      // What act 3 leaves is bit for bit what reading the rows again gives: a resumed run depends on it.
+      Left again(p, wide_cross);
+      table->remember(x.data(), n.data(), pass.weights.data(), shape, 0, rows, blocks, again.sums());
+      EXPECT_EQ(left.products, again.products) << where;
+      EXPECT_EQ(left.weighted, again.weighted) << where;
+      EXPECT_EQ(left.squares, again.squares) << where;
+
+      // A factor without a gradient rests; only its momentum is carried along.
+      std::vector<float> resting_x = x, resting_n = n;
+      Maps resting = pass.maps(wide_momentum, wide_gradient);
+      resting.has_gradient = false;
+      table->apply(resting_x.data(), resting_n.data(), nullptr, pass.weights.data(), shape, 0, rows, resting, blocks,
+                   {});
+      EXPECT_EQ(resting_x, x) << where;
+      EXPECT_LT(relative(tall(resting_n, shape), n2 * pass.mm), 1e-5) << where;
+    }
+  }
+
+  // Without a momentum XᵀN is 0.
+  Left alone(p, false);
+  if (!sums_in_float(shape)) alone.wide = true;
+  table->remember(pass.x.data(), nullptr, pass.weights.data(), shape, 0, rows, blocks, alone.sums());
+  EXPECT_LT(relative(symmetric(alone.products, rank, 2 * p), x0.transpose() * x0), 1e-13) << where;
+  EXPECT_EQ(part_of(alone.products, rank, 2 * p, p), MatrixXd::Zero(rank, rank)) << where;
 }
 
 TEST(Kernels, PassesOverTheRows) {
@@ -301,8 +370,7 @@ void check_row_equilibration(const Table* table, const Shape& shape, const Block
     moments[static_cast<size_t>(silent)] = 0;
     for (int64_t i = 0; i < rank; ++i) g[static_cast<size_t>(rank_first ? i * rows + silent : silent * rank + i)] = 0;
   }
-  std::vector<float> momentum_map(static_cast<size_t>(p * p));
-  std::vector<double> gradient_map(momentum_map.size()), plain_map(momentum_map.size());
+  std::vector<double> momentum_map(static_cast<size_t>(p * p)), gradient_map(momentum_map), plain_map(momentum_map);
   MatrixXd gm(rank, rank), pm(rank, rank);
   for (MatrixXd* map : {&gm, &pm}) {
     const std::vector<float> entries = random.floats(rank * rank);
@@ -310,7 +378,7 @@ void check_row_equilibration(const Table* table, const Shape& shape, const Block
   }
   for (int64_t i = 0; i < rank; ++i)
     for (int64_t j = 0; j < rank; ++j) {
-      momentum_map[static_cast<size_t>(i * p + j)] = i == j ? 0.5F : 0;
+      momentum_map[static_cast<size_t>(i * p + j)] = i == j ? 0.5 : 0;
       gradient_map[static_cast<size_t>(i * p + j)] = gm(i, j);
       plain_map[static_cast<size_t>(i * p + j)] = pm(i, j);
     }
@@ -332,17 +400,17 @@ void check_row_equilibration(const Table* table, const Shape& shape, const Block
 
   // An update is as good as floats are. Moments are rounded to float, and so is what they are the squares of.
   const MatrixXd n1 = 0.5 * n0 + scale.asDiagonal() * g0 * gm;
-  Maps maps = {momentum_map.data(), gradient_map.data(), 0, 0.1F, true};
-  maps.rows = {plain_map.data(), moments.data(), decay};
+  Maps maps = {
+      momentum_map.data(), gradient_map.data(), 0, 0.1F, true, false, true, {plain_map.data(), moments.data(), decay}};
   const std::vector<float> before = moments;
   table->update_gram(n.data(), g.data(), shape, 0, rows, maps, blocks, of_update.data());
   EXPECT_LT(relative(symmetric(of_update, rank, p), n1.transpose() * n1), 2e-6) << where;
   EXPECT_EQ(moments, before) << where;
 
   maps.rows.next = moments.data();
-  std::vector<double> weights(moments.size()), products(2 * plain.size()), weighted(static_cast<size_t>(p));
-  table->apply(nothing.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks,
-               {products.data(), weighted.data()});
+  std::vector<double> weights(moments.size());
+  Left left(p, true);
+  table->apply(nothing.data(), n.data(), g.data(), weights.data(), shape, 0, rows, maps, blocks, left.sums());
   EXPECT_LT(relative(tall(n, shape), n1), 1e-6) << where;
   for (int64_t k = 0; k < rows; ++k)
     EXPECT_NEAR(moments[static_cast<size_t>(k)], next(k), 2e-7 * next(k)) << where << ", row " << k;

@@ -97,7 +97,7 @@ class Batch {
   }
 
   /// Reads to the host; for people, not for the step. What a value that is not finite leaves unknown is NaN.
-  PairDiagnostics diagnose(int64_t index) const {
+  virtual PairDiagnostics diagnose(int64_t index) const {
     PairDiagnostics result;
     result.name = pairs_[index].name;
     result.clip_factor = state_.clip_factor[0][index].item<double>();

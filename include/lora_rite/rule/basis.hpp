@@ -40,8 +40,9 @@ struct PolarBasis {
   template <class Matrix, class Share = double>
   LORA_RITE_FUNCTION static Matrix inverse_root(const Matrix& gram, double cutoff, const Share& share = Share(0)) {
     const auto spectrum = eigh(gram);
-    return matmul(scale_columns(spectrum.vectors, detail::pseudo_inverse_root(gram, spectrum, cutoff, share)),
-                  transpose(spectrum.vectors));
+    return symmetric_product(
+        scale_columns(spectrum.vectors, detail::pseudo_inverse_root(gram, spectrum, cutoff, share)),
+        transpose(spectrum.vectors));
   }
 };
 

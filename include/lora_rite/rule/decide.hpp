@@ -42,7 +42,7 @@ LORA_RITE_FUNCTION Unmagnified<Matrix> unmagnify(Statistics<Matrix> statistics, 
       is_coarse(factor_epsilon) && cutoff < kMostRounding
           ? Basis::inverse_root(statistics.gram, cutoff, rounding_share(factor_epsilon, rank, statistics.steps))
           : Basis::inverse_root(statistics.gram, cutoff);
-  const auto project = [&](const Matrix& gram) { return matmul(transpose(root), matmul(gram, root)); };
+  const auto project = [&](const Matrix& gram) { return symmetric_product(transpose(root), matmul(gram, root)); };
   Matrix projected = project(statistics.gradient_gram);
   return {statistics.coordinates.defined() ? matmul(statistics.coordinates, root) : root,
           matmul(transpose(root), statistics.cross),
@@ -72,7 +72,7 @@ LORA_RITE_FUNCTION Matrix relative_change_damping(const Matrix& inverse_root, co
                                                   double bound) {
   const Matrix z = matmul(transpose(inverse_root), own_inverse_root);
   const Scalar<Matrix> delta_squared = rate * rate * rows * (0.25 / (bound * bound));
-  const Matrix w = symmetrized(matmul(z, transpose(z))) * delta_squared;
+  const Matrix w = symmetrized(symmetric_product(z, transpose(z))) * delta_squared;
   // Products leave W indefinite by some ε tr W, which must stay below 1. A direction so faint is at rest either way.
   constexpr double most = 1e12;
   return positive_inverse(identity_like(w) + w * (most / at_least(trace_of(w), most)));
@@ -80,12 +80,14 @@ LORA_RITE_FUNCTION Matrix relative_change_damping(const Matrix& inverse_root, co
 
 /// One step of the rule. `rows` is n, `clip_factor` is c. `has_gradient` and `partner_edited` are flags, one for each
 /// matrix. Where the partner was changed from outside, its old basis is gone, and V keeps its place in the new one
-/// (P = I). `gradient_epsilon` is the distance from 1 to the next number of the gradients' dtype.
+/// (P = I). `gradient_epsilon` is the distance from 1 to the next number of the gradients' dtype. `roots` says how
+/// roots are taken and spectra compared.
 template <class Roots = Eigenvalues, class Matrix>
 LORA_RITE_FUNCTION Decision<Matrix> decide(const Moments<Matrix>& old, const Unmagnified<Matrix>& now,
                                            const Scalar<Matrix>& rows, const Scalar<Matrix>& clip_factor,
                                            const Scalar<Matrix>& has_gradient, const Scalar<Matrix>& partner_edited,
-                                           double gradient_epsilon, const Hyperparameters& numbers) {
+                                           double gradient_epsilon, const Hyperparameters& numbers,
+                                           const Roots& roots = Roots()) {
   const Scalar<Matrix> step = old.step + has_gradient;
   const Scalar<Matrix> beta1 = bias_corrected_decay(numbers.beta1, step, has_gradient);
   const Scalar<Matrix> beta2 = bias_corrected_decay(numbers.beta2, step, has_gradient);
@@ -94,11 +96,11 @@ LORA_RITE_FUNCTION Decision<Matrix> decide(const Moments<Matrix>& old, const Unm
   Matrix transport = matmul(now.change, old.inverse_root);
   if (!surely(transport, [&] { return 1.0 - partner_edited; }))
     transport = choose(partner_edited, identity_like(transport), transport);
-  const Matrix transported = symmetrized(matmul(transport, matmul(old.second_moment, transpose(transport))));
+  const Matrix transported = symmetrized(symmetric_product(transport, matmul(old.second_moment, transpose(transport))));
 
   // ρ ← β₂' (ρ + d),  V ← β₂' P V Pᵀ + (1−β₂') c² ḠᵀḠ / n
   Scalar<Matrix> escaped_mass = old.escaped_mass;
-  if (numbers.escape) escaped_mass = beta2 * (escaped_mass + Roots::escaping_mass(old.second_moment, transported));
+  if (numbers.escape) escaped_mass = beta2 * (escaped_mass + roots.escaping_mass(old.second_moment, transported));
   const Scalar<Matrix> fresh = (1.0 - beta2) * clip_factor * clip_factor / rows;
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
@@ -109,7 +111,7 @@ LORA_RITE_FUNCTION Decision<Matrix> decide(const Moments<Matrix>& old, const Unm
                              ? std::optional<RoundOff<Matrix>>(RoundOff<Matrix>{
                                    now.magnified_gram, now.inverse_root, clip_factor * clip_factor * squared / rows})
                              : std::nullopt;
-  Matrix adaptive = Roots::preconditioner(second_moment, escaped_mass, round_off, numbers);
+  Matrix adaptive = roots.preconditioner(second_moment, escaped_mass, round_off, numbers);
   Matrix row_map;
   if (numbers.row_equilibration) row_map = matmul(now.inverse_root, adaptive) * clip_factor;
   if (now.damping.defined()) adaptive = matmul(adaptive, now.damping);

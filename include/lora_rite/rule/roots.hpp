@@ -43,7 +43,13 @@ struct Eigenvalues {
   /// d = max(0, min( max_i (λ_i(V) − λ_i(PVPᵀ)), tr V − tr PVPᵀ )): second moment that the new basis no longer sees.
   template <class Matrix>
   LORA_RITE_FUNCTION static Scalar<Matrix> escaping_mass(const Matrix& second_moment, const Matrix& transported) {
-    const auto largest_loss = largest_difference(eigenvalues(second_moment), eigenvalues(transported));
+    return escaping_mass(eigenvalues(second_moment), second_moment, transported);
+  }
+  /// The same with V's eigenvalues, ascending.
+  template <class Values, class Matrix>
+  LORA_RITE_FUNCTION static Scalar<Matrix> escaping_mass(const Values& values, const Matrix& second_moment,
+                                                         const Matrix& transported) {
+    const auto largest_loss = largest_difference(values, eigenvalues(transported));
     return at_least(at_most(largest_loss, trace_of(second_moment) - trace_of(transported)), 0.0);
   }
 
@@ -57,9 +63,16 @@ struct Eigenvalues {
   LORA_RITE_FUNCTION static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass,
                                                   const std::optional<RoundOff<Matrix>>& round_off,
                                                   const Hyperparameters& numbers) {
+    return preconditioner(eigh(second_moment), second_moment, escaped_mass, round_off, numbers);
+  }
+  /// The same with V's spectrum.
+  template <class Spectrum, class Matrix>
+  LORA_RITE_FUNCTION static Matrix preconditioner(const Spectrum& spectrum, const Matrix& second_moment,
+                                                  const Scalar<Matrix>& escaped_mass,
+                                                  const std::optional<RoundOff<Matrix>>& round_off,
+                                                  const Hyperparameters& numbers) {
     const double floor = static_cast<double>(rank_of(second_moment)) * std::numeric_limits<double>::epsilon();
     const double power = 2 * numbers.preconditioner_exponent;
-    const auto spectrum = eigh(second_moment);
     auto inverse = map_values(spectrum.values, [&](const auto& value, const auto& largest) {
       const auto root = sqrt(at_least(value, largest * floor) + escaped_mass + numbers.eps_root) + numbers.eps;
       const auto scale = power == 1 ? reciprocal(root) : pow(root, -power);
@@ -79,7 +92,7 @@ struct Eigenvalues {
       });
       inverse = inverse * share;
     }
-    Matrix result = matmul(scale_columns(spectrum.vectors, inverse), transpose(spectrum.vectors));
+    Matrix result = symmetric_product(scale_columns(spectrum.vectors, inverse), transpose(spectrum.vectors));
     if (power == 1) return result;
     const Scalar<Matrix> mean_root = root_of_mean(second_moment, escaped_mass, numbers);
     return result * choose(mean_root > 0.0, pow(mean_root, power - 1), 0.0);

@@ -46,6 +46,12 @@ LORA_RITE_FUNCTION inline double at_most(double x, double bound) { return x < bo
 LORA_RITE_FUNCTION inline double choose(bool condition, double yes, double no) { return condition ? yes : no; }
 LORA_RITE_FUNCTION inline double square_root(double x) { return std::sqrt(x); }
 
+/// X Y where that is known to be symmetric: a type may compute half of it.
+template <class Left, class Right>
+LORA_RITE_FUNCTION auto symmetric_product(const Left& x, const Right& y) {
+  return matmul(x, y);
+}
+
 // --- Tensors ---------------------------------------------------------------------------------------------------------
 
 /// Eigenvalues and eigenvectors of symmetric matrices.

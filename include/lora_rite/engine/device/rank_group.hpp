@@ -135,10 +135,11 @@ class RankGroup final : public engine::BatchGroup {
         all.damping = rule::relative_change_damping(roots, at::stack({roots[1], roots[0]}), rates, all_rows,
                                                     options.max_relative_change());
       }
-      const auto act =
-          capturable_ ? rule::decide<ProductRoots, at::Tensor> : rule::decide<rule::Eigenvalues, at::Tensor>;
-      return act(joined(std::move(moments)), all, all_rows, clip_factor, joined(has_gradient), joined(partner_edited),
-                 epsilon_of(batches_[0]->dtype()), hyperparameters(options));
+      const auto act = [&](const auto& roots) {
+        return rule::decide(joined(std::move(moments)), all, all_rows, clip_factor, joined(has_gradient),
+                            joined(partner_edited), epsilon_of(batches_[0]->dtype()), hyperparameters(options), roots);
+      };
+      return capturable_ ? act(ProductRoots()) : act(rule::Eigenvalues());
     }
 
     RankGroup& group_;

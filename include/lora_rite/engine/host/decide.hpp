@@ -1,12 +1,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <limits>
+#include <optional>
 #include <utility>
 
 #include "lora_rite/engine/host/pairs.hpp"
+#include "lora_rite/engine/host/precision.hpp"
 #include "lora_rite/rule/decide.hpp"
 #include "lora_rite/rule/rows.hpp"
 
@@ -14,9 +14,6 @@
 namespace lora_rite::host {
 
 namespace detail {
-
-/// The largest entry of a momentum's map with which floats are exact enough.
-constexpr double kMostInFloat = 4;
 
 /// What the rule reads of one factor's partner and gradient.
 inline void load_statistics(const Pairs& pairs, const Work& work, const StateView& state, FactorId id, int64_t lane,
@@ -42,12 +39,6 @@ inline void load_statistics(const Pairs& pairs, const Work& work, const StateVie
   statistics.steps[lane] = state.step[number];
 }
 
-/// As a float; beyond its range the largest one, because a map must not produce an infinity.
-inline float narrow(double value) {
-  constexpr double most = std::numeric_limits<float>::max();
-  return static_cast<float>(std::min(std::max(value, -most), most));
-}
-
 /// K of `max_relative_change` for eight factors.
 inline LaneMatrix damping(const Pairs& pairs, const Work& work, int64_t g, const Lanes& rows,
                           const rule::Hyperparameters& numbers) {
@@ -66,31 +57,60 @@ inline LaneMatrix damping(const Pairs& pairs, const Work& work, int64_t g, const
                                        numbers.max_relative_change);
 }
 
-/// Maps of one factor, from N and G to N at once: N = M R⁺ᵀ.
-///
-/// G's map is in double: it amplifies faint directions, where a float is noise. β Qᵀ R⁺ᵀ is near βI where the partner
-/// moved little, and then a float will do. In coordinates in which the partner is ill-conditioned its entries are large
-/// and cancel, and their round-off is amplified once more on the way back to M.
+/// Maps of one factor, from N and G to N at once: N = M R⁺ᵀ. `length` is (1−β₁') c.
 inline void store_maps(const Pairs& pairs, FactorId id, int64_t lane, const LaneMatrix& momentum_map,
-                       const LaneMatrix& gradient_map, const LaneMatrix& row_map, const Lanes& row_decay, Work& work) {
+                       const LaneMatrix& gradient_map, const LaneMatrix& row_map, const Lanes& row_decay,
+                       const Lanes& length, Work& work) {
   SideWork& side = work.sides[id.side];
-  const int64_t p = pairs.padded_rank();
+  FactorWork& factor = work[id];
+  const int64_t p = pairs.padded_rank(), r = pairs.rank();
   const size_t begin = id.pair * pairs.square();
-  copy_out(gradient_map, lane, side.gradient_maps.data() + begin, p);
-  double* wide = side.wide_momentum_maps.data() + begin;
-  copy_out(momentum_map, lane, wide, p);
-  float* narrow_map = side.momentum_maps.data() + begin;
-  double largest = 0;
-  for (int64_t i = 0; i < pairs.rank(); ++i) {
-    for (int64_t j = 0; j < pairs.rank(); ++j) {
-      narrow_map[i * p + j] = narrow(wide[i * p + j]);
-      largest = std::max(largest, std::abs(wide[i * p + j]));
-    }
-  }
-  work[id].wide_momentum_map = largest > kMostInFloat;
+  double *of_momentum = side.momentum_maps.data() + begin, *of_gradient = side.gradient_maps.data() + begin;
+  copy_out(momentum_map, lane, of_momentum, p);
+  copy_out(gradient_map, lane, of_gradient, p);
+  factor.wide_momentum = !momentum_map_fits_float(of_momentum, p, r);
+  const GradientMap map = {of_gradient,
+                           side.gradient_gram.total(id.pair),
+                           pairs.products({partner_of(id.side), id.pair}),
+                           r,
+                           p,
+                           2 * p,
+                           static_cast<double>(pairs.shape(id.side).rows),
+                           length[lane]};
+  factor.wide_gradient = factor.wide_momentum || work.row_equilibration || !map.fits_float();
   if (side.row_moments == nullptr) return;
   copy_out(row_map, lane, side.row_maps.data() + begin, p);
-  work[id].row_decay = row_decay[lane];
+  factor.row_decay = row_decay[lane];
+}
+
+/// `rule::Eigenvalues` that does not ask twice: the eigenvalues of V were found one step ago, when its root was taken.
+struct RememberedEigenvalues {
+  const LaneValues& known;  ///< of V, ascending
+  LaneValues& found;        ///< of the next V
+
+  Lanes escaping_mass(const LaneMatrix& second_moment, const LaneMatrix& transported) const {
+    return rule::Eigenvalues::escaping_mass(known, second_moment, transported);
+  }
+  LaneMatrix preconditioner(const LaneMatrix& second_moment, const Lanes& escaped_mass,
+                            const std::optional<rule::RoundOff<LaneMatrix>>& round_off,
+                            const rule::Hyperparameters& numbers) const {
+    auto spectrum = eigh(second_moment);
+    LaneMatrix result = rule::Eigenvalues::preconditioner(spectrum, second_moment, escaped_mass, round_off, numbers);
+    found = ascending(std::move(spectrum.values));
+    return result;
+  }
+};
+
+/// The eigenvalues of eight second moments, from memory if all of them are known. Else by the solver that finds those
+/// of the next step: a run that is resumed gets the same bits.
+inline LaneValues eigenvalues_of(const Pairs& pairs, int64_t g, const LaneMatrix& second_moment) {
+  LaneValues values(pairs.rank());
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const double* known = pairs.eigenvalues(pairs.factor_in(g, lane));
+    if (known == nullptr) return ascending(std::move(eigh(second_moment).values));
+    for (int64_t i = 0; i < pairs.rank(); ++i) values.at(i, lane) = known[i];
+  }
+  return values;
 }
 
 /// The rule for eight factors.
@@ -112,17 +132,21 @@ inline void decide(const Pairs& pairs, int64_t g, const StateView& state, const 
   }
   LaneGroup& group = work.groups[static_cast<size_t>(g)];
   if (numbers.max_relative_change > 0) group.unmagnified.damping = damping(pairs, work, g, rows, numbers);
-  auto decision = rule::decide<rule::Eigenvalues, LaneMatrix>(old, group.unmagnified, rows, Lanes(clip), has_gradient,
-                                                              partner_edited, Pairs::kEpsilon, numbers);
+  const LaneValues eigenvalues = numbers.escape ? eigenvalues_of(pairs, g, old.second_moment) : LaneValues();
+  const RememberedEigenvalues roots = {eigenvalues, group.eigenvalues};
+  auto decision = rule::decide(old, group.unmagnified, rows, Lanes(clip), has_gradient, partner_edited, Pairs::kEpsilon,
+                               numbers, roots);
   const LaneMatrix& root = decision.moments.inverse_root;
   const LaneMatrix momentum_map = matmul(decision.momentum_map, transpose(root));
   const LaneMatrix gradient_map = matmul(decision.gradient_map, transpose(root));
+  const Lanes length = (1.0 - rule::bias_corrected_decay(numbers.beta1, decision.moments.step, has_gradient)) * clip;
   Lanes row_decay;
   if (work.row_equilibration)
     row_decay = rule::bias_corrected_decay(numbers.beta2, decision.moments.step, has_gradient);
   const int64_t lanes = std::min<int64_t>(kLanes, 2 * pairs.count() - g * kLanes);
   for (int64_t lane = 0; lane < lanes; ++lane)
-    store_maps(pairs, pairs.factor_in(g, lane), lane, momentum_map, gradient_map, decision.row_map, row_decay, work);
+    store_maps(pairs, pairs.factor_in(g, lane), lane, momentum_map, gradient_map, decision.row_map, row_decay, length,
+               work);
   group.second_moment = std::move(decision.moments.second_moment);
   group.escaped_mass = decision.moments.escaped_mass;
   group.step = decision.moments.step;
@@ -152,8 +176,7 @@ inline void bound_update_rms(const Pairs& pairs, double bound, Work& work, Threa
     const double excess = rule::rms_excess(std::max(squared, 0.0), elements, bound);
     if (!(excess > 1)) continue;
     for (size_t e = id.pair * pairs.square(); e < (id.pair + 1) * pairs.square(); ++e) {
-      side.momentum_maps[e] /= static_cast<float>(excess);
-      side.wide_momentum_maps[e] /= excess;
+      side.momentum_maps[e] /= excess;
       side.gradient_maps[e] /= excess;
     }
   }

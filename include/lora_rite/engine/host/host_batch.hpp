@@ -135,6 +135,14 @@ class HostBatch : public engine::Batch {
     std::swap(state_, next);
   }
 
+  PairDiagnostics diagnose(int64_t index) const override {
+    PairDiagnostics result = Batch::diagnose(index);
+    const auto pair = static_cast<size_t>(index);
+    result.a.in_double = plain_.double_steps({Side::A, pair});
+    result.b.in_double = plain_.double_steps({Side::B, pair});
+    return result;
+  }
+
   void restore(const std::vector<PairState>& states) override {
     Batch::restore(states);
     plain_.forget();

@@ -126,9 +126,11 @@ struct Transposed {
 /// r eigenvalues of each of the eight matrices.
 class LaneValues {
  public:
+  LaneValues() = default;
   explicit LaneValues(int64_t rank) : rank_(rank), buffer_(static_cast<size_t>(rank * kLanes)) {}
   int64_t rank() const { return rank_; }
   double* data() const { return buffer_.data(); }
+  double& at(int64_t i, int64_t lane) const { return data()[i * kLanes + lane]; }
   Lanes get(int64_t i) const {
     Lanes result;
     std::memcpy(result.lane.data(), data() + i * kLanes, sizeof(result.lane));
@@ -139,7 +141,7 @@ class LaneValues {
   }
 
  private:
-  int64_t rank_;
+  int64_t rank_ = 0;
   Buffer buffer_;
 };
 
@@ -158,14 +160,17 @@ inline Transposed transpose(const LaneMatrix& matrix) { return {{}, &matrix}; }
 inline Transposed transpose(LaneMatrix&& matrix) { return {std::move(matrix), nullptr}; }
 
 template <class Left, class Right>
-LaneMatrix multiply(const Left& x, const Right& y) {
+LaneMatrix multiply(const Left& x, const Right& y, bool symmetric = false) {
   LaneMatrix result(x.rank());
-  kernels::best().multiply(x.operand(), y.operand(), x.rank(), result.stride(), result.data());
+  kernels::best().multiply(x.operand(), y.operand(), x.rank(), result.stride(), symmetric, result.data());
   return result;
 }
 inline LaneMatrix matmul(const LaneMatrix& x, const LaneMatrix& y) { return multiply(x, y); }
 inline LaneMatrix matmul(const Transposed& x, const LaneMatrix& y) { return multiply(x, y); }
 inline LaneMatrix matmul(const LaneMatrix& x, const Transposed& y) { return multiply(x, y); }
+inline LaneMatrix symmetric_product(const LaneMatrix& x, const LaneMatrix& y) { return multiply(x, y, true); }
+inline LaneMatrix symmetric_product(const Transposed& x, const LaneMatrix& y) { return multiply(x, y, true); }
+inline LaneMatrix symmetric_product(const LaneMatrix& x, const Transposed& y) { return multiply(x, y, true); }
 
 inline LaneMatrix operator*(const LaneMatrix& m, const Lanes& factor) {
   return make_matrix(m.rank(), [&](int64_t i, int64_t j, int64_t lane) { return m.at(i, j, lane) * factor[lane]; });
@@ -190,14 +195,12 @@ inline LaneMatrix identity_like(const LaneMatrix& m) {
   return make_matrix(m.rank(), [](int64_t i, int64_t j, int64_t) { return i == j ? 1.0 : 0.0; });
 }
 inline LaneMatrix scale_columns(const LaneMatrix& m, const LaneValues& values) {
-  return make_matrix(m.rank(), [&](int64_t i, int64_t j, int64_t lane) {
-    return m.at(i, j, lane) * values.data()[j * kLanes + lane];
-  });
+  return make_matrix(m.rank(),
+                     [&](int64_t i, int64_t j, int64_t lane) { return m.at(i, j, lane) * values.at(j, lane); });
 }
 inline LaneMatrix scale_columns(const Transposed& m, const LaneValues& values) {
-  return make_matrix(m.rank(), [&](int64_t i, int64_t j, int64_t lane) {
-    return m.matrix().at(j, i, lane) * values.data()[j * kLanes + lane];
-  });
+  return make_matrix(
+      m.rank(), [&](int64_t i, int64_t j, int64_t lane) { return m.matrix().at(j, i, lane) * values.at(j, lane); });
 }
 /// diag(S)^{1/2} M
 template <class M>
@@ -253,18 +256,21 @@ inline Spectrum<Transposed, LaneValues> eigh(const LaneMatrix& symmetric) {
 }
 inline const LaneMatrix& transpose(const Transposed& m) { return m.matrix(); }
 
+/// In ascending order.
+inline LaneValues ascending(LaneValues values) {
+  for (int64_t lane = 0; lane < kLanes; ++lane)  // insertion sort: the solver's values come nearly in order
+    for (int64_t i = 1; i < values.rank(); ++i)
+      for (int64_t j = i; j > 0 && values.at(j, lane) < values.at(j - 1, lane); --j)
+        std::swap(values.at(j, lane), values.at(j - 1, lane));
+  return values;
+}
+
 /// Eigenvalues, ascending.
 inline LaneValues eigenvalues(const LaneMatrix& symmetric) {
   LaneMatrix destroyed = symmetric;  // NOLINT(performance-unnecessary-copy-initialization): likewise
   LaneValues values(symmetric.rank()), work(kernels::eigh_work(symmetric.rank()));
   kernels::best().eigh(destroyed.data(), destroyed.rank(), destroyed.stride(), values.data(), work.data(), nullptr);
-  for (int64_t lane = 0; lane < kLanes; ++lane) {  // insertion sort: the values come nearly in order
-    double* v = values.data() + lane;
-    for (int64_t i = 1; i < values.rank(); ++i)
-      for (int64_t j = i; j > 0 && v[j * kLanes] < v[(j - 1) * kLanes]; --j)
-        std::swap(v[j * kLanes], v[(j - 1) * kLanes]);
-  }
-  return values;
+  return ascending(std::move(values));
 }
 
 template <class Function>
@@ -322,7 +328,7 @@ inline LaneMatrix positive_inverse(const LaneMatrix& matrix) {
       inverse.set(i, j, x / lower.get(i, i));
     }
   }
-  return matmul(transpose(inverse), inverse);
+  return symmetric_product(transpose(inverse), inverse);
 }
 
 /// Householder's reflections, one matrix after the other: only QrBasis asks for it.

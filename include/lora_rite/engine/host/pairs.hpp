@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lora_rite/engine/host/fingerprint.hpp"
+#include "lora_rite/engine/host/precision.hpp"
 #include "lora_rite/engine/host/threads.hpp"
 #include "lora_rite/engine/host/work.hpp"
 #include "lora_rite/rule/hyperparameters.hpp"
@@ -62,8 +63,9 @@ class Pairs {
       known.chunks = Chunks::of(known.shape);
       known.stride = Fingerprint::stride_of(known.shape.rows * rank_);
       known.products = ChunkedSums(count, known.chunks.count, 2 * padded_ * padded_);
-      known.weighted = ChunkedSums(count, known.chunks.count, padded_);
-      known.seen.resize(static_cast<size_t>(count));
+      known.columns = ChunkedSums(count, known.chunks.count, 2 * padded_);
+      known.factors.resize(static_cast<size_t>(count));
+      known.eigenvalues.resize(static_cast<size_t>(count * rank_));
       longest = std::max(longest, known.shape.rows);
     }
     weights_.resize(static_cast<size_t>(longest));
@@ -93,6 +95,15 @@ class Pairs {
   /// XᵀX | XᵀN of a factor [p, 2p]; of XᵀX what lies in i ≤ j.
   const double* products(FactorId id) const { return known_[id.side].products.total(id.pair); }
 
+  /// Eigenvalues of a factor's second moment [r], ascending; null where they are not known.
+  const double* eigenvalues(FactorId id) const {
+    const Known& known = known_[id.side];
+    return known.factors[id.pair].knows_eigenvalues ? known.eigenvalues.data() + id.pair * static_cast<size_t>(rank_)
+                                                    : nullptr;
+  }
+
+  const DoubleSteps& double_steps(FactorId id) const { return known_[id.side].factors[id.pair].double_steps; }
+
   /// Act 1: GᵀG of every factor; sums over the rows of factors that were touched; who was edited, what is not finite.
   Observation observe(const PerSide<std::vector<FactorView>>& views, const StateView& state,
                       const rule::Hyperparameters& numbers, Threads& threads) {
@@ -118,7 +129,7 @@ class Pairs {
       side.gradient_gram.add_up(id.pair);
       if (side.row_moments != nullptr) side.scaled_gradient_gram.add_up(id.pair);
       FactorView& view = side.factors[id.pair].view;
-      view.touched = view.touched || fingerprint(id, view) != known_[id.side].seen[id.pair];
+      view.touched = view.touched || fingerprint(id, view) != known_[id.side].factors[id.pair].seen;
     });
     for (int64_t number = 0; number < 2 * count_; ++number) {
       const FactorId id = factor_of(number);
@@ -141,7 +152,13 @@ class Pairs {
     for_each_chunk(work, threads, [&](FactorId id, int64_t chunk, int64_t first, int64_t end, const auto& blocks) {
       move_rows(id, chunk, first, end, work, blocks);
     });
-    threads.for_each(2 * count_, [&](int64_t number, int64_t) { add_up(factor_of(number)); });
+    threads.for_each(2 * count_, [&](int64_t number, int64_t) {
+      const FactorId id = factor_of(number);
+      add_up(id);
+      remember_way_back(id, work, state);
+      known_[id.side].factors[id.pair].wants_wide_cross = wants_wide_cross(id, state);
+    });
+    for (int64_t number = 0; number < 2 * count_; ++number) settle(factor_of(number), work, state, threads);
     if (numbers.balance) balance(work, state, threads);
     threads.for_each(2 * count_, [&](int64_t number, int64_t) { remember(factor_of(number), work, state); });
     plan.work.reset();
@@ -149,7 +166,8 @@ class Pairs {
 
   /// After the state was replaced: nothing is known of the factors.
   void forget() {
-    for (const Side side : kSides) std::fill(known_[side].seen.begin(), known_[side].seen.end(), Fingerprint());
+    for (const Side side : kSides)
+      for (KnownFactor& factor : known_[side].factors) factor = KnownFactor();
   }
 
   /// body(factor, chunk, first row, end row, blocks) for every chunk of every factor, in parallel.
@@ -181,7 +199,9 @@ class Pairs {
                           side.decay,
                           side.rate,
                           factor.has_gradient(),
-                          factor.wide_momentum_map ? side.wide_momentum_maps.data() + begin : nullptr};
+                          factor.wide_momentum,
+                          factor.wide_gradient,
+                          {}};
     if (side.row_moments != nullptr && maps.has_gradient)
       maps.rows = {side.row_maps.data() + begin, row_moments_of(side, id), factor.row_decay};
     return maps;
@@ -192,14 +212,23 @@ class Pairs {
   }
 
  private:
+  struct KnownFactor {
+    Fingerprint seen;              ///< of the factor that the sums belong to
+    bool wide_cross = true;        ///< is XᵀN summed in double? The next pass begins as the last one ended.
+    bool wants_wide_cross = true;  ///< must it be? `settle` sees to it.
+    bool knows_eigenvalues = false;
+    DoubleSteps double_steps;
+  };
+
   /// What is known of the k factors of a side.
   struct Known {
     kernels::Shape shape;
     Chunks chunks;
-    int64_t stride;                 ///< of fingerprints
-    ChunkedSums products;           ///< XᵀX | XᵀN [k, p, 2p]
-    ChunkedSums weighted;           ///< column sums with `weights_` [k, p]
-    std::vector<Fingerprint> seen;  ///< of the factors that these sums belong to
+    int64_t stride;        ///< of fingerprints
+    ChunkedSums products;  ///< XᵀX | XᵀN [k, p, 2p]
+    ChunkedSums columns;   ///< sums of X's columns with `weights_` | ‖n‖² of N's columns [k, 2, p]
+    std::vector<KnownFactor> factors;
+    std::vector<double> eigenvalues;  ///< of the second moments [k, r], ascending
   };
 
   float* row_moments_of(const SideWork& side, FactorId id) const {
@@ -222,7 +251,6 @@ class Pairs {
       own.factors.resize(static_cast<size_t>(count_));
       own.gradient_gram = sums_of_rows(side, square());
       own.momentum_maps.resize(size);
-      own.wide_momentum_maps.resize(size);
       own.gradient_maps.resize(size);
       if (!row_equilibration) continue;
       own.scaled_gradient_gram = sums_of_rows(side, square());
@@ -234,34 +262,59 @@ class Pairs {
     return work;
   }
 
-  /// XᵀX, XᵀN and column sums of a factor from its rows: what act 3 usually leaves behind.
+  /// All sums over the rows of a factor, from its rows: what act 3 usually leaves behind.
   void sum_rows(FactorId id, const Work& work, const StateView& state, Threads& threads) {
+    read_rows(id, work, state, threads);
+    known_[id.side].factors[id.pair].wants_wide_cross = wants_wide_cross(id, state);
+    settle(id, work, state, threads);
+    known_[id.side].factors[id.pair].seen = fingerprint(id, work[id].view);
+  }
+
+  /// Must XᵀN be in double? It depends on what the state and the rows say, and on nothing else: a run that is resumed
+  /// must sum as the run that went on.
+  bool wants_wide_cross(FactorId id, const StateView& state) const {
+    const Known& known = known_[id.side];
+    if (!kernels::sums_in_float(known.shape)) return true;
+    const double* squares = known.columns.total(id.pair) + padded_;
+    const double* root = state.inverse_root + number_of({partner_of(id.side), id.pair}) * rank_ * rank_;
+    return !cross_product_fits_float(products(id), 2 * padded_, squares, root, rank_,
+                                     state.previous_rate[number_of(id)]);
+  }
+
+  /// Where XᵀN was summed in the wrong type the rows are read once more.
+  void settle(FactorId id, const Work& work, const StateView& state, Threads& threads) {
+    KnownFactor& factor = known_[id.side].factors[id.pair];
+    if (factor.wide_cross == factor.wants_wide_cross) return;
+    factor.wide_cross = factor.wants_wide_cross;
+    read_rows(id, work, state, threads);
+  }
+
+  void read_rows(FactorId id, const Work& work, const StateView& state, Threads& threads) {
     Known& known = known_[id.side];
-    const FactorView& view = work[id].view;
     const float* momentum = state.momentum[id.side];
     if (momentum != nullptr) momentum += static_cast<int64_t>(id.pair) * known.shape.rows * rank_;
     threads.for_each(known.chunks.count, [&](int64_t chunk, int64_t thread) {
       const int64_t first = chunk * known.chunks.rows, end = std::min(first + known.chunks.rows, known.shape.rows);
-      kernels::best().remember(view.values, momentum, weights_.data(), known.shape, first, end,
+      kernels::best().remember(work[id].view.values, momentum, weights_.data(), known.shape, first, end,
                                work.workspaces[static_cast<size_t>(thread)].blocks, emptied_sums(id, chunk));
     });
     add_up(id);
-    known.seen[id.pair] = fingerprint(id, view);
   }
 
   kernels::Sums emptied_sums(FactorId id, int64_t chunk) {
     Known& known = known_[id.side];
-    return {known.products.emptied_part(id.pair, chunk), known.weighted.emptied_part(id.pair, chunk)};
+    double* columns = known.columns.emptied_part(id.pair, chunk);
+    return {known.products.emptied_part(id.pair, chunk), columns, columns + padded_, known.factors[id.pair].wide_cross};
   }
 
   void add_up(FactorId id) {
     known_[id.side].products.add_up(id.pair);
-    known_[id.side].weighted.add_up(id.pair);
+    known_[id.side].columns.add_up(id.pair);
   }
 
   /// ‖x‖² and Σ w x of column j.
   double squared_norm(FactorId id, int64_t j) const { return products(id)[j * 2 * padded_ + j]; }
-  double weighted_sum(FactorId id, int64_t j) const { return known_[id.side].weighted.total(id.pair)[j]; }
+  double weighted_sum(FactorId id, int64_t j) const { return known_[id.side].columns.total(id.pair)[j]; }
 
   /// The remembered ‖x‖² of a factor's columns [r] in `state`; count · r further on: Σ w x.
   double* remembered_sums(FactorId id, const StateView& state) const {
@@ -281,7 +334,7 @@ class Pairs {
     return false;
   }
 
-  void store_moments(const Work& work, const StateView& state, Threads& threads) const {
+  void store_moments(const Work& work, const StateView& state, Threads& threads) {
     const int64_t size = rank_ * rank_;
     threads.for_each(group_count(), [&](int64_t g, int64_t) {
       const LaneGroup& group = work.groups[static_cast<size_t>(g)];
@@ -291,6 +344,12 @@ class Pairs {
         copy_out(group.unmagnified.inverse_root, lane, state.inverse_root + (first + lane) * size, rank_);
         state.escaped_mass[first + lane] = group.escaped_mass[lane];
         state.step[first + lane] = group.step[lane];
+        const FactorId id = factor_of(first + lane);
+        Known& known = known_[id.side];
+        known.factors[id.pair].knows_eigenvalues = true;
+        for (int64_t i = 0; i < rank_; ++i)
+          known.eigenvalues[id.pair * static_cast<size_t>(rank_) + static_cast<size_t>(i)] =
+              group.eigenvalues.at(i, lane);
       }
     });
   }
@@ -335,21 +394,29 @@ class Pairs {
     for (int64_t e = 0; e < size; ++e) numbers[e] *= static_cast<Number>(factor);
   }
 
-  /// Remembers where the step left a factor.
-  void remember(FactorId id, const Work& work, const StateView& state) {
-    const FactorWork& factor = work[id];
+  void remember_way_back(FactorId id, const Work& work, const StateView& state) const {
     const SideWork& side = work.sides[id.side];
-    const auto back = factor.has_gradient()
+    const auto back = work[id].has_gradient()
                           ? rule::way_back(1 - static_cast<double>(side.decay), static_cast<double>(side.rate))
                           : rule::WayBack<double>{1, 0};
     state.previous_scale[number_of(id)] = back.scale;
     state.previous_rate[number_of(id)] = back.rate;
+  }
+
+  /// Remembers where the step left a factor.
+  void remember(FactorId id, const Work& work, const StateView& state) {
     double* norms = remembered_sums(id, state);
     for (int64_t j = 0; j < rank_; ++j) {
       norms[j] = squared_norm(id, j);
       norms[count_ * rank_ + j] = weighted_sum(id, j);
     }
-    known_[id.side].seen[id.pair] = fingerprint(id, factor.view);
+    const FactorWork& factor = work[id];
+    KnownFactor& known = known_[id.side].factors[id.pair];
+    known.seen = fingerprint(id, factor.view);
+    if (!factor.has_gradient()) return;
+    known.double_steps.momentum_map += factor.wide_momentum ? 1 : 0;
+    known.double_steps.gradient_map += factor.wide_gradient ? 1 : 0;
+    known.double_steps.cross_product += known.wide_cross ? 1 : 0;
   }
 
   int64_t count_, rank_, padded_;

@@ -48,7 +48,8 @@ struct FactorWork {
   bool edited = false;             ///< by someone else, since the last step
   bool finite = true;              ///< factor, momentum and gradient
   double unmagnified_squared = 0;  ///< ‖Ḡ‖²
-  bool wide_momentum_map = false;  ///< does N's map need doubles?
+  bool wide_momentum = true;       ///< must N's map be in double?
+  bool wide_gradient = true;       ///< the same of G's
   double row_decay = 1;            ///< β₂', for row equilibration
 
   bool has_gradient() const { return view.gradient != nullptr; }
@@ -60,19 +61,19 @@ struct SideWork {
   ChunkedSums gradient_gram;         ///< GᵀG [k, p, p]
   ChunkedSums scaled_gradient_gram;  ///< the same of rows scaled by their moments, where those are known
   // Maps: beyond r zero, as they were made; nobody writes there.
-  std::vector<float> momentum_maps;        ///< N → N [k, p, p]
-  std::vector<double> wide_momentum_maps;  ///< the same in double
-  std::vector<double> gradient_maps;       ///< G → N [k, p, p]
-  std::vector<double> row_maps;            ///< G → S₀ [k, p, p], for row equilibration
-  float decay = 0, rate = 0;               ///< X ← X − (rate · N + decay · X)
-  float* momentum = nullptr;               ///< [k, factor]
-  float* row_moments = nullptr;            ///< [k, n], null if not known or not wanted
+  std::vector<double> momentum_maps;  ///< N → N [k, p, p]
+  std::vector<double> gradient_maps;  ///< G → N [k, p, p]
+  std::vector<double> row_maps;       ///< G → S₀ [k, p, p], for row equilibration
+  float decay = 0, rate = 0;          ///< X ← X − (rate · N + decay · X)
+  float* momentum = nullptr;          ///< [k, factor]
+  float* row_moments = nullptr;       ///< [k, n], null if not known or not wanted
 };
 
 /// Act 2 for eight factors.
 struct LaneGroup {
   rule::Unmagnified<LaneMatrix> unmagnified;
   LaneMatrix second_moment;  ///< of the next step, as the following ones
+  LaneValues eigenvalues;    ///< of the second moment, ascending
   Lanes escaped_mass, step;
 };
 

@@ -52,6 +52,7 @@ inline void remember(const float* factor, const float* momentum, const double* w
   if (momentum != nullptr) {
     const Matrix n = rows_of(momentum, shape, first, end).template cast<double>();
     square_of(sums.products + p, shape.rank, 2 * p) += x.transpose() * n;
+    Eigen::Map<Eigen::RowVectorXd>(sums.squares, shape.rank) += n.colwise().squaredNorm();
   }
   Eigen::Map<Eigen::VectorXd>(sums.weighted, shape.rank) +=
       x.transpose() * Eigen::Map<const Eigen::VectorXd>(weights + first, end - first);
@@ -74,9 +75,7 @@ inline Matrix equilibrated(const float* gradient, const Shape& shape, int64_t fi
 inline Matrix updated(const float* momentum, const float* gradient, const Shape& shape, int64_t first, int64_t end,
                       const Maps& maps) {
   const int64_t p = padded_rank(shape.rank);
-  const Matrix map = maps.wide_momentum != nullptr ? Matrix(square_of(maps.wide_momentum, shape.rank, p))
-                                                   : Matrix(square_of(maps.momentum, shape.rank, p).cast<double>());
-  Matrix n = rows_of(momentum, shape, first, end).template cast<double>() * map;
+  Matrix n = rows_of(momentum, shape, first, end).template cast<double>() * square_of(maps.momentum, shape.rank, p);
   if (maps.has_gradient)
     n += equilibrated(gradient, shape, first, end, maps.rows) * square_of(maps.gradient, shape.rank, p);
   return n;
@@ -103,10 +102,16 @@ inline auto lane_of(double* data, int64_t r, int64_t row_stride, int64_t column_
   return Eigen::Map<Matrix, 0, Stride>(data + lane, r, r, Stride(row_stride * kLanes, column_stride * kLanes));
 }
 
-inline void multiply(const Operand& x, const Operand& y, int64_t r, int64_t stride, double* out) {
+inline void multiply(const Operand& x, const Operand& y, int64_t r, int64_t stride, bool symmetric, double* out) {
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    lane_of(out, r, stride, 1, lane) = lane_of(const_cast<double*>(x.data), r, x.row_stride, x.column_stride, lane) *
-                                       lane_of(const_cast<double*>(y.data), r, y.row_stride, y.column_stride, lane);
+    const Matrix product = lane_of(const_cast<double*>(x.data), r, x.row_stride, x.column_stride, lane) *
+                           lane_of(const_cast<double*>(y.data), r, y.row_stride, y.column_stride, lane);
+    auto result = lane_of(out, r, stride, 1, lane);
+    if (symmetric) {
+      result = product.selfadjointView<Eigen::Upper>();
+    } else {
+      result = product;
+    }
   }
 }
 

@@ -57,31 +57,39 @@ inline int64_t pair_stride(int64_t p) { return 2 * p + 8; }
 struct Blocks {
   float *factor, *momentum, *gradient, *update;  ///< [b][p]
   double* gradient_wide;                         ///< [b][p]
-  double* pairs;                                 ///< X | N [b][2p + 8]
+  double* pairs;                                 ///< X | N [b][2p + 8], or X alone [b][p]
   double* rows;                                  ///< a number of each row [b]
+  float *momentum_map, *gradient_map;            ///< in float [p][p]
 
-  static int64_t size(int64_t rank) {  ///< in doubles
-    return block_rows(rank) * (3 * padded_rank(rank) + pair_stride(padded_rank(rank)) + 1);
+  /// In doubles: all, and what is a number or numbers of each row.
+  static int64_t size(int64_t rank) { return rows_size(rank) + padded_rank(rank) * padded_rank(rank); }
+  static int64_t rows_size(int64_t rank) {
+    const int64_t p = padded_rank(rank);
+    return block_rows(rank) * (3 * p + pair_stride(p) + 1);
   }
   static Blocks in(double* memory, int64_t rank) {
-    const int64_t b = block_rows(rank), block = b * padded_rank(rank);
+    const int64_t b = block_rows(rank), p = padded_rank(rank), block = b * p;
     float* floats = reinterpret_cast<float*>(memory);
-    double* pairs = memory + 3 * block;
-    return {floats,
-            floats + block,
-            floats + 2 * block,
-            floats + 3 * block,
-            memory + 2 * block,
-            pairs,
-            pairs + b * pair_stride(padded_rank(rank))};
+    double *pairs = memory + 3 * block, *rows = pairs + b * pair_stride(p);
+    float* maps = reinterpret_cast<float*>(rows + b);
+    return {floats, floats + block, floats + 2 * block, floats + 3 * block, memory + 2 * block, pairs,
+            rows,   maps,           maps + p * p};
   }
 };
 
 /// Sums over rows that a pass leaves behind; the pass adds to them.
 struct Sums {
-  double* products;  ///< XᵀX | XᵀN [p][2p]; of XᵀX only what lies in i ≤ j
-  double* weighted;  ///< Σ w_i x_i [p]
+  double* products;        ///< XᵀX | XᵀN [p][2p]; of XᵀX only what lies in i ≤ j
+  double* weighted;        ///< Σ w_i x_i [p]
+  double* squares;         ///< Σ n_i² [p], to a float's accuracy; not formed where `sums_in_float` is false
+  bool wide_cross = true;  ///< XᵀN in double? Else each block sums it in float, and sums of blocks are double.
 };
+
+/// Is XᵀN faster in float for factors of this shape? Tiles of 12 columns leave registers half empty, and at rank 8 it
+/// pays only where no transpose comes before.
+inline bool sums_in_float(const Shape& shape) {
+  return padded_rank(shape.rank) >= 16 || (shape.rank == 8 && !shape.rank_first);
+}
 
 /// Row equilibration of one factor: row ← decay·row + (1−decay)·mean_j (G·map)², and G's rows are divided by the root
 /// of that; a row that never had a gradient rests.
@@ -95,12 +103,12 @@ struct RowMoments {
 /// Act 3's instructions for one factor: N ← N·momentum + G·gradient, X ← X − (rate·N + decay·X). The decay stands by
 /// itself: a float next to 1 does not hold 1 − decay.
 struct Maps {
-  const float* momentum;   ///< [p][p]
-  const double* gradient;  ///< [p][p]; it weighs up faint directions, where a float is noise
+  const double *momentum, *gradient;  ///< [p][p]
   float decay, rate;
-  bool has_gradient;                      ///< else X rests and only N is carried along
-  const double* wide_momentum = nullptr;  ///< the momentum's map in double, where one in float would lose too much
-  RowMoments rows = {};                   ///< where there is a gradient
+  bool has_gradient;          ///< else X rests and only N is carried along
+  bool wide_momentum = true;  ///< N·momentum in double? Else both numbers are floats, and so are the sums.
+  bool wide_gradient = true;  ///< the same of G·gradient, which is in float only where the other is
+  RowMoments rows = {};       ///< where there is a gradient; they want `wide_gradient`
 };
 
 // --- Lanes ---------------------------------------------------------------------------------------------------------
@@ -128,7 +136,7 @@ struct Table {
                 int64_t first, int64_t end, const Maps& maps, const Blocks& blocks, const Sums& sums);
   void (*update_gram)(const float* momentum, const float* gradient, const Shape& shape, int64_t first, int64_t end,
                       const Maps& maps, const Blocks& blocks, double* products);
-  void (*multiply)(const Operand& x, const Operand& y, int64_t r, int64_t stride, double* out);
+  void (*multiply)(const Operand& x, const Operand& y, int64_t r, int64_t stride, bool symmetric, double* out);
   void (*eigh)(double* matrices, int64_t r, int64_t stride, double* eigenvalues, double* work, double* eigenvectors);
 };
 
