@@ -182,6 +182,27 @@ TEST(ProductSpectrum, AFactorOfZerosGivesNoNaN) {
   EXPECT_EQ(product_spectrum(pair).balance, std::numeric_limits<double>::infinity());
 }
 
+// ΔW would take 640 GB in float.
+TEST(ProductSpectrum, NeverFormsTheProduct) {
+  const int64_t size = 400000;
+  // Columns of the norm √size, orthogonal: 1 1 1 1 … and 1 -1 1 -1 …
+  const torch::Tensor ones = torch::ones({size}), signs = ones - 2 * (torch::arange(size) % 2);
+  const torch::Tensor left = torch::stack({signs, ones}, 1), right = torch::stack({ones, signs}, 1);
+  // Whole numbers, and so without rounding: B A = left · diag(3, 1) · rightᵀ, whose values are 3 · size and size.
+  const torch::Tensor basis = torch::tensor({{2.0F, 1.0F}, {1.0F, 1.0F}});
+  const torch::Tensor inverse = torch::tensor({{1.0F, -1.0F}, {-1.0F, 2.0F}});
+  const torch::Tensor a = torch::matmul(inverse, torch::diag(torch::tensor({3.0F, 1.0F}))).matmul(right.t());
+  const ProductSpectrum found = product_spectrum({"large", a, torch::matmul(left, basis)}, 0.25);
+  ASSERT_EQ(found.singular_values.size(), 2U);
+  // Each is off by some √size ε of ‖A‖₂ ‖B‖₂, which is below 20 · size.
+  const double bound = 20 * std::sqrt(static_cast<double>(size)) * kEpsilon;
+  EXPECT_NEAR(found.singular_values[0] / 300000, 1, bound);
+  EXPECT_NEAR(found.singular_values[1] / 100000, 1, 3 * bound);
+  EXPECT_EQ(found.numerical_rank, 2);
+  EXPECT_NEAR(found.condition_number, 3, 12 * bound);
+  EXPECT_NEAR(found.frobenius_norm / std::sqrt(10.0), 100000, 4 * bound * 100000);
+}
+
 TEST(ProductSpectrum, RefusesWhatIsNoPairOfNumbers) {
   torch::manual_seed(6);
   const auto message_of = [](const FactorPair& pair, double scale) -> std::string {
