@@ -75,6 +75,16 @@ TEST(CommandLines, OfTheHelpAreTaken) {
   }
 }
 
+TEST(CommandLines, TheHelpNamesThePythonThatIsTaken) {
+  CLI::App app("finetune");
+  std::function<int()> action;
+  add_commands(app, action);
+  for (const char* command : {"eval", "inspect"}) {
+    EXPECT_EQ(app.get_subcommand(command)->get_option("--python")->get_default_str(), "$FINETUNE_PYTHON, else python3")
+        << command;
+  }
+}
+
 TEST(CommandLines, AnErrorIsSaidOnTheErrorStreamAndIsCode1) {
   const char* arguments[] = {"finetune", "inspect", "/nowhere"};
   ::testing::internal::CaptureStderr();

@@ -1,5 +1,6 @@
 #include "commands/evaluate.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <lora_rite/io/safetensors.hpp>
 #include <nlohmann/json.hpp>
@@ -9,7 +10,9 @@
 #include "commands/merge.hpp"
 #include "common/files.hpp"
 #include "evaluation/evaluate.hpp"
+#include "finetune/python.hpp"
 #include "support.hpp"
+#include "task_files.hpp"
 #include "workloads/sentence_workload.hpp"
 
 namespace finetune {
@@ -18,63 +21,6 @@ namespace {
 namespace fs = std::filesystem;
 using lora_rite::testing::read_bytes;
 using lora_rite::testing::write_bytes;
-
-std::string header(const std::string& task, const std::string& kind, bool encoder_decoder) {
-  return nlohmann::json{
-             {"format", "finetune-tasks 1"}, {"task", task}, {"kind", kind}, {"encoder_decoder", encoder_decoder}}
-             .dump() +
-         "\n";
-}
-
-void write_texts(const fs::path& path, const std::vector<TextRecord>& records, bool encoder_decoder) {
-  std::string content = header("gsm8k", "text", encoder_decoder);
-  for (const TextRecord& record : records) {
-    content +=
-        nlohmann::json{{"prompt", record.prompt}, {"completion", record.completion}, {"references", record.references}}
-            .dump() +
-        "\n";
-  }
-  write_bytes(path, content);
-}
-
-std::vector<ChoiceRecord> tiny_choices() {
-  std::vector<ChoiceRecord> records;
-  for (const TextRecord& text : tiny_texts(12, 5)) {
-    ChoiceRecord record;
-    record.prompts = {text.prompt};
-    record.choices = {text.completion, {9, 4}, {7}};
-    record.characters = {5, 2, 3};
-    record.bytes = {6, 2, 4};
-    record.answer = static_cast<int64_t>(records.size() % 3);
-    records.push_back(record);
-  }
-  return records;
-}
-
-void write_choices(const fs::path& path, const std::vector<ChoiceRecord>& records, bool encoder_decoder) {
-  std::string content = header("arc", "choices", encoder_decoder);
-  for (const ChoiceRecord& record : records) {
-    content += nlohmann::json{{"prompts", record.prompts},
-                              {"choices", record.choices},
-                              {"characters", record.characters},
-                              {"bytes", record.bytes},
-                              {"answer", record.answer}}
-                   .dump() +
-               "\n";
-  }
-  write_bytes(path, content);
-}
-
-// A stand-in for the interpreter: of token ids "5 6" it makes the text "5 6 ", of texts "5 6" the ids 5 and 6.
-fs::path write_interpreter(const fs::path& path) {
-  return write_program(
-      path,
-      "script=$1\n"
-      "while [ $# -gt 0 ]; do case $1 in --input) in=$2;; --output) out=$2;; --header) header=$2;; esac; shift; "
-      "done\n"
-      "case $script in *decode_tokens.py) sed 's/.*/\"&\"/' \"$in\" > \"$out\";;\n"
-      "*) { printf '%s\\n' \"$header\"; cat \"$in\"; } > \"$out\";; esac\n");
-}
 
 nlohmann::json evaluated(const EvaluateOptions& options) {
   std::ostringstream ignored;
@@ -238,6 +184,49 @@ TEST_F(EvaluateClassifier, AccuracyAndLossAreThoseOfTheLogits) {
   EXPECT_NEAR(result["loss"].get<double>(), loss / count, 1e-5);  // padding: sums in another order
 }
 
+TEST_F(EvaluateClassifier, TextsAreCutToMaxLength) {
+  SentenceClassifier& model = dynamic_cast<SentenceWorkload&>(*workload_).model();
+  Dataset cut = data_;
+  for (std::vector<int64_t>& tokens : cut.tokens) tokens.resize(std::min<size_t>(tokens.size(), 4));
+  ASSERT_NE(evaluate(model, cut), evaluate(model, data_)) << "the rest matters";
+  options_.max_length = 4;
+  const nlohmann::json result = evaluated(options_)["results"][0];
+  for (const auto& [name, value] : evaluate(model, cut)) EXPECT_EQ(result[name], value) << name;
+}
+
+// A tokenizer that knows the numbers 3 to 63 as words, and puts 1 before a text and 2 behind it.
+void write_tokenizer(const fs::path& path) {
+  nlohmann::json vocabulary = {{"[UNK]", 0}, {"[CLS]", 1}, {"[SEP]", 2}};
+  for (int id = 3; id < 64; ++id) vocabulary[std::to_string(id)] = id;
+  write_json(path, {{"version", "1.0"},
+                    {"added_tokens", nlohmann::json::array()},
+                    {"pre_tokenizer", {{"type", "WhitespaceSplit"}}},
+                    {"post_processor", {{"type", "BertProcessing"}, {"sep", {"[SEP]", 2}}, {"cls", {"[CLS]", 1}}}},
+                    {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", "[UNK]"}}}});
+}
+
+TEST_F(EvaluateClassifier, MaxLengthCountsTheTokenizersSpecialTokens) {
+  if (!python_has("tokenizers")) GTEST_SKIP() << "Python has no package 'tokenizers'; run scripts/setup --tests";
+  write_tokenizer(folder_ / "base/tokenizer.json");
+  options_.python.clear();
+  SentenceClassifier& model = dynamic_cast<SentenceWorkload&>(*workload_).model();
+  std::vector<Scores> all;
+  for (const size_t limit : {3, 6, 24}) {  // the least and the most that this model takes, and one between them
+    Dataset cut = data_;
+    for (std::vector<int64_t>& tokens : cut.tokens) {
+      tokens.resize(std::min(tokens.size(), limit - 2));
+      tokens.insert(tokens.begin(), 1);
+      tokens.push_back(2);
+    }
+    all.push_back(evaluate(model, cut));
+    options_.max_length = static_cast<int64_t>(limit);
+    const nlohmann::json result = evaluated(options_)["results"][0];
+    for (const auto& [name, value] : all.back()) EXPECT_EQ(result[name], value) << limit << " " << name;
+  }
+  EXPECT_NE(all[0], all[1]);
+  EXPECT_NE(all[1], all[2]);
+}
+
 TEST_F(EvaluateClassifier, LabelsOfAllFilesAreLookedAtBeforeTextsAreTokenisedAndTheModelIsRead) {
   fs::remove(folder_ / "base/model.safetensors");
   write_bytes(folder_ / "bad.tsv", "yes\t8 9\nmaybe\t8 9\n");
@@ -281,7 +270,9 @@ TEST_F(EvaluateClassifier, NonsenseIsRefusedAndNothingWritten) {
   expect("--dtype bfloat16: a sentence classifier", [](auto& options) { options.dtype = "bfloat16"; });
   expect("--batch 5: a sentence classifier", [](auto& options) { options.batch = 5; });
   expect("head.safetensors: does not exist", [](auto& options) { options.adapter.clear(); });
-  expect("--max-length 400: the model has", [](auto& options) { options.max_length = 400; });
+  expect("--max-length 25: the model has 24 positions; choose at most that",
+         [](auto& options) { options.max_length = 25; });
+  expect("--max-length 2: expected at least 3", [](auto& options) { options.max_length = 2; });
   expect("--data", [](auto& options) { options.data.clear(); });
   expect("does not occur in the training data", [&](auto& options) {
     write_bytes(folder_ / "other.tsv", "maybe\t8 9\n");
@@ -307,8 +298,10 @@ TEST_F(EvaluateClassifier, NonsenseIsRefusedAndNothingWritten) {
   language.data = {folder_ / "texts.jsonl"};
   language.max_length = EvaluateOptions().max_length;
   options_ = language;
-  expect("--batch 0", [](auto& options) { options.batch = 0; });
-  expect("--threads -1", [](auto& options) { options.threads = -1; });
+  expect("--batch 0: expected at least 1", [](auto& options) { options.batch = 0; });
+  expect("--batch -1: expected at least 1", [](auto& options) { options.batch = -1; });
+  expect("--threads -1: expected 0 to 1024", [](auto& options) { options.threads = -1; });
+  expect("--threads 1025: expected 0 to 1024", [](auto& options) { options.threads = 1025; });
   expect("--dtype float16", [](auto& options) { options.dtype = "float16"; });
   expect("--device gpu", [](auto& options) { options.device = "gpu"; });
   expect("nothing is written without --generate", [](auto& options) { options.texts = "texts"; });

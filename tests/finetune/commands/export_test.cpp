@@ -5,8 +5,10 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "commands/evaluate.hpp"
 #include "common/files.hpp"
 #include "support.hpp"
+#include "task_files.hpp"
 
 namespace finetune {
 namespace {
@@ -111,6 +113,35 @@ TEST(Export, FactorsAreRoundedToTheDtypeThatIsAskedFor) {
   const Tensors rounded = lora_rite::load_adapter(folder / "half").tensors;
   ASSERT_EQ(rounded.size(), exact.size());
   for (const auto& [name, tensor] : exact) EXPECT_TRUE(rounded.at(name).equal(tensor.to(torch::kBFloat16))) << name;
+}
+
+TEST(Export, InBFloat16ItIsMeasuredAsItsRoundedFactors) {
+  const TemporaryFolder folder;
+  RunOptions run = tiny_run(folder, model_golden("llama"));
+  run.lr = 0.1;  // far enough for the rounding to show
+  interrupt_after(3, run);
+  ExportOptions options = export_options(folder);
+  exported(options);
+  lora_rite::Adapter rounded = lora_rite::load_adapter(options.out);
+  for (auto& item : rounded.tensors) item.second = item.second.to(torch::kBFloat16).to(torch::kFloat);
+  lora_rite::save_adapter(folder / "rounded", rounded);
+  options.out = folder / "half";
+  options.dtype = "bfloat16";
+  exported(options);
+  const fs::path texts = write_texts(folder / "texts.jsonl", tiny_texts(10, 4));
+  const auto loss_of = [&](const char* adapter, const char* dtype) {
+    EvaluateOptions measured;
+    measured.model = run.model;
+    measured.adapter = folder / adapter;
+    measured.data = {texts};
+    measured.dtype = dtype;
+    std::ostringstream ignored;
+    return evaluate_model(measured, ignored)["results"][0]["loss"].get<double>();
+  };
+  for (const char* dtype : {"float32", "bfloat16"}) {  // of the base
+    EXPECT_EQ(loss_of("half", dtype), loss_of("rounded", dtype)) << dtype;
+    EXPECT_NE(loss_of("half", dtype), loss_of("exported", dtype)) << dtype;
+  }
 }
 
 TEST(Export, TheBestIsThatOfTheBestMeasurement) {

@@ -1,11 +1,14 @@
 // What docs/finetune.md and the --help text promise of inspect, and no other test holds.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <lora_rite/io/peft.hpp>
+#include <map>
 
 #include "commands/inspect.hpp"
+#include "finetune/python.hpp"
 #include "models/base_checkpoint.hpp"
 #include "support.hpp"
 
@@ -70,6 +73,71 @@ TEST(InspectPromises, EveryCellIsTheFigureThatItsColumnNames) {
   }
 }
 
+// The place of a column in a table.
+size_t column(const std::vector<std::vector<std::string>>& table, const std::string& name) {
+  return std::find(table[0].begin(), table[0].end(), name) - table[0].begin();
+}
+
+// Layers of the ranks 1 to r, by rows of A that are multiples of the first; r stays r.
+TEST(InspectPromises, RanksAreThoseOfTheFullProducts) {
+  const TemporaryFolder folder;
+  const int64_t r = 4;
+  lora_rite::Adapter adapter;
+  adapter.config.r = r;
+  std::map<std::string, int64_t> ranks;
+  std::map<std::string, double> effective;
+  torch::manual_seed(21);
+  for (int64_t rank = 1; rank <= r; ++rank) {
+    const std::string module = "layers." + std::to_string(rank) + ".proj";
+    torch::Tensor a = torch::randn({r, 9});
+    for (int64_t row = rank; row < r; ++row) a[row].copy_(2 * a[0]);
+    const torch::Tensor b = torch::randn({7, r});
+    adapter.tensors[module + ".lora_A.weight"] = a;
+    adapter.tensors[module + ".lora_B.weight"] = b;
+    const torch::Tensor values = torch::linalg_svdvals(torch::matmul(b.to(torch::kDouble), a.to(torch::kDouble)));
+    const torch::Tensor large = values.masked_select(values > 1e-10 * values[0]);  // the others are round-off
+    ASSERT_EQ(large.numel(), rank);
+    const torch::Tensor shares = large / large.sum();
+    ranks[module] = rank;
+    effective[module] = torch::exp(-(shares * shares.log()).sum()).item<double>();
+    EXPECT_TRUE(rank == 1 || number(effective[module]) != std::to_string(rank)) << "the columns differ";
+  }
+  lora_rite::save_adapter(folder / "adapter", adapter);
+  InspectOptions options;
+  options.adapter = folder / "adapter";
+  options.json = folder / "figures.json";
+  const auto table = table_in(inspected(options));
+  for (size_t i = 1; i <= ranks.size(); ++i) {
+    const std::vector<std::string>& row = table.at(i);
+    EXPECT_EQ(row[column(table, "r")], std::to_string(r)) << row[0];
+    EXPECT_EQ(row[column(table, "rank")], std::to_string(ranks.at(row[0]))) << row[0];
+    EXPECT_EQ(row[column(table, "eff. rank")], number(effective.at(row[0]))) << row[0];
+  }
+  const nlohmann::json layers = read_json(options.json)["layers"];
+  ASSERT_EQ(layers.size(), ranks.size());
+  for (const nlohmann::json& layer : layers) {
+    EXPECT_EQ(layer["r"], r);
+    EXPECT_EQ(layer["numerical_rank"], ranks.at(layer["layer"])) << layer["layer"];
+    EXPECT_NEAR(layer["effective_rank"].get<double>(), effective.at(layer["layer"]), 1e-9) << layer["layer"];
+  }
+}
+
+// ΔW of the layer would take 640 GB in float.
+TEST(InspectPromises, TheProductIsNeverFormed) {
+  const TemporaryFolder folder;
+  const int64_t size = 400000;
+  lora_rite::Adapter adapter;
+  adapter.config.r = 2;
+  adapter.config.lora_alpha = 1;
+  adapter.tensors["layers.0.proj.lora_A.weight"] = torch::ones({2, size}).mul_(torch::tensor({{1.0F}, {0.0F}}));
+  adapter.tensors["layers.0.proj.lora_B.weight"] = torch::ones({size, 2});
+  lora_rite::save_adapter(folder / "adapter", adapter);
+  const std::vector<LayerReport> reports = inspect_adapter(read_adapter(folder / "adapter"), nullptr);
+  ASSERT_EQ(reports.size(), 1U);
+  EXPECT_NEAR(reports[0].spectrum.spectral_norm, 200000, 200000 * 1e-12);  // ½ ‖1‖ ‖1‖, of so many products in double
+  EXPECT_EQ(reports[0].spectrum.numerical_rank, 1);
+}
+
 TEST(InspectPromises, JsonHasTheBasesFiguresAndNullForWhatIsInfinite) {
   const TemporaryFolder folder;
   InspectOptions options;
@@ -115,6 +183,27 @@ TEST(InspectPromises, EveryOptionReachesItFromTheCommandLine) {
   ::testing::internal::CaptureStdout();
   EXPECT_EQ(run_command(&add_inspect_command, {"inspect", options.adapter.string()}), 0);
   EXPECT_EQ(::testing::internal::GetCapturedStdout(), inspected(plain)) << "the defaults";
+}
+
+TEST(InspectPromises, ThePictureIsDrawnByMatplotlib) {
+  if (!python_has("matplotlib")) GTEST_SKIP() << "Python has no package 'matplotlib'; run scripts/setup --tests";
+  const TemporaryFolder folder;
+  InspectOptions options;
+  options.adapter = save_adapter_with_a_zero(folder / "adapter");  // infinite figures among the others
+  for (const bool has_base : {false, true}) {
+    if (has_base) options.model = model_golden("llama");
+    options.picture = folder / ("map" + std::to_string(has_base) + ".png");
+    inspected(options);
+    const std::string bytes = lora_rite::testing::read_bytes(options.picture);
+    EXPECT_EQ(bytes.substr(0, 8), "\x89PNG\r\n\x1a\n");
+    // Read again: so many colours as a heat map has, and a page that is not one grey.
+    const std::string check =
+        "import sys, matplotlib.image\n"
+        "image = matplotlib.image.imread(sys.argv[1])\n"
+        "colours = {tuple(pixel) for pixel in image.reshape(-1, image.shape[2])}\n"
+        "sys.exit(image.shape[0] < 200 or image.shape[1] < 200 or len(colours) < 100)\n";
+    EXPECT_EQ(run_program({find_python(""), "-c", check, options.picture.string()}), 0);
+  }
 }
 
 TEST(InspectPromises, FactorsOfExpertsAreShownWithoutABaseAlone) {

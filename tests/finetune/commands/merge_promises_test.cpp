@@ -17,8 +17,6 @@ namespace {
 namespace fs = std::filesystem;
 using lora_rite::testing::write_bytes;
 
-Tensors tensors_of(const fs::path& folder) { return lora_rite::load_sharded(folder).tensors; }
-
 // A base of golden/ with other tensors.
 fs::path write_base(const fs::path& folder, const std::string& name, const std::function<void(Tensors&)>& change) {
   Tensors tensors = tensors_of(model_golden(name));
@@ -32,21 +30,6 @@ fs::path write_base(const fs::path& folder, const std::string& name, torch::Dtyp
   return write_base(folder, name, [dtype](Tensors& tensors) {
     for (auto& item : tensors) item.second = item.second.to(dtype);
   });
-}
-
-// ΔW of every layer with linear factors, by the weight's name, in float.
-Tensors deltas_of(const fs::path& folder) {
-  const lora_rite::Adapter adapter = lora_rite::load_adapter(folder);
-  const double scale = adapter.config.lora_alpha / static_cast<double>(adapter.config.r);
-  Tensors deltas;
-  for (const auto& [name, a] : adapter.tensors) {
-    const size_t at = name.find(".lora_A.weight");
-    if (at == std::string::npos) continue;
-    const std::string module = name.substr(0, at);
-    deltas[module + ".weight"] = torch::matmul(adapter.tensors.at(module + ".lora_B.weight"), a) * scale;
-  }
-  EXPECT_GE(deltas.size(), 4U);
-  return deltas;
 }
 
 // The same adapter but for its numbers.

@@ -91,6 +91,23 @@ inline void write_model(const std::filesystem::path& folder, const nlohmann::jso
   save_safetensors(folder / "model.safetensors", tensors, {{"format", "pt"}});
 }
 
+inline Tensors tensors_of(const std::filesystem::path& folder) { return lora_rite::load_sharded(folder).tensors; }
+
+/// ΔW of every layer with linear factors, by the weight's name, in float. Of an adapter of one rank and alpha.
+inline Tensors deltas_of(const std::filesystem::path& folder) {
+  const lora_rite::Adapter adapter = lora_rite::load_adapter(folder);
+  const double scale = adapter.config.lora_alpha / static_cast<double>(adapter.config.r);
+  Tensors deltas;
+  for (const auto& [name, a] : adapter.tensors) {
+    const size_t at = name.find(".lora_A.weight");
+    if (at == std::string::npos) continue;
+    const std::string module = name.substr(0, at);
+    deltas[module + ".weight"] = torch::matmul(adapter.tensors.at(module + ".lora_B.weight"), a) * scale;
+  }
+  EXPECT_GE(deltas.size(), 4U);
+  return deltas;
+}
+
 /// A program of these lines for /bin/sh.
 inline std::filesystem::path write_program(const std::filesystem::path& path, const std::string& lines) {
   lora_rite::testing::write_bytes(path, "#!/bin/sh\n" + lines);

@@ -6,8 +6,8 @@
 #include <nlohmann/json.hpp>
 
 #include "common/files.hpp"
-#include "common/subprocess.hpp"
 #include "data/tokenize.hpp"
+#include "finetune/python.hpp"
 #include "finetune/support.hpp"
 
 namespace finetune {
@@ -19,8 +19,6 @@ double distance_at_tokens(const torch::Tensor& found, const torch::Tensor& expec
 }
 
 std::filesystem::path minilm() { return LORA_RITE_MINILM_DIR; }
-constexpr const char* kHasTokenizers =
-    "import importlib.util, sys; sys.exit(importlib.util.find_spec('tokenizers') is None)";
 
 bool have_minilm() { return std::filesystem::exists(minilm() / "model.safetensors"); }
 
@@ -56,9 +54,7 @@ TEST(Bert, ASentenceDoesNotDependOnTheOthersInItsBatch) {
 
 TEST(Bert, TheTokenizerScriptAgreesWithTransformers) {
   if (!have_minilm()) GTEST_SKIP() << minilm() << " is not there; run scripts/setup";
-  if (run_program({find_python(""), "-c", kHasTokenizers}) != 0) {
-    GTEST_SKIP() << "Python has no package 'tokenizers'; run scripts/setup --tests";
-  }
+  if (!python_has("tokenizers")) GTEST_SKIP() << "Python has no package 'tokenizers'; run scripts/setup --tests";
   const Safetensors expected = load_safetensors(golden("minilm_expected.safetensors"));
   const auto sentences = nlohmann::json::parse(expected.metadata.at("sentences")).get<std::vector<std::string>>();
   const TemporaryFolder folder;
