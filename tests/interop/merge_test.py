@@ -137,7 +137,8 @@ def share_of_safe_merge(program: str, folder: pathlib.Path, dtype: torch.dtype, 
 
 
 def main(program: str) -> int:
-    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # it is meant
+    for message in ("Model (with|has) `tie_word_embeddings=True`", "Setting `save_embedding_layers` to `True`"):
+        warnings.filterwarnings("ignore", message=message)  # these are meant
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         work = pathlib.Path(name)
