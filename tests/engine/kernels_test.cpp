@@ -328,7 +328,7 @@ void check_passes(const Table* table, const Shape& shape, const Blocks& blocks, 
 
       // What act 3 leaves is bit for bit what reading the rows again gives: a resumed run depends on it.
       Left again(p, wide_cross);
-      table->remember(x.data(), n.data(), pass.weights.data(), shape, 0, rows, blocks, again.sums());
+      table->sum_rows(x.data(), n.data(), pass.weights.data(), shape, 0, rows, blocks, again.sums());
       EXPECT_EQ(left.products, again.products) << where;
       EXPECT_EQ(left.weighted, again.weighted) << where;
       EXPECT_EQ(left.squares, again.squares) << where;
@@ -347,7 +347,7 @@ void check_passes(const Table* table, const Shape& shape, const Blocks& blocks, 
   // Without a momentum XᵀN is 0.
   Left alone(p, false);
   if (!sums_in_float(shape)) alone.wide = true;
-  table->remember(pass.x.data(), nullptr, pass.weights.data(), shape, 0, rows, blocks, alone.sums());
+  table->sum_rows(pass.x.data(), nullptr, pass.weights.data(), shape, 0, rows, blocks, alone.sums());
   EXPECT_LT(relative(symmetric(alone.products, rank, 2 * p), x0.transpose() * x0), 1e-13) << where;
   EXPECT_EQ(part_of(alone.products, rank, 2 * p, p), MatrixXd::Zero(rank, rank)) << where;
 }

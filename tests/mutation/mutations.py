@@ -142,7 +142,7 @@ MUTATIONS = [
      "total = «(sum[0] + sum[1]) + (sum[2] + sum[3])»;", "(sum[0] + sum[1]) + (sum[2] - sum[3])", ""),
     ("engine/host/kernels/passes.inc", "if (shape.rank_first) «clear_padding(blocks, shape.rank);»", ";", ""),
     ("engine/host/kernels/passes.inc",
-     "if («sums.wide_cross») widen(n + k * p, p, blocks.pairs + k * stride + p);",
+     "if («sums.wide_cross») widen(n + k * p, p, blocks.wide + k * stride + p);",
      "false", ""),
     ("engine/host/lane_algebra.hpp", "x[lane] -= «lower.at(i, k, lane)» * right(k, lane);", "lower.at(k, i, lane)", ""),
     # --- Around the engines -----------------------------------------------------------------------------------------

@@ -295,7 +295,7 @@ class Pairs {
     if (momentum != nullptr) momentum += static_cast<int64_t>(id.pair) * known.shape.rows * rank_;
     threads.for_each(known.chunks.count, [&](int64_t chunk, int64_t thread) {
       const int64_t first = chunk * known.chunks.rows, end = std::min(first + known.chunks.rows, known.shape.rows);
-      kernels::best().remember(work[id].view.values, momentum, weights_.data(), known.shape, first, end,
+      kernels::best().sum_rows(work[id].view.values, momentum, weights_.data(), known.shape, first, end,
                                work.workspaces[static_cast<size_t>(thread)].blocks, emptied_sums(id, chunk));
     });
     add_up(id);

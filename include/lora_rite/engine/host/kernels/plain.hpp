@@ -44,7 +44,7 @@ inline void gram(const float* data, const float* rows, const Shape& shape, int64
   square_of(equilibrated, shape.rank, p) += g.transpose() * g;
 }
 
-inline void remember(const float* factor, const float* momentum, const double* weights, const Shape& shape,
+inline void sum_rows(const float* factor, const float* momentum, const double* weights, const Shape& shape,
                      int64_t first, int64_t end, const Blocks&, const Sums& sums) {
   const int64_t p = padded_rank(shape.rank);
   const Matrix x = rows_of(factor, shape, first, end).template cast<double>();
@@ -88,7 +88,7 @@ inline void apply(float* factor, float* momentum, const float* gradient, const d
   if (!maps.has_gradient) return;
   auto x = rows_of(factor, shape, first, end);
   x = (x - (maps.rate * n + maps.decay * x)).eval();
-  remember(factor, momentum, weights, shape, first, end, blocks, sums);
+  sum_rows(factor, momentum, weights, shape, first, end, blocks, sums);
 }
 
 inline void update_gram(const float* momentum, const float* gradient, const Shape& shape, int64_t first, int64_t end,
@@ -125,6 +125,6 @@ inline void eigh(double* matrices, int64_t r, int64_t stride, double* eigenvalue
   }
 }
 
-inline constexpr Table table = {"plain", gram, remember, apply, update_gram, multiply, eigh};
+inline constexpr Table table = {"plain", gram, sum_rows, apply, update_gram, multiply, eigh};
 
 }  // namespace lora_rite::host::kernels::plain

@@ -48,7 +48,7 @@ inline int64_t block_rows(int64_t rank) {
   return rows < 48 ? 48 : rows;
 }
 
-/// Doubles from one row of `Blocks::pairs` to the next; the odd end keeps rows of powers of two from sharing cache
+/// Doubles from one row of `Blocks::wide` to the next; the odd end keeps rows of powers of two from sharing cache
 /// sets.
 inline int64_t pair_stride(int64_t p) { return 2 * p + 8; }
 
@@ -57,7 +57,7 @@ inline int64_t pair_stride(int64_t p) { return 2 * p + 8; }
 struct Blocks {
   float *factor, *momentum, *gradient, *update;  ///< [b][p]
   double* gradient_wide;                         ///< [b][p]
-  double* pairs;                                 ///< X | N [b][2p + 8], or X alone [b][p]
+  double* wide;                                  ///< X | N [b][2p + 8], or X alone [b][p]
   double* rows;                                  ///< a number of each row [b]
   float *momentum_map, *gradient_map;            ///< in float [p][p]
 
@@ -70,9 +70,9 @@ struct Blocks {
   static Blocks in(double* memory, int64_t rank) {
     const int64_t b = block_rows(rank), p = padded_rank(rank), block = b * p;
     float* floats = reinterpret_cast<float*>(memory);
-    double *pairs = memory + 3 * block, *rows = pairs + b * pair_stride(p);
+    double *wide = memory + 3 * block, *rows = wide + b * pair_stride(p);
     float* maps = reinterpret_cast<float*>(rows + b);
-    return {floats, floats + block, floats + 2 * block, floats + 3 * block, memory + 2 * block, pairs,
+    return {floats, floats + block, floats + 2 * block, floats + 3 * block, memory + 2 * block, wide,
             rows,   maps,           maps + p * p};
   }
 };
@@ -130,7 +130,7 @@ struct Table {
   const char* name;
   void (*gram)(const float* data, const float* rows, const Shape& shape, int64_t first, int64_t end,
                const Blocks& blocks, double* products, double* equilibrated);
-  void (*remember)(const float* factor, const float* momentum, const double* weights, const Shape& shape, int64_t first,
+  void (*sum_rows)(const float* factor, const float* momentum, const double* weights, const Shape& shape, int64_t first,
                    int64_t end, const Blocks& blocks, const Sums& sums);
   void (*apply)(float* factor, float* momentum, const float* gradient, const double* weights, const Shape& shape,
                 int64_t first, int64_t end, const Maps& maps, const Blocks& blocks, const Sums& sums);
