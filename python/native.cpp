@@ -405,7 +405,10 @@ PYBIND11_MODULE(_native, module) {
       .def("skipped_steps", &NativeOptimizer::skipped_steps, release_gil())
       .def("diagnostics", &NativeOptimizer::diagnostics, release_gil())
       .def("state_of", [](const NativeOptimizer& self, const std::string& name) { return state_of(self, name); })
-      .def("reset_state", [](NativeOptimizer& self, const std::optional<std::string>& name) {
-        name ? self.reset_state(*name) : self.reset_state();
-      });
+      .def(
+          "reset_state",
+          [](NativeOptimizer& self, const std::optional<std::string>& name) {
+            name ? self.reset_state(*name) : self.reset_state();
+          },
+          "name"_a = py::none());
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from operator import is_, itemgetter
 from typing import Any, Callable, NamedTuple, Union
@@ -86,8 +87,8 @@ def _named(parameters: nn.Module | Iterable[Named]) -> list[Named]:
             raise ValueError(f"the module is sharded by FullyShardedDataParallel, expected of each factor {_WHOLE}")
         if isinstance(parameters, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             parameters = parameters.module
-        parameters = parameters.named_parameters()
-    return [(name.replace("_orig_mod.", ""), tensor) for name, tensor in parameters]  # of torch.compile
+    named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
+    return [(name.replace("_orig_mod.", ""), tensor) for name, tensor in named]  # of torch.compile
 
 
 def _check_can_be_stepped(name: str, parameter: Tensor) -> None:
@@ -134,9 +135,9 @@ def _contents(params: Params, adamw: bool) -> tuple[list[FactorPair], list[Named
         pairs += find_factor_pairs(named)
         known = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
         named = list({id(p): (n, p) for n, p in named if p.requires_grad and id(p) not in known}.values())
-    for name, *factors in pairs:
-        for which, factor in zip("ab", factors):
-            _check_can_be_stepped(f"pair '{name}': factor {which}", factor)
+    for name, a, b, _ in pairs:
+        _check_can_be_stepped(f"pair '{name}': factor a", a)
+        _check_can_be_stepped(f"pair '{name}': factor b", b)
     for name, parameter in named:
         _check_can_be_stepped(f"parameter '{name}'", parameter)
     return pairs, named
@@ -215,8 +216,11 @@ class LoraRite(torch.optim.Optimizer):
         is_list_of_groups = isinstance(params, list) and bool(params) and all(isinstance(g, Mapping) for g in params)
         super().__init__(params if is_list_of_groups else [{"params": params}], defaults)  # type: ignore[arg-type]
         if not any(self._pairs):
-            names = _native.factor_names()
-            raise ValueError(f"params has no parameters named like LoRA factors ({names}), expected at least one pair")
+            trained = [name for group in self.param_groups for name in group.get("param_names", ())]
+            raise ValueError(
+                f"params has no LoRA factors ({_native.factor_names()}) among what is trained{_listed(trained)}, "
+                "expected at least one pair; adapters of other kinds (LoHa, LoKr, VeRA, …) have none"
+            )
 
     def _build(self, basis: str, defaults: dict[str, Any], others: dict[str, Any]) -> None:
         unknown = sorted(set(others) - set(_ADAMW_OPTIONS))
@@ -257,11 +261,6 @@ class LoraRite(torch.optim.Optimizer):
             self._add_group([], [parameter for _, parameter in others], of_adamw)
 
     def _add_group(self, pairs: list[FactorPair], params: list[Tensor], options: dict[str, Any]) -> None:
-        known = {pair.name for group in self._pairs for pair in group}
-        for name, *_ in pairs:
-            if name and name in known:
-                raise ValueError(f"two pairs are called '{name}', expected different names: states are kept by them")
-            known.add(name)
         if pairs:
             params = self._native.add_pairs(pairs, options)
         else:
@@ -314,7 +313,7 @@ class LoraRite(torch.optim.Optimizer):
     # --- State ---
 
     @property
-    def state(self) -> dict[str, Any]:  # type: ignore[override]
+    def state(self) -> Any:  # not by parameter, as the base class has it
         """All that is remembered, as copies: tensors and plain values, as the C++ library's files hold them."""
         self._push()
         return self._native.tree()
@@ -381,7 +380,7 @@ class LoraRite(torch.optim.Optimizer):
 
     def _load_tree(self, tree: dict[str, Any]) -> None:
         self._native.load_tree(tree)
-        if not any(entry.get("stepped") for entry in _entries(tree).values()):
+        if not any(entry.get("stepped") for _, entry in _entries(tree)):
             self._native.reset_state()  # so that the module may still be moved and converted, as before the first step
 
     def _in_own_order(self, tree: dict[str, Any], names_there: list[list[str] | None]) -> dict[str, Any]:
@@ -389,17 +388,24 @@ class LoraRite(torch.optim.Optimizer):
         tree, entries = dict(tree), _entries(tree)
         own = [self._native.pair_names(index) for index in range(len(self._params))]
         if entries:
-            _check_same("pairs", entries, [name for names in own for name in names])
+            _check_same("pairs", [name for name, _ in entries], [name for names in own for name in names])
+        by_name: dict[str, list[Any]] = {name: [] for name, _ in entries}
+        for name, entry in entries:
+            by_name[name].append(entry)
         for index, names in enumerate(own):
             group = dict(tree.get(str(index), {}))
+            entries_here: list[Any] = []
             if names and entries and group.get("kind") == "factor pairs":
-                group = {name: value for name, value in group.items() if not name.isdigit()}
-                group.update({str(place): entries[name] for place, name in enumerate(names)}, size=2 * len(names))
+                entries_here = [by_name[name].pop(0) for name in names]
+                group["size"] = 2 * len(names)
             elif not names and index < len(names_there):
                 here, there = self.param_groups[index].get("param_names"), names_there[index]
-                if here and there:
+                if here and there and group:
                     _check_same(f"parameters of group {index}", there, here)
-                    group.update({str(place): group[str(there.index(name))] for place, name in enumerate(here)})
+                    entries_here = [group.get(str(there.index(name))) for name in here]
+            if entries_here:
+                group = {name: value for name, value in group.items() if not name.isdigit()}
+                group.update({str(place): entry for place, entry in enumerate(entries_here) if entry is not None})
             if group:
                 tree[str(index)] = group
         return tree
@@ -454,9 +460,9 @@ def _values(group: dict[str, Any]) -> tuple[Any, ...]:
     return (lr.item() if isinstance(lr, Tensor) else lr, tuple(group["betas"]), *others)
 
 
-def _entries(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries of the pairs in a tree, by name; a pair without one is called by its place, as in C++."""
-    entries = {}
+def _entries(tree: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Names and entries of the pairs in a tree; a pair without a name is called by its place, as in C++."""
+    entries = []
     for index in range(len(tree)):
         group = tree.get(str(index))
         if not isinstance(group, Mapping) or group.get("kind") != "factor pairs":
@@ -464,17 +470,23 @@ def _entries(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for place in range(len(group)):
             entry = group.get(str(place))
             if isinstance(entry, Mapping):
-                entries[entry.get("name") or f"pair {place} of group {index}"] = dict(entry)
+                entries.append((entry.get("name") or f"pair {place} of group {index}", dict(entry)))
     return entries
 
 
 def _check_same(what: str, there: Iterable[str], here: Iterable[str]) -> None:
-    """Raises ValueError unless a state has the same names as the optimizer."""
-    for more, less, hint in ((there, here, "not here"), (here, there, "not in the state")):
-        names = [name for name in more if name not in set(less)]
-        if names:
-            some = ", ".join(f"'{name}'" for name in names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
-            raise ValueError(f"{what} {some} are {hint}, expected the same in both; load_matching takes a part")
+    """Raises ValueError unless a state has the same names as the optimizer, each as often."""
+    there, here = Counter(there), Counter(here)
+    for more, where in ((there - here, "not here"), (here - there, "not in the state")):
+        if more:
+            raise ValueError(
+                f"{what}{_listed(list(more))} are {where}, expected the same in both; load_matching takes a part"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    """The first of some names, for a message."""
+    return "".join(f" '{name}'" for name in names[:3]) + (f" … ({len(names)})" if len(names) > 3 else "")
 
 
 def _warn_of_max_grad_norm() -> None:
