@@ -425,7 +425,8 @@ class State(unittest.TestCase):
     def test_it_resumes_to_the_bit_with_all_options(self):
         for options in (
             {}, {"basis": "qr"}, {"escape": False, "weight_decay": 0.1, "betas": (0.8, 0.9)},
-            {"row_equilibration": True}, {"max_relative_change": 0.3, "balance": True}, {"engine": "device"}, {"others": {"amsgrad": True}},
+            {"row_equilibration": True}, {"max_relative_change": 0.3, "balance": True}, {"engine": "device"},
+            {"others": {"amsgrad": True}},
         ):  # fmt: skip
             with self.subTest(options):
                 self.check_resumes(lambda net, options=options: LoraRite(net, lr=1e-2, **options))
