@@ -96,6 +96,21 @@ def targets(times: Times, suite: str, peers: list[dict], limits: list[dict]) -> 
     return markdown(rows)
 
 
+def in_python(times: Times, suite: str, peers: list[dict]) -> str:
+    """The Python package beside what Python users have; empty where it was not installed."""
+    rows = [["pairs × (in, out) × r", "lora_rite.LoraRite ms", "÷ the step in C++", "AdamW ms", "AdamW(foreach) ms",
+             "AdamW(fused) ms", "pytorch_optimizer.LoRARite ms", "times faster"]]
+    for case in times.cases(suite):
+        of = lambda name: statistics.mean(p["median_us"] for p in peers if p["case"] == case and p["contender"] == name)
+        if not any(p["contender"] == "lora_rite.LoraRite" and p["case"] == case for p in peers):
+            return ""
+        ours, peer = of("lora_rite.LoraRite"), of("pytorch_optimizer.LoRARite")
+        rows.append([words(case), milliseconds(ours), f"{ours / times.of(suite, case)['rite']['median_us']:.2f}",
+                     *(milliseconds(of("torch.optim.AdamW" + how)) for how in ("", "(foreach)", "(fused)")),
+                     milliseconds(peer), f"{peer / ours:.0f}"])
+    return "## In Python, two threads\n\n" + markdown(rows)
+
+
 def scaling(times: Times, suite: str, variable: str) -> str:
     rows = [[variable, "factors' elements", "LoRA-RITE ms", "ns an element", "AdamW ms", "ns an element",
              "operator calls a step", "AdamW's"]]
@@ -223,7 +238,7 @@ def main() -> None:
         "## A step, two threads", "The passes at the limit: what the passes over the rows would cost if they ran at the rate of "
         "the library's own double matrix product, or at the memory's bandwidth, and the r×r part were free (last table).",
         "![Ratios to AdamW](targets.png)", targets(times, "targets", peers, limits),
-        "## One thread", targets(times, "one-thread", [], limits),
+        in_python(times, "targets", peers), "## One thread", targets(times, "one-thread", [], limits),
         "## Ranks", scaling(times, "ranks", "pairs × (in, out) × r"),
         "## Number of pairs", "![Time of an element](scaling.png)", scaling(times, "pairs", "pairs × (in, out) × r"),
         "## Width", scaling(times, "width", "pairs × (in, out) × r"),
@@ -237,7 +252,7 @@ def main() -> None:
         compile_time(load(folder, "compile_time.json")),
     ]
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:
-        file.write("\n\n".join(text) + "\n")
+        file.write("\n\n".join(part for part in text if part) + "\n")
 
 
 if __name__ == "__main__":

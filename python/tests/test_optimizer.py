@@ -18,10 +18,10 @@ import unittest
 import warnings
 
 import torch
-import toy
 from torch import nn
 
 import lora_rite
+import toy
 from lora_rite import FactorPair, LoraRite, _native, create_lora_rite_optimizer, find_factor_pairs
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

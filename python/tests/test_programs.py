@@ -16,10 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import torch
-import toy
 from torch import nn
 
 import lora_rite
+import toy
 from lora_rite import LoraRite, create_lora_rite_optimizer
 
 try:

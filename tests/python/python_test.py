@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The Python package as a user gets it: a wheel is built, installed into a fresh environment, and python/tests run there.
+"""The Python package as a user gets it: a wheel is built and installed into a fresh environment; python/tests run there.
 
     python_test.py EXCHANGE WORK_DIRECTORY    # EXCHANGE is exchange.cpp, compiled
 
