@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, default=REPOSITORY / ".deps/smollm2")
     parser.add_argument("--wordnet", type=pathlib.Path, default=pathlib.Path("/usr/share/wordnet"))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rite-lr", type=float, default=5e-4)
@@ -121,7 +121,7 @@ def main() -> None:
     tokenizer.eos_token = "<|im_end|>"
     texts, count = entries(options.wordnet), options.steps * options.batch_size
     data = batches(texts[:count], tokenizer, options.batch_size)
-    held_out = batches(texts[count:][:200], tokenizer, 20)
+    held_out = batches(texts[count:][:100], tokenizer, 20)
 
     optimizers = {
         "LoRA-RITE": lambda model: create_lora_rite_optimizer(model, lr=options.rite_lr),

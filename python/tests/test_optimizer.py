@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 import unittest
-import warnings
 
 import torch
 from torch import nn
@@ -768,5 +767,4 @@ class Package(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
     unittest.main()
