@@ -1,6 +1,6 @@
 """The Python of the documents runs as it stands.
 
-What a block takes for granted stands before it in a comment that readers do not see: <!-- given: statement; statement -->
+What a block takes for granted stands before it in a comment that readers do not see: <!-- given: statements -->
 """
 
 import pathlib

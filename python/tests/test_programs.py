@@ -335,6 +335,21 @@ class Loops(unittest.TestCase):
             for name, parameter in toy.trained(net).items():
                 torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6)
 
+    def test_shards_of_fsdp_are_refused(self):
+        from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        self.addCleanup(torch.distributed.destroy_process_group)
+        model = adapted()
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with self.assertRaisesRegex(ValueError, r"layers.0.self_attn.q_proj.default.weight': factor a is a DTensor"):
+            LoraRite(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = FullyShardedDataParallel(adapted(), device_id=torch.device("cpu"), use_orig_params=True)
+        with self.assertRaisesRegex(ValueError, "sharded by FullyShardedDataParallel"):
+            LoraRite(model)
+
     def test_two_processes_by_ddp_train_as_one_on_the_whole_batch(self):
         with socket.socket() as free:
             free.bind(("localhost", 0))
