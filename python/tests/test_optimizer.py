@@ -442,6 +442,7 @@ class State(unittest.TestCase):
         self.assertEqual([g["lr"] for g in groups], [1e-2, 2])
         self.assertEqual([g["initial_lr"] for g in groups], [1e-2, 1e-3])
         self.assertEqual((groups[0]["escape"], groups[0]["engine"]), (False, "automatic"))
+        self.assertEqual(set(groups[0]), set(saved.param_groups[0]))
         optimizer.step()
         self.assertEqual(optimizer._native.options_of(1)["lr"], 2)
 
@@ -711,10 +712,15 @@ class Refusals(unittest.TestCase):
         sharded = nn.Parameter(a)
         sharded.ds_id = 1
         self.check([("x", sharded, b)], "sharded by DeepSpeed")
-        optimizer = LoraRite(net)
-        optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(7))]  # as ZeRO 1 and 2 do
-        with self.assertRaisesRegex(ValueError, r"param_groups\[0\]\['params'\] has other tensors"):
-            optimizer.step()
+        for change in (
+            lambda group: group.update(params=[nn.Parameter(torch.zeros(7))]),  # as ZeRO 1 and 2 do
+            lambda group: group.update(params=[nn.Parameter(p.detach()) for p in group["params"]]),
+            lambda group: group["params"].reverse(),
+        ):
+            optimizer = LoraRite(net)
+            change(optimizer.param_groups[0])
+            with self.assertRaisesRegex(ValueError, r"param_groups\[0\]\['params'\] has other tensors"):
+                optimizer.step()
 
     def test_sparse_gradients_are_refused(self):
         a, b = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(6, 2))

@@ -148,7 +148,6 @@ def _contents(params: Params, adamw: bool) -> tuple[list[FactorPair], list[Named
 # Of pairs, and of what AdamW steps; maximize is no option of LibTorch's AdamW.
 _OPTIONS = tuple(_native.options)
 _ADAMW_OPTIONS = (*_native.adamw_options, "maximize")
-_OF_THE_MACHINE = ("engine", "capturable")  # no part of a saved optimizer
 
 
 class LoraRite(torch.optim.Optimizer):
@@ -375,7 +374,7 @@ class LoraRite(torch.optim.Optimizer):
             tree[str(index)] = {**saved, "options": options}
         self._load_tree(tree)
         for index, group in enumerate(self.param_groups):
-            own = {name: group[name] for name in ("params", "adamw", "param_names", *_OF_THE_MACHINE) if name in group}
+            own = {name: group[name] for name in ("params", "adamw", "param_names") if name in group}
             group.update({**(groups[index] if groups else {}), **self._native.options_of(index), **own})
 
     def _load_tree(self, tree: dict[str, Any]) -> None:
