@@ -374,7 +374,7 @@ class LoraRite(torch.optim.Optimizer):
             tree[str(index)] = {**saved, "options": options}
         self._load_tree(tree)
         for index, group in enumerate(self.param_groups):
-            own = {name: group[name] for name in ("params", "adamw", "param_names") if name in group}
+            own: dict[str, Any] = {name: group[name] for name in ("params", "adamw", "param_names") if name in group}
             group.update({**(groups[index] if groups else {}), **self._native.options_of(index), **own})
 
     def _load_tree(self, tree: dict[str, Any]) -> None:
