@@ -503,8 +503,9 @@ class State(unittest.TestCase):
                 optimizer.load_state_dict(bad.state_dict())
         adam = torch.optim.Adam([{"params": g["params"]} for g in optimizer.param_groups])
         adam.step()
-        with self.assertRaisesRegex(ValueError, "the state is that of another optimizer"):
-            optimizer.load_state_dict(adam.state_dict())
+        for load in (optimizer.load_state_dict, optimizer.load_matching):
+            with self.assertRaisesRegex(ValueError, "the state is that of another optimizer"):
+                load(adam.state_dict())
         broken = copy.deepcopy(state)
         broken["state"]["0"]["1"]["momentum_b"] = torch.zeros(2, 2)
         with self.assertRaisesRegex(ValueError, r"'2.default.weight': entry 'momentum_b' has shape \[2, 2\]"):
@@ -676,6 +677,8 @@ class Refusals(unittest.TestCase):
         self.check(
             nn.Linear(2, 2), "no LoRA factors .*among what is trained 'weight' 'bias', expected at least one pair"
         )
+        self.check([("x", None)], r"params has a tuple, expected \(name, parameter\) or a pair", TypeError)
+        self.check(toy.model().requires_grad_(False), "none of the parameters requires a gradient, .*is_trainable=True")
         self.check(toy.model().to("meta"), "pair '0.default.weight': factor a is on the device meta")
         a, b = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(6, 2))
         self.check([("k.lora_A.weight", a)], "'k.lora_A.weight' has no partner, expected a parameter 'k.lora_B.weight'")

@@ -113,12 +113,13 @@ def _contents(params: Params, adamw: bool) -> tuple[list[FactorPair], list[Named
     if isinstance(params, Tensor):
         raise TypeError("params is a tensor, expected a module, named parameters or pairs (a, b)")
     for item in _named(params) if isinstance(params, nn.Module) else params:
-        size = len(item) if isinstance(item, (tuple, list)) else 0
-        if size == 2 and isinstance(item[0], str):
+        parts = item if isinstance(item, (tuple, list)) else ()
+        kinds = [Tensor if isinstance(part, Tensor) else type(part) for part in parts]
+        if kinds == [str, Tensor]:
             named.append((item[0], item[1]))
-        elif size == 2:
+        elif kinds == [Tensor, Tensor]:
             pairs.append(FactorPair("", *item))
-        elif size in (3, 4):
+        elif kinds in ([str, Tensor, Tensor], [str, Tensor, Tensor, int]):
             pairs.append(FactorPair(*item))
         elif adamw and isinstance(item, Tensor):
             named.append(("", item))
@@ -219,6 +220,11 @@ class LoraRite(torch.optim.Optimizer):
             raise ValueError(
                 f"params has no LoRA factors ({_native.factor_names()}) among what is trained{_listed(trained)}, "
                 "expected at least one pair; adapters of other kinds (LoHa, LoKr, VeRA, …) have none"
+            )
+        if not any(parameter.requires_grad for group in self.param_groups for parameter in group["params"]):
+            raise ValueError(
+                "none of the parameters requires a gradient, expected at least one (an adapter that PEFT loads is "
+                "frozen unless is_trainable=True)"
             )
 
     def _build(self, basis: str, defaults: dict[str, Any], others: dict[str, Any]) -> None:
@@ -360,13 +366,13 @@ class LoraRite(torch.optim.Optimizer):
         `rename` gives the name here of a pair there, "" leaves it out. Raises ValueError if no pair is in both.
         """
         tree = source["state"] if isinstance(source, Mapping) else _native.read_file(os.fspath(source))
+        _check_is_tree(tree)
         self._push()
         return self._native.load_matching(tree, rename, other_parameters)
 
     def _load(self, tree: dict[str, Any], groups: list[dict[str, Any]] | None = None) -> None:
         """Takes over a tree, and of param groups with it all but the parameters."""
-        if not all(isinstance(key, str) for key in tree):
-            raise ValueError("the state is that of another optimizer, expected one of LoraRite")
+        _check_is_tree(tree)
         tree = self._in_own_order(tree, [group.get("param_names") for group in groups or ()])
         for index, group in enumerate(groups or ()):
             saved = tree.get(str(index), {})
@@ -457,6 +463,12 @@ def _values(group: dict[str, Any]) -> tuple[Any, ...]:
     lr = group["lr"]
     others = (_others_of_adamw if group["adamw"] else _others_of_pairs)(group)
     return (lr.item() if isinstance(lr, Tensor) else lr, tuple(group["betas"]), *others)
+
+
+def _check_is_tree(state: Mapping[Any, Any]) -> None:
+    """Raises ValueError for a state by parameter."""
+    if not all(isinstance(key, str) for key in state):
+        raise ValueError("the state is that of another optimizer, expected one of LoraRite")
 
 
 def _entries(tree: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
