@@ -607,7 +607,10 @@ class Files(unittest.TestCase):
 
     @unittest.skipUnless(os.environ.get("LORA_RITE_EXCHANGE"), "LORA_RITE_EXCHANGE names no program (tests/python)")
     def test_files_of_cpp_load_here_and_files_of_here_load_in_cpp(self):
-        """Two steps in C++, two here, two in C++: the parameters are those of six steps here, to the bit."""
+        """Two steps in C++, two here, two in C++: the parameters are those of six steps here.
+
+        Not to the bit: the two were compiled with other options.
+        """
         program, folder = os.environ["LORA_RITE_EXCHANGE"], self.path.parent
         shapes = {"x": ((2, 8), (6, 2)), "y": ((3, 8), (4, 3)), "z": ((2, 8), (6, 2))}
 
@@ -646,7 +649,7 @@ class Files(unittest.TestCase):
                 step(optimizer, parameters, 3)
                 optimizer.save(self.path)
         for one, two in zip(parameters, expected):
-            self.assertTrue(torch.equal(one, two))
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
 def walk(value):
