@@ -98,7 +98,8 @@ def draw(path: str, runs: dict[str, list[float]]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, (name, losses) in enumerate(runs.items()):
         means = [statistics.mean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
-        axes.plot(means, label=name, color=("#08519c", "#9ecae1", "#a63603", "#fdae6b")[number])
+        color, line = ("#08519c", "#6baed6", "#a63603", "#fd8d3c")[number], ("-", "--")[number % 2]
+        axes.plot(means, line, label=name, color=color)
     axes.set(xlabel="step", ylabel="loss", title="SmolLM2-135M on entries of a dictionary")
     axes.grid(alpha=0.3)
     axes.legend()
