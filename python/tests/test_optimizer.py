@@ -74,6 +74,15 @@ class Input(unittest.TestCase):
         for name, result in results.items():
             self.assertTrue(toy.same(result, results["module"]), name)
 
+    def test_a_group_of_pairs_and_others_has_options_for_both(self):
+        net = toy.model()
+        groups = LoraRite([{"params": net, "lr": 1e-2, "others": {"eps": 1e-4}}], weight_decay=0.1).param_groups
+        self.assertEqual([group["lr"] for group in groups], [1e-2, 1e-2])
+        self.assertEqual([group["weight_decay"] for group in groups], [0.1, 0.1])
+        self.assertEqual([group["eps"] for group in groups], [1e-8, 1e-4])
+        groups = LoraRite([{"params": net, "lr": 1e-2}], others={"lr": 1e-3}).param_groups
+        self.assertEqual([group["lr"] for group in groups], [1e-2, 1e-3])
+
     def test_groups_have_options_of_their_own(self):
         net = toy.model()
         optimizer = LoraRite(
@@ -208,6 +217,8 @@ class Options(unittest.TestCase):
         ):
             with self.assertRaisesRegex(TypeError, words):
                 LoraRite(net, **options)
+        with self.assertRaisesRegex(TypeError, "others has 'escape', expected some of lr, "):
+            LoraRite([{"params": net, "others": {"escape": True}}])
         optimizer = LoraRite(net, lr=1e-2)
         toy.train(net, optimizer, 1)
         start = toy.trained(net)

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 
-BLOCK = re.compile(r"(?:^<!-- given:(?P<given>.*?)-->\n\s*)?^```cpp\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"(?:^<!-- given:(?P<given>(?:(?!-->).)*)-->\n\s*)?^```cpp\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(document: pathlib.Path):

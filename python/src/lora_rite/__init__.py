@@ -210,7 +210,7 @@ class LoraRite(torch.optim.Optimizer):
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in _OPTIONS}
-        self._build(basis, defaults, dict(others or {}))
+        self._build(basis, defaults, others or {})
         if not isinstance(params, (nn.Module, Tensor)):
             params = list(params)
         is_list_of_groups = isinstance(params, list) and bool(params) and all(isinstance(g, Mapping) for g in params)
@@ -227,11 +227,8 @@ class LoraRite(torch.optim.Optimizer):
                 "frozen unless is_trainable=True)"
             )
 
-    def _build(self, basis: str, defaults: dict[str, Any], others: dict[str, Any]) -> None:
-        unknown = sorted(set(others) - set(_ADAMW_OPTIONS))
-        if unknown:
-            raise TypeError(f"others has '{unknown[0]}', expected some of {', '.join(_ADAMW_OPTIONS)}")
-        self._basis, self._others = basis, others
+    def _build(self, basis: str, defaults: dict[str, Any], others: Mapping[str, Any]) -> None:
+        self._basis, self._others = basis, _checked(others)
         self._native = _native.Optimizer(basis, defaults)
         # Of each group: its pairs (none if AdamW steps it), and the tensors and the options that the native one has.
         self._pairs: list[list[FactorPair]] = []
@@ -249,7 +246,7 @@ class LoraRite(torch.optim.Optimizer):
         all of them are AdamW's. With "adamw": True nothing is looked for: AdamW steps all of "params".
         """
         options = dict(param_group)
-        adamw, of_adamw = bool(options.pop("adamw", False)), dict(options.pop("others", {}))
+        adamw, of_adamw = bool(options.pop("adamw", False)), _checked(options.pop("others", {}))
         pairs, others = _contents(options.pop("params"), adamw)
         if not pairs and not others:
             raise ValueError(f"group {len(self.param_groups)} has no trainable parameters, expected at least one")
@@ -463,6 +460,14 @@ def _values(group: dict[str, Any]) -> tuple[Any, ...]:
     lr = group["lr"]
     others = (_others_of_adamw if group["adamw"] else _others_of_pairs)(group)
     return (lr.item() if isinstance(lr, Tensor) else lr, tuple(group["betas"]), *others)
+
+
+def _checked(others: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of options of AdamW. Raises TypeError for those that it does not have."""
+    unknown = sorted(set(others) - set(_ADAMW_OPTIONS))
+    if unknown:
+        raise TypeError(f"others has '{unknown[0]}', expected some of {', '.join(_ADAMW_OPTIONS)}")
+    return dict(others)
 
 
 def _check_is_tree(state: Mapping[Any, Any]) -> None:
