@@ -191,7 +191,7 @@ class Options(unittest.TestCase):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         toy.train(net, optimizer, 3, scheduler=scheduler)
         self.assertEqual([g["lr"] for g in optimizer.param_groups], [1e-2 / 4, 1e-3 / 4])
-        optimizer.step()
+        optimizer.upload_rates()
         self.assertEqual([optimizer._native.options_of(i)["lr"] for i in (0, 1)], [1e-2 / 4, 1e-3 / 4])
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)  # changes betas as well
         toy.train(net, optimizer, 3, scheduler=cycle)
