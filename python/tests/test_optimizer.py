@@ -334,6 +334,22 @@ class Step(unittest.TestCase):
             self.assertEqual(optimizer.skipped_steps(), number + 1)
         self.assertEqual(optimizer.diagnostics()[0].skipped_steps, 2)
 
+    @unittest.skipIf(lora_rite.kernel_name() == "none", "engine 'host' has no kernels here")
+    def test_diagnostics_count_the_steps_in_double(self):
+        torch.manual_seed(0)
+        scales = torch.logspace(-3, 3, 4)
+        a, b = nn.Parameter(scales[:, None] * torch.randn(4, 24)), nn.Parameter(torch.randn(20, 4) / scales)
+        mix = torch.linalg.qr(torch.randn(4, 4))[0]
+        with torch.no_grad():
+            a.copy_(mix @ a)
+            b.copy_(b @ mix.T)
+        optimizer = LoraRite([(a, b)], lr=1e-3, engine="host")
+        for _ in range(3):
+            a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+            optimizer.step()
+        in_double = optimizer.diagnostics()[0].a.in_double
+        self.assertEqual((in_double.gradient_map, in_double.cross_product), (3, 3))
+
     def test_gradients_that_are_accumulated_are_those_of_the_whole_batch(self):
         nets = toy.model(dtype=torch.double), toy.model(dtype=torch.double)
         optimizers = [LoraRite(net, lr=1e-2) for net in nets]

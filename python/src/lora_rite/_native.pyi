@@ -14,6 +14,16 @@ def read_file(path: str) -> dict[str, Any]: ...
 def kernel_name() -> str:
     """The kernels that the engine "host" runs with: "avx512", "avx2", "baseline", "plain" or "none"."""
 
+class DoubleSteps:
+    """In how many steps a product of a factor was formed in double."""
+
+    @property
+    def momentum_map(self) -> int: ...
+    @property
+    def gradient_map(self) -> int: ...
+    @property
+    def cross_product(self) -> int: ...
+
 class FactorDiagnostics:
     """How one factor stands. Symbols are those of LoraRite's options."""
 
@@ -32,6 +42,9 @@ class FactorDiagnostics:
     @property
     def update_rms(self) -> float:
         """RMS of the momentum in the partner's orthonormal basis."""
+    @property
+    def in_double(self) -> DoubleSteps:
+        """Of engine "host": in how many steps floats were not exact enough; costs time, not accuracy."""
 
 class PairDiagnostics:
     """How one pair stands."""
