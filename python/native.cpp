@@ -371,10 +371,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("read_file", &read_file, "path"_a);
   module.def("kernel_name", &kernel_name);
 
-  py::class_<host::DoubleSteps>(module, "DoubleSteps", py::module_local())
-      .def_readonly("momentum_map", &host::DoubleSteps::momentum_map)
-      .def_readonly("gradient_map", &host::DoubleSteps::gradient_map)
-      .def_readonly("cross_product", &host::DoubleSteps::cross_product);
+  py::class_<DoubleSteps>(module, "DoubleSteps", py::module_local())
+      .def_readonly("momentum_map", &DoubleSteps::momentum_map)
+      .def_readonly("gradient_map", &DoubleSteps::gradient_map)
+      .def_readonly("cross_product", &DoubleSteps::cross_product);
   py::class_<FactorDiagnostics>(module, "FactorDiagnostics", py::module_local())
       .def_readonly("condition_number", &FactorDiagnostics::condition_number)
       .def_readonly("unmagnified_gradient_norm", &FactorDiagnostics::unmagnified_gradient_norm)

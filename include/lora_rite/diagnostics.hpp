@@ -4,9 +4,15 @@
 #include <string>
 
 #include "lora_rite/bodies.hpp"
-#include "lora_rite/engine/host/precision.hpp"
 
 namespace lora_rite {
+
+/// In how many steps Engine::Host formed a product of one factor in double, because floats were not exact enough.
+struct DoubleSteps {
+  int64_t momentum_map = 0;   ///< N's map
+  int64_t gradient_map = 0;   ///< G's map
+  int64_t cross_product = 0;  ///< XᵀN; in every step where the shape makes doubles as fast
+};
 
 /// How one factor X (partner Y) stands, read without disturbing training.
 struct FactorDiagnostics {
@@ -17,8 +23,8 @@ struct FactorDiagnostics {
   double effective_rank = 0;             ///< (tr V)² / tr V², between 1 and r; 0 before the first gradient
   double update_rms = 0;  ///< RMS of the momentum M in the orthonormal basis: what a step of rate 1 moves
 
-  /// Of Engine::Host, since its first step or the last load; 0 with other engines. How often costs time, not accuracy.
-  host::DoubleSteps in_double;
+  /// Since the first step or the last load; 0 with other engines. How often costs time, not accuracy.
+  DoubleSteps in_double;
 };
 
 /// How one pair stands.

@@ -162,8 +162,8 @@ TEST(Precision, DiagnosticsCountTheStepsInDouble) {
   problem.train(torch::kFloat, Engine::Host, torch::eye(16, torch::kDouble), &easy);
   problem.train(torch::kFloat, Engine::Host, conditioned(16, 1e5), &hard);
   for (const Side side : kSides) {
-    const host::DoubleSteps &of_easy = side == Side::A ? easy[0].a.in_double : easy[0].b.in_double,
-                            &of_hard = side == Side::A ? hard[0].a.in_double : hard[0].b.in_double;
+    const DoubleSteps &of_easy = side == Side::A ? easy[0].a.in_double : easy[0].b.in_double,
+                      &of_hard = side == Side::A ? hard[0].a.in_double : hard[0].b.in_double;
     EXPECT_EQ(of_easy.momentum_map, 0);
     EXPECT_EQ(of_easy.gradient_map, 0);
     EXPECT_LE(of_easy.cross_product, 2);  // the first steps are long

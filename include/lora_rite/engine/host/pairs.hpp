@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "lora_rite/engine/host/fingerprint.hpp"
+#include "lora_rite/engine/host/known.hpp"
 #include "lora_rite/engine/host/precision.hpp"
 #include "lora_rite/engine/host/threads.hpp"
 #include "lora_rite/engine/host/work.hpp"
@@ -56,19 +56,8 @@ class Pairs {
 
   Pairs(int64_t count, const PerSide<kernels::Shape>& shapes)
       : count_(count), rank_(shapes.a.rank), padded_(kernels::padded_rank(rank_)) {
-    int64_t longest = 0;
-    for (const Side side : kSides) {
-      Known& known = known_[side];
-      known.shape = shapes[side];
-      known.chunks = Chunks::of(known.shape);
-      known.stride = Fingerprint::stride_of(known.shape.rows * rank_);
-      known.products = ChunkedSums(count, known.chunks.count, 2 * padded_ * padded_);
-      known.columns = ChunkedSums(count, known.chunks.count, 2 * padded_);
-      known.factors.resize(static_cast<size_t>(count));
-      known.eigenvalues.resize(static_cast<size_t>(count * rank_));
-      longest = std::max(longest, known.shape.rows);
-    }
-    weights_.resize(static_cast<size_t>(longest));
+    for (const Side side : kSides) known_[side] = KnownFactors(count, shapes[side]);
+    weights_.resize(static_cast<size_t>(std::max(shapes.a.rows, shapes.b.rows)));
     for (size_t row = 0; row < weights_.size(); ++row) weights_[row] = rule::column_weight(static_cast<int64_t>(row));
   }
 
@@ -97,7 +86,7 @@ class Pairs {
 
   /// Eigenvalues of a factor's second moment [r], ascending; null where they are not known.
   const double* eigenvalues(FactorId id) const {
-    const Known& known = known_[id.side];
+    const KnownFactors& known = known_[id.side];
     return known.factors[id.pair].knows_eigenvalues ? known.eigenvalues.data() + id.pair * static_cast<size_t>(rank_)
                                                     : nullptr;
   }
@@ -176,7 +165,7 @@ class Pairs {
     const int64_t of_a = count_ * known_.a.chunks.count, of_b = count_ * known_.b.chunks.count;
     threads.for_each(of_a + of_b, [&](int64_t task, int64_t thread) {
       const Side side = task < of_a ? Side::A : Side::B;
-      const Known& known = known_[side];
+      const KnownFactors& known = known_[side];
       const int64_t part = task < of_a ? task : task - of_a;
       const int64_t chunk = part % known.chunks.count, first = chunk * known.chunks.rows;
       body(FactorId{side, static_cast<size_t>(part / known.chunks.count)}, chunk, first,
@@ -212,32 +201,13 @@ class Pairs {
   }
 
  private:
-  struct KnownFactor {
-    Fingerprint seen;              ///< of the factor that the sums belong to
-    bool wide_cross = true;        ///< is XᵀN summed in double? The next pass begins as the last one ended.
-    bool wants_wide_cross = true;  ///< must it be? `settle` sees to it.
-    bool knows_eigenvalues = false;
-    DoubleSteps double_steps;
-  };
-
-  /// What is known of the k factors of a side.
-  struct Known {
-    kernels::Shape shape;
-    Chunks chunks;
-    int64_t stride;        ///< of fingerprints
-    ChunkedSums products;  ///< XᵀX | XᵀN [k, p, 2p]
-    ChunkedSums columns;   ///< sums of X's columns with `weights_` | ‖n‖² of N's columns [k, 2, p]
-    std::vector<KnownFactor> factors;
-    std::vector<double> eigenvalues;  ///< of the second moments [k, r], ascending
-  };
-
   float* row_moments_of(const SideWork& side, FactorId id) const {
     return side.row_moments == nullptr ? nullptr
                                        : side.row_moments + static_cast<int64_t>(id.pair) * shape(id.side).rows;
   }
 
   Fingerprint fingerprint(FactorId id, const FactorView& view) const {
-    const Known& known = known_[id.side];
+    const KnownFactors& known = known_[id.side];
     return {view.values, known.shape.rows * rank_, known.stride};
   }
 
@@ -273,7 +243,7 @@ class Pairs {
   /// Must XᵀN be in double? It depends on what the state and the rows say, and on nothing else: a run that is resumed
   /// must sum as the run that went on.
   bool wants_wide_cross(FactorId id, const StateView& state) const {
-    const Known& known = known_[id.side];
+    const KnownFactors& known = known_[id.side];
     if (!kernels::sums_in_float(known.shape)) return true;
     const double* squares = known.columns.total(id.pair) + padded_;
     const double* root = state.inverse_root + number_of({partner_of(id.side), id.pair}) * rank_ * rank_;
@@ -290,7 +260,7 @@ class Pairs {
   }
 
   void read_rows(FactorId id, const Work& work, const StateView& state, Threads& threads) {
-    Known& known = known_[id.side];
+    KnownFactors& known = known_[id.side];
     const float* momentum = state.momentum[id.side];
     if (momentum != nullptr) momentum += static_cast<int64_t>(id.pair) * known.shape.rows * rank_;
     threads.for_each(known.chunks.count, [&](int64_t chunk, int64_t thread) {
@@ -302,7 +272,7 @@ class Pairs {
   }
 
   kernels::Sums emptied_sums(FactorId id, int64_t chunk) {
-    Known& known = known_[id.side];
+    KnownFactors& known = known_[id.side];
     double* columns = known.columns.emptied_part(id.pair, chunk);
     return {known.products.emptied_part(id.pair, chunk), columns, columns + padded_, known.factors[id.pair].wide_cross};
   }
@@ -345,7 +315,7 @@ class Pairs {
         state.escaped_mass[first + lane] = group.escaped_mass[lane];
         state.step[first + lane] = group.step[lane];
         const FactorId id = factor_of(first + lane);
-        Known& known = known_[id.side];
+        KnownFactors& known = known_[id.side];
         known.factors[id.pair].knows_eigenvalues = true;
         for (int64_t i = 0; i < rank_; ++i)
           known.eigenvalues[id.pair * static_cast<size_t>(rank_) + static_cast<size_t>(i)] =
@@ -420,7 +390,7 @@ class Pairs {
   }
 
   int64_t count_, rank_, padded_;
-  PerSide<Known> known_;
+  PerSide<KnownFactors> known_;
   std::vector<double> weights_;  ///< of the column sums
 };
 

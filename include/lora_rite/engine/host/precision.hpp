@@ -8,13 +8,6 @@
 /// more. That is so in most steps, and then they cost half. It is wrong where a map amplifies what was rounded.
 namespace lora_rite::host {
 
-/// In how many steps floats were not exact enough for one factor, and doubles took their place.
-struct DoubleSteps {
-  int64_t momentum_map = 0;   ///< N's map
-  int64_t gradient_map = 0;   ///< G's map
-  int64_t cross_product = 0;  ///< XᵀN; counted always where the shape makes doubles as fast
-};
-
 /// May N's map be in float? β Qᵀ R⁺ᵀ is near βI where the partner moved little, and then it may. In coordinates in
 /// which the partner is ill-conditioned its entries are large and cancel, and their round-off is amplified once more on
 /// the way back to M. `map` [r, r], rows `stride` apart.
