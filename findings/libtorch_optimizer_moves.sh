@@ -21,9 +21,10 @@ using torch::optim::Adam;
 static_assert(std::is_move_constructible_v<Adam>);
 static_assert(std::is_move_assignable_v<Adam> == IS_ASSIGNED);
 CPP
-for case in "2.6.0 false" "2.13.0 true"; do
-  read -r version assigned <<<"$case"
-  python3 -m pip --disable-pip-version-check -q download --no-deps --only-binary :all: --python-version 3.12 "torch==$version"
+for case in "torch==2.6.0 false" "torch==2.13.0 true"; do
+  read -r package assigned <<<"$case"
+  version=${package#torch==}
+  python3 -m pip --disable-pip-version-check -q download --no-deps --only-binary :all: --python-version 3.12 "$package"
   unzip -q "torch-$version"*.whl 'torch/include/*' -d "$version"
   include=$version/torch/include
   g++ -std=c++17 -fsyntax-only -DIS_ASSIGNED="$assigned" -isystem "$include" \

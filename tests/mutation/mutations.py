@@ -112,7 +112,7 @@ MUTATIONS = [
     ("engine/host/precision.hpp",
      "return «squared_error <= bound * bound * rows * static_cast<double>(rank)» && largest <= most_float &&", "true", ""),
     ("engine/host/precision.hpp", "return «rate * rate * turned <= 1»;", "true", ""),
-    ("engine/host/pairs.hpp", "if («factor.wide_cross == factor.wants_wide_cross») return;", "true", ""),
+    ("engine/host/pairs.hpp", "if («factor.wide_cross == wide_cross») return;", "true", ""),
     ("engine/host/pairs.hpp", "«group.eigenvalues.at(i, lane)»;", "0.0", ""),
     ("engine/host/decide.hpp", "squared += (i == j ? 1 : «2»)", "1", ""),
     ("engine/host/decide.hpp", "momentum_map = matmul(decision.momentum_map, «transpose(root)»);",

@@ -14,9 +14,8 @@ namespace lora_rite::host {
 
 /// What is known of a factor from one step to the next. It begins as of nothing.
 struct KnownFactor {
-  Fingerprint seen;              ///< of the factor that the sums belong to
-  bool wide_cross = true;        ///< is XᵀN summed in double? The next pass begins as the last one ended.
-  bool wants_wide_cross = true;  ///< must it be?
+  Fingerprint seen;        ///< of the factor that the sums belong to
+  bool wide_cross = true;  ///< is XᵀN summed in double? The next pass begins as the last one ended.
   bool knows_eigenvalues = false;
   DoubleSteps double_steps;
 };

@@ -145,9 +145,12 @@ class Pairs {
       const FactorId id = factor_of(number);
       add_up(id);
       remember_way_back(id, work, state);
-      known_[id.side].factors[id.pair].wants_wide_cross = wants_wide_cross(id, state);
+      work[id].wide_cross = wants_wide_cross(id, state);
     });
-    for (int64_t number = 0; number < 2 * count_; ++number) settle(factor_of(number), work, state, threads);
+    for (int64_t number = 0; number < 2 * count_; ++number) {
+      const FactorId id = factor_of(number);
+      settle(id, work[id].wide_cross, work, state, threads);
+    }
     if (numbers.balance) balance(work, state, threads);
     threads.for_each(2 * count_, [&](int64_t number, int64_t) { remember(factor_of(number), work, state); });
     plan.work.reset();
@@ -235,8 +238,7 @@ class Pairs {
   /// All sums over the rows of a factor, from its rows: what act 3 usually leaves behind.
   void sum_rows(FactorId id, const Work& work, const StateView& state, Threads& threads) {
     read_rows(id, work, state, threads);
-    known_[id.side].factors[id.pair].wants_wide_cross = wants_wide_cross(id, state);
-    settle(id, work, state, threads);
+    settle(id, wants_wide_cross(id, state), work, state, threads);
     known_[id.side].factors[id.pair].seen = fingerprint(id, work[id].view);
   }
 
@@ -252,10 +254,10 @@ class Pairs {
   }
 
   /// Where XᵀN was summed in the wrong type the rows are read once more.
-  void settle(FactorId id, const Work& work, const StateView& state, Threads& threads) {
+  void settle(FactorId id, bool wide_cross, const Work& work, const StateView& state, Threads& threads) {
     KnownFactor& factor = known_[id.side].factors[id.pair];
-    if (factor.wide_cross == factor.wants_wide_cross) return;
-    factor.wide_cross = factor.wants_wide_cross;
+    if (factor.wide_cross == wide_cross) return;
+    factor.wide_cross = wide_cross;
     read_rows(id, work, state, threads);
   }
 

@@ -50,6 +50,7 @@ struct FactorWork {
   double unmagnified_squared = 0;  ///< ‖Ḡ‖²
   bool wide_momentum = true;       ///< must N's map be in double?
   bool wide_gradient = true;       ///< the same of G's
+  bool wide_cross = true;          ///< must XᵀN of what the step left be in double?
   double row_decay = 1;            ///< β₂', for row equilibration
 
   bool has_gradient() const { return view.gradient != nullptr; }
