@@ -26,13 +26,13 @@ struct WayBack {
 
 /// α = 1 / (1−ηλ), γ = η / (1−ηλ), from X = (1−ηλ) X_old − ηN. `kept` is 1−ηλ.
 template <class Number>
-WayBack<Number> way_back(const Number& kept, const Number& rate) {
+LORA_RITE_FUNCTION WayBack<Number> way_back(const Number& kept, const Number& rate) {
   return {1.0 / kept, rate / kept};
 }
 
 /// (XC)ᵀ X_old, given (XC)ᵀ X and (XC)ᵀ N.
 template <class Matrix, class Number>
-Matrix cross_gram(const WayBack<Number>& back, const Matrix& gram, const Matrix& with_momentum) {
+LORA_RITE_FUNCTION Matrix cross_gram(const WayBack<Number>& back, const Matrix& gram, const Matrix& with_momentum) {
   return back.scale * gram + back.rate * with_momentum;
 }
 
@@ -56,7 +56,7 @@ Number row_moment(const Number& decay, const Number& old, const Number& fresh) {
 }
 
 /// w_i = frac(i·φ) + ½: irregular, so that no change of signs and no exchange of rows goes unnoticed.
-inline double column_weight(int64_t row) {
+LORA_RITE_FUNCTION inline double column_weight(int64_t row) {
   const double multiple = static_cast<double>(row) * 0.61803398874989485;
   return multiple - static_cast<double>(static_cast<int64_t>(multiple)) + 0.5;
 }
@@ -67,13 +67,13 @@ constexpr double kSumRoundOff = 1e-12;
 
 /// Do the squared norms differ by more than round-off?
 template <class Number>
-auto norm_changed(const Number& known, const Number& now) {
+LORA_RITE_FUNCTION auto norm_changed(const Number& known, const Number& now) {
   return at_least(now - known, known - now) > kSumRoundOff * known;
 }
 
 /// Do the weighted sums? |wᵀx| ≤ ‖w‖ ‖x‖ and ‖w‖ ≈ √n bound their round-off. `known_norm` is ‖x‖².
 template <class Number>
-auto weighted_sum_changed(const Number& known_norm, const Number& rows, const Number& known, const Number& now) {
+LORA_RITE_FUNCTION auto weighted_sum_changed(const Number& known_norm, const Number& rows, const Number& known, const Number& now) {
   return at_least(now - known, known - now) > kSumRoundOff * square_root(known_norm * rows);
 }
 
