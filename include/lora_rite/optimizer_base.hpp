@@ -29,7 +29,8 @@ class Owners;
 }
 namespace engine {
 struct RowShards;
-}
+class BatchGroup;
+}  // namespace engine
 
 /// What `LoraRite::load_matching` takes from an archive.
 struct LoadOptions {
@@ -173,6 +174,8 @@ class LoraRiteBase : public torch::optim::Optimizer {
   virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }
   /// The other rows of a pair, where this process holds only some.
   LORA_RITE_BODY virtual std::optional<engine::RowShards> row_shards(size_t group, size_t pair) const;
+  /// Does nobody else have a say in the two that follow?
+  virtual bool decides_alone() const { return true; }
   /// Shall the step be taken? `all_finite` is absent where no parameter of this process has a gradient; so is the
   /// result if there is nothing to do.
   virtual std::optional<at::Tensor> agree_on_step(const std::optional<at::Tensor>& all_finite) { return all_finite; }
@@ -220,6 +223,7 @@ class LoraRiteBase : public torch::optim::Optimizer {
   Act1 observe();
   void check_inputs() const;
   void take_step();
+  engine::BatchGroup* only_group() const;
   at::Tensor in_pair_order(const std::vector<at::Tensor>& of_batches, const std::vector<int64_t>& order,
                            at::Device device);
 

@@ -21,6 +21,7 @@ enum class Engine : int64_t {
   Automatic,  ///< Host for the pairs that it takes, Device for all others
   Device,     ///< ATen operators, same-shape pairs batched: any device and dtype, no host read
   Host,       ///< loops of our own for contiguous float factors on a CPU, on LibTorch's threads
+  Cuda,       ///< kernels of our own on a GPU, which `lora_rite::cuda` has; Device for the pairs that they do not take
 };
 
 /// Options of one param group of `LoraRite`. Every one is honoured per group.
@@ -178,10 +179,12 @@ inline void check_options(const LoraRiteOptions& options, const std::string& whe
   const double largest_rate = options.lr() * std::max(1.0, options.lr_ratio_b());
   TORCH_CHECK(largest_rate * options.weight_decay() < 1, where, ": lr · weight_decay is ",
               largest_rate * options.weight_decay(), ", expected < 1 (a step would turn the factors around)");
-  TORCH_CHECK(options.engine() >= Engine::Automatic && options.engine() <= Engine::Host, where, ": engine is ",
-              static_cast<int64_t>(options.engine()), ", expected Engine::Automatic, Engine::Device or Engine::Host");
-  TORCH_CHECK(options.engine() != Engine::Host || !options.capturable(), where,
-              ": engine is Engine::Host, expected Engine::Device or Engine::Automatic for a capturable step");
+  TORCH_CHECK(options.engine() >= Engine::Automatic && options.engine() <= Engine::Cuda, where, ": engine is ",
+              static_cast<int64_t>(options.engine()),
+              ", expected Engine::Automatic, Engine::Device, Engine::Host or Engine::Cuda");
+  TORCH_CHECK(
+      options.engine() != Engine::Host || !options.capturable(), where,
+      ": engine is Engine::Host, expected Engine::Device, Engine::Cuda or Engine::Automatic for a capturable step");
 }
 
 }  // namespace detail

@@ -108,6 +108,7 @@ class DistributedLoraRite : public LoraRite<Basis> {
   /// After a step.
   virtual void publish() {}
 
+  bool decides_alone() const override { return false; }
   std::optional<at::Tensor> agree_on_step(const std::optional<at::Tensor>& all_finite) override {
     at::Tensor flag = all_finite ? all_finite->to(at::kInt) : at::ones({}, at::TensorOptions(at::kInt).device(device_));
     flag = flag.reshape({1});

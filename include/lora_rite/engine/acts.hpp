@@ -65,6 +65,11 @@ class BatchGroup {
   /// Act 1. Null if no pair has a gradient: then there is nothing to do.
   virtual std::unique_ptr<Observation> observe(const LoraRiteOptions& options) = 0;
 
+  /// All of a step, where nobody else has a say in whether it is taken and how it is clipped: no other group, and no
+  /// other process. `skipped` counts the steps that are not taken, on the device; undefined means 0. Returns false if
+  /// this group cannot; then nothing has happened.
+  virtual bool step_alone(const LoraRiteOptions& /*options*/, at::Tensor& /*skipped*/) { return false; }
+
   /// Hands the rates of `options` to the device, for a recorded step; an ordinary one does it itself.
   virtual void upload_rates(const LoraRiteOptions& /*options*/) {}
 };

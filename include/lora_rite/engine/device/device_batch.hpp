@@ -26,7 +26,7 @@
 namespace lora_rite::device {
 
 /// A batch whose tall data are moved by ATen operators.
-class DeviceBatch final : public engine::Batch {
+class DeviceBatch : public engine::Batch {
  public:
   DeviceBatch(std::vector<FactorPair> pairs, std::vector<std::string> labels)
       : Batch(std::move(pairs), std::move(labels)) {
