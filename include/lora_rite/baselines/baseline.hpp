@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/baselines/spectral.hpp"
 #include "lora_rite/optimizer_support.hpp"
 
 /// Optimizers that torch::optim lacks and that a LoRA optimizer is compared with. Each follows its paper; the formula
@@ -25,6 +26,7 @@ namespace lora_rite::baselines {
 
 using lora_rite::detail::check_at_least_zero;
 using lora_rite::detail::check_decay_rate;
+using spectral::norms;
 
 /// What is remembered of a parameter: the steps it made, and tensors by name.
 struct State : public torch::optim::OptimizerCloneableParamState<State> {
@@ -122,9 +124,9 @@ class Batch {
   int64_t step = 0;  ///< t, this one included
 };
 
-/// torch::optim::Optimizer over batches of equal parameters. Parameters without a gradient rest.
+/// torch::optim::Optimizer over param groups, each stepped with options of its own.
 template <class Options>
-class Baseline : public torch::optim::Optimizer {
+class OverGroups : public torch::optim::Optimizer {
  public:
   /// A group without options has the defaults.
   void add_param_group(const torch::optim::OptimizerParamGroup& group) {
@@ -139,29 +141,7 @@ class Baseline : public torch::optim::Optimizer {
     for (auto& group : param_groups_) {
       const auto& options = static_cast<const Options&>(group.options());
       options.check();
-      const std::vector<at::Tensor> gradients = this->gradients(group, options);
-      std::map<std::string, std::vector<size_t>> batches;
-      for (size_t i = 0; i < gradients.size(); ++i) {
-        if (!gradients[i].defined()) continue;
-        const at::Tensor& parameter = group.params()[i];
-        TORCH_CHECK(gradients[i].layout() == at::kStrided, "the gradient of parameter ", i, " has layout ",
-                    gradients[i].layout(), ", expected a dense one");
-        batches[c10::str(parameter.sizes(), parameter.scalar_type(), parameter.device(), state_of(parameter).step)]
-            .push_back(i);
-      }
-      for (const auto& [key, indices] : batches) {
-        Batch batch;
-        std::vector<at::Tensor> of_batch;
-        for (const size_t i : indices) {
-          batch.parameters.push_back(group.params()[i]);
-          of_batch.push_back(gradients[i]);
-          batch.states.push_back(&state_of(group.params()[i]));
-          ++batch.states.back()->step;
-        }
-        batch.step = batch.states[0]->step;
-        batch.gradient = at::stack(of_batch);
-        update(options, batch);
-      }
+      step_group(group, options);
     }
     return loss;
   }
@@ -174,10 +154,45 @@ class Baseline : public torch::optim::Optimizer {
   }
 
  protected:
-  Baseline(const std::vector<torch::optim::OptimizerParamGroup>& groups, const Options& defaults)
+  OverGroups(const std::vector<torch::optim::OptimizerParamGroup>& groups, const Options& defaults)
       : Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::make_unique<Options>(defaults)) {
     for (const auto& group : groups) add_param_group(group);
   }
+
+  virtual void step_group(const torch::optim::OptimizerParamGroup& group, const Options& options) = 0;
+
+  State& state_of(const at::Tensor& parameter) {
+    auto& state = state_[parameter.unsafeGetTensorImpl()];
+    if (!state) state = std::make_unique<State>();
+    return static_cast<State&>(*state);
+  }
+
+  /// These parameters and gradients as a batch, one step further. `Kind` is Batch or derived from it.
+  template <class Kind>
+  void fill(Kind& batch, const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& gradients,
+            const std::vector<size_t>& indices) {
+    std::vector<at::Tensor> of_batch;
+    for (const size_t i : indices) {
+      batch.parameters.push_back(parameters[i]);
+      of_batch.push_back(gradients[i]);
+      batch.states.push_back(&state_of(parameters[i]));
+      ++batch.states.back()->step;
+    }
+    batch.step = batch.states[0]->step;
+    batch.gradient = at::stack(of_batch);
+  }
+
+  static void check_dense(const at::Tensor& gradient, size_t index) {
+    TORCH_CHECK(gradient.layout() == at::kStrided, "the gradient of parameter ", index, " has layout ",
+                gradient.layout(), ", expected a dense one");
+  }
+};
+
+/// A rule for single parameters, over batches of equal ones. Parameters without a gradient rest.
+template <class Options>
+class Baseline : public OverGroups<Options> {
+ protected:
+  using OverGroups<Options>::OverGroups;
 
   /// The gradients that the rule sees, undefined where there is none.
   virtual std::vector<at::Tensor> gradients(const torch::optim::OptimizerParamGroup& group, const Options&) {
@@ -189,11 +204,21 @@ class Baseline : public torch::optim::Optimizer {
   /// One step of a batch.
   virtual void update(const Options& options, Batch& batch) = 0;
 
- private:
-  State& state_of(const at::Tensor& parameter) {
-    auto& state = state_[parameter.unsafeGetTensorImpl()];
-    if (!state) state = std::make_unique<State>();
-    return static_cast<State&>(*state);
+  void step_group(const torch::optim::OptimizerParamGroup& group, const Options& options) override {
+    const std::vector<at::Tensor> gradients = this->gradients(group, options);
+    std::map<std::string, std::vector<size_t>> batches;
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      if (!gradients[i].defined()) continue;
+      const at::Tensor& parameter = group.params()[i];
+      this->check_dense(gradients[i], i);
+      batches[c10::str(parameter.sizes(), parameter.scalar_type(), parameter.device(), this->state_of(parameter).step)]
+          .push_back(i);
+    }
+    for (const auto& [key, indices] : batches) {
+      Batch batch;
+      this->fill(batch, group.params(), gradients, indices);
+      update(options, batch);
+    }
   }
 };
 
@@ -208,13 +233,6 @@ inline at::Tensor adam_direction(Batch& batch, const at::Tensor& gradient, doubl
 /// Tensors [k, shape] as matrices [k, m, n]: the first dimension of a parameter against all others.
 inline at::Tensor matrices(const at::Tensor& batch) {
   return batch.dim() <= 2 ? batch.unsqueeze(-1) : batch.flatten(2);
-}
-
-/// Norm of each of k tensors [k, shape], shaped to be multiplied with them [k, 1, …].
-inline at::Tensor norms(const at::Tensor& batch) {
-  std::vector<int64_t> ones(static_cast<size_t>(batch.dim()), 1);
-  ones[0] = batch.size(0);
-  return batch.flatten(1).norm(2, -1).view(ones);
 }
 
 }  // namespace lora_rite::baselines

@@ -46,15 +46,8 @@ class Muon : public Baseline<MuonOptions> {
 
   /// Each matrix [k, m, n] with its singular values moved into about [0.7, 1.2].
   static at::Tensor orthogonalized(const at::Tensor& batch, int64_t steps) {
-    constexpr double kA = 3.4445, kB = -4.7750, kC = 2.0315;  // steepest at 0, for few steps
-    const bool tall = batch.size(1) > batch.size(2);
-    at::Tensor x = tall ? batch.mT() : batch;
-    x = x / norms(x).clamp_min(1e-7);
-    for (int64_t i = 0; i < steps; ++i) {
-      const at::Tensor gram = at::matmul(x, x.mT());
-      x = kA * x + at::matmul(kB * gram + kC * at::matmul(gram, gram), x);
-    }
-    return tall ? x.mT() : x;
+    const spectral::Quintic steepest_at_0 = {3.4445, -4.7750, 2.0315};  // for few steps
+    return spectral::polar(batch, spectral::Quintics(static_cast<size_t>(steps), steepest_at_0), /*floor=*/1e-7);
   }
 
  protected:

@@ -6,8 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "lora_rite/baselines/baseline.hpp"
-#include "lora_rite/factor_pair.hpp"
+#include "lora_rite/baselines/pair_baseline.hpp"
 
 namespace lora_rite::baselines {
 
@@ -55,15 +54,7 @@ class ScaledAdam : public Baseline<ScaledAdamOptions> {
   std::vector<at::Tensor> gradients(const torch::optim::OptimizerParamGroup& group,
                                     const ScaledAdamOptions& options) override {
     const std::vector<at::Tensor>& factors = group.params();
-    TORCH_CHECK(factors.size() % 2 == 0, "ScaledAdam: a param group has ", factors.size(),
-                " tensors, expected alternating factors a0, b0, a1, b1, …");
-    for (size_t i = 0; i < factors.size(); i += 2) {
-      const std::string label =
-          "ScaledAdam: tensors " + std::to_string(i) + " and " + std::to_string(i + 1) + " of a param group";
-      TORCH_CHECK(!detail::is_part(factors[i]) && !detail::is_part(factors[i + 1]), label,
-                  ": one is a view of a leaf, expected leaves");
-      detail::check_factor_pair({"", factors[i], factors[i + 1]}, label);
-    }
+    check_alternating_factors(factors, "ScaledAdam");
     std::vector<at::Tensor> result(factors.size());
     std::map<std::string, std::vector<size_t>> batches;  // by the shapes of a factor and its partner
     for (size_t i = 0; i < factors.size(); ++i) {
@@ -82,10 +73,7 @@ class ScaledAdam : public Baseline<ScaledAdamOptions> {
       // The rank is A's first dimension and B's second one; both are brought to [k, r, …].
       const at::Tensor gradient = is_a ? at::stack(own) : at::stack(own).movedim(2, 1);
       const at::Tensor y = is_a ? at::stack(partner).movedim(2, 1) : at::stack(partner);
-      const at::Tensor flat = y.flatten(2).to(at::kDouble);
-      const at::Tensor damped = at::matmul(flat, flat.mT()) + options.damping() * at::eye(flat.size(1), flat.options());
-      const at::Tensor lower = std::get<0>(at::linalg_cholesky_ex(damped));
-      at::Tensor solved = at::cholesky_solve(gradient.flatten(2).to(at::kDouble), lower);
+      at::Tensor solved = spectral::damped_solve(y.flatten(2), options.damping(), gradient.flatten(2));
       solved = solved.to(gradient.scalar_type()).reshape(gradient.sizes());
       if (!is_a) solved = solved.movedim(1, 2).contiguous();
       const std::vector<at::Tensor> slices = solved.unbind(0);
