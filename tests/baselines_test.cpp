@@ -157,7 +157,9 @@ TEST_P(EveryOptimizer, LowersALoss) {
   torch::manual_seed(82);
   std::vector<FactorPair> pairs = {random_pair("pair", 4, 12, 10, torch::kFloat)};
   const torch::Tensor target = torch::randn({10, 12});
-  const auto optimizer = make_optimizer(GetParam(), pairs, GetParam() == "sgd" ? 0.1 : 0.01);
+  static const std::map<std::string, double> rates = {{"sgd", 0.1}, {"altlora", 1}, {"polora", 0.05}};
+  const auto rate = rates.find(GetParam());
+  const auto optimizer = make_optimizer(GetParam(), pairs, rate == rates.end() ? 0.01 : rate->second);
   const auto loss = [&] { return (torch::matmul(pairs[0].b, pairs[0].a) - target).square().mean(); };
   const double before = loss().item<double>();
   for (int step = 0; step < 200; ++step) {
@@ -232,9 +234,9 @@ INSTANTIATE_TEST_SUITE_P(Names, EveryOptimizer, ::testing::ValuesIn(optimizer_na
 });
 
 TEST(Baselines, TheRegistryHasTheNames) {
-  EXPECT_EQ(optimizer_names(),
-            (std::vector<std::string>{"rite", "rite-qr", "adam", "adamw", "adagrad", "rmsprop", "sgd", "shampoo",
-                                      "lamb", "lora+", "scaled-adam", "muon", "soap"}));
+  EXPECT_EQ(optimizer_names(), (std::vector<std::string>{"rite", "rite-qr", "adam", "adamw", "adagrad", "rmsprop",
+                                                         "sgd", "shampoo", "lamb", "lora+", "scaled-adam", "muon",
+                                                         "soap", "polora", "lora-muon", "lora-tsd", "altlora"}));
   const std::string message = error_of([] { make_optimizer("adamm", some_pairs(), 1e-3); });
   EXPECT_TRUE(mentions(message, "'adamm'"));
   for (const std::string& name : optimizer_names()) EXPECT_TRUE(mentions(message, name));

@@ -42,12 +42,15 @@ double state_bytes(const MemoryQuestion& question, const FactorShapes& pair) {
     return bytes;
   }
   static const std::map<std::string, double> moments = {
-      {"sgd", 0},  {"adagrad", 1}, {"rmsprop", 1},     {"muon", 1}, {"adam", 2},   {"adamw", 2},
-      {"lamb", 2}, {"lora+", 2},   {"scaled-adam", 2}, {"soap", 2}, {"shampoo", 3}};
+      {"sgd", 0},     {"adagrad", 1}, {"rmsprop", 1},   {"muon", 1},        {"adam", 2},
+      {"adamw", 2},   {"lamb", 2},    {"lora+", 2},     {"scaled-adam", 2}, {"soap", 2},
+      {"shampoo", 3}, {"polora", 1},  {"lora-muon", 1}, {"lora-tsd", 1},    {"altlora", 1}};
   const auto found = moments.find(name);
   if (found == moments.end()) fail("--optimizer ", name, ": its memory is not known");
   double size = found->second * pair.size();
   if (name == "soap" || name == "shampoo") size += preconditioner(pair.a) + preconditioner(pair.b);
+  if (name == "polora") size += pair.size() / pair.rank() + 4 * pair.rank();  // energies, and four vectors of norms
+  if (name == "altlora") size += 2 * pair.rank() * pair.rank();               // overlaps
   return kFloatBytes * size;
 }
 

@@ -12,9 +12,13 @@
 #include <utility>
 #include <vector>
 
+#include "lora_rite/baselines/alt_lora.hpp"
 #include "lora_rite/baselines/lamb.hpp"
+#include "lora_rite/baselines/lora_muon.hpp"
 #include "lora_rite/baselines/lora_plus.hpp"
+#include "lora_rite/baselines/lora_tsd.hpp"
 #include "lora_rite/baselines/muon.hpp"
+#include "lora_rite/baselines/polora.hpp"
 #include "lora_rite/baselines/scaled_adam.hpp"
 #include "lora_rite/baselines/shampoo.hpp"
 #include "lora_rite/baselines/soap.hpp"
@@ -31,6 +35,13 @@ MakeOptimizer over_factors() {
   return [](const std::vector<FactorPair>& pairs, double lr) {
     return std::make_unique<Optimizer>(alternating_factors(pairs), Options(lr));
   };
+}
+
+/// One that takes pairs, likewise.
+template <class Optimizer, class Options>
+MakeOptimizer over_pairs() {
+  return
+      [](const std::vector<FactorPair>& pairs, double lr) { return std::make_unique<Optimizer>(pairs, Options(lr)); };
 }
 
 /// A new optimizer is one line here.
@@ -51,12 +62,13 @@ inline const std::vector<std::pair<std::string, MakeOptimizer>>& optimizer_regis
       {"lamb", over_factors<baselines::Lamb, baselines::LambOptions>()},
       {"lora+", [](const Pairs& pairs,
                    double lr) { return std::make_unique<baselines::LoraPlus>(pairs, torch::optim::AdamOptions(lr)); }},
-      {"scaled-adam",
-       [](const Pairs& pairs, double lr) {
-         return std::make_unique<baselines::ScaledAdam>(pairs, baselines::ScaledAdamOptions(lr));
-       }},
+      {"scaled-adam", over_pairs<baselines::ScaledAdam, baselines::ScaledAdamOptions>()},
       {"muon", over_factors<baselines::Muon, baselines::MuonOptions>()},
       {"soap", over_factors<baselines::Soap, baselines::SoapOptions>()},
+      {"polora", over_pairs<baselines::PoLora, baselines::PoLoraOptions>()},
+      {"lora-muon", over_pairs<baselines::LoraMuon, baselines::LoraMuonOptions>()},
+      {"lora-tsd", over_pairs<baselines::LoraTsd, baselines::LoraTsdOptions>()},
+      {"altlora", over_pairs<baselines::AltLora, baselines::AltLoraOptions>()},
   };
   return registry;
 }
