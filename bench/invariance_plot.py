@@ -14,12 +14,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 INK, FACTOR_A, FACTOR_B = "#333333", "#0b5fa5", "#f28e2b"
 NAMES = {"rite": "LoRA-RITE", "rite-qr": "LoRA-RITE, QR", "scaled-gd": "scaled gradient descent", "adam": "Adam",
          "adamw": "AdamW", "adagrad": "Adagrad", "rmsprop": "RMSprop", "sgd": "SGD", "shampoo": "Shampoo",
-         "lamb": "LAMB", "lora+": "LoRA+", "scaled-adam": "scaled Adam", "muon": "Muon", "soap": "SOAP"}
+         "lamb": "LAMB", "lora+": "LoRA+", "scaled-adam": "scaled Adam", "muon": "Muon", "soap": "SOAP",
+         "polora": "PoLoRA", "lora-muon": "LoRA-Muon", "lora-tsd": "LoRA-TSD", "altlora": "AltLoRA"}
 COLORS = {"rite": "#0b5fa5", "rite-qr": "#76b7e5", "scaled-gd": "#2a9d5c", "adam": "#f28e2b", "adamw": "#f7c27f",
           "adagrad": "#c9a227", "rmsprop": "#8c564b", "sgd": "#333333", "shampoo": "#b07aa1", "lamb": "#d62728",
-          "lora+": "#e377c2", "scaled-adam": "#17a2a2", "muon": "#7f7f7f", "soap": "#bcbd22"}
+          "lora+": "#e377c2", "scaled-adam": "#17a2a2", "muon": "#7f7f7f", "soap": "#bcbd22",
+          "polora": "#7b4ab8", "lora-muon": "#a6d854", "lora-tsd": "#1b7837", "altlora": "#5e3c1f"}
 MARKERS = {"rite": "o", "rite-qr": ".", "scaled-gd": "s", "lamb": "v", "muon": "D", "sgd": "x", "soap": "^",
-           "shampoo": "P"}
+           "shampoo": "P", "polora": "*", "lora-muon": "<", "lora-tsd": ">", "altlora": "p"}
 ROUND_OFF = {"double": 2.0**-53, "float": 2.0**-24}
 INFINITE = 1e8  # where infinite differences are drawn
 

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -132,10 +133,14 @@ class Network {
   std::vector<torch::Tensor> frozen_;
 };
 
-/// With it the loss falls and ΔW moves by a quarter of itself or more in 20 steps: 0.01 for all whose steps do not grow
-/// with the gradient, 0.05 for the two whose steps do.
+/// With it the loss falls and ΔW moves by a quarter of itself or more in 20 steps: 0.01 for most whose steps do not
+/// grow with the gradient, more for those whose rate is the spectral norm of a step of ΔW, and for the three whose
+/// steps do.
 inline double learning_rate(const std::string& optimizer) {
-  return optimizer == "sgd" || optimizer == "scaled-gd" ? 0.05 : 0.01;
+  static const std::map<std::string, double> others = {{"sgd", 0.05},       {"scaled-gd", 0.05}, {"altlora", 0.2},
+                                                       {"lora-muon", 0.05}, {"lora-tsd", 0.05},  {"polora", 0.1}};
+  const auto found = others.find(optimizer);
+  return found == others.end() ? 0.01 : found->second;
 }
 
 constexpr int kSteps = 20;

@@ -43,6 +43,7 @@ TEST(LaboratoryInvariance, ScaledGradientDescentDoesSoToo) { expect_invariant("s
 TEST(LaboratoryInvariance, EveryOtherOptimizerDependsOnTheFactorisation) {
   for (const std::string& optimizer : contenders()) {
     if (optimizer == "rite" || optimizer == "rite-qr" || optimizer == "scaled-gd") continue;
+    if (optimizer == "lora-muon" || optimizer == "lora-tsd" || optimizer == "altlora") continue;  // see below
     const auto difference = [&](Kind kind, double magnitude) {
       return invariance(optimizer, kind, magnitude, torch::kDouble).after_all_steps;
     };
@@ -51,7 +52,7 @@ TEST(LaboratoryInvariance, EveryOtherOptimizerDependsOnTheFactorisation) {
     if (optimizer != "lamb") {
       EXPECT_GT(difference(Kind::Scaling, 100), 1e-3) << optimizer;
     }
-    if (optimizer != "sgd" && optimizer != "muon") {
+    if (optimizer != "sgd" && optimizer != "muon" && optimizer != "polora") {
       EXPECT_GT(difference(Kind::Rotation, 1), 1e-3) << optimizer;
     }
   }
@@ -73,6 +74,33 @@ TEST(LaboratoryInvariance, LambIsInvariantUnderScalingButForItsEpsilon) {
     EXPECT_LT(found, 1e-4 * number);
     EXPECT_GT(found, 1e-7 * number);
   }
+}
+
+// Their damping is in the way: LoRA-Muon's and LoRA-TSD's relative to BᵀB, which a scaling leaves alone, AltLoRA's not.
+// What they are without it says pair_baselines_test.cpp.
+TEST(LaboratoryInvariance, LoraMuonLoraTsdAndAltLoraAreInvariantButForTheirDamping) {
+  struct Bound {
+    const char* optimizer;
+    double scaling, general, least;  ///< at 100, and what is above round-off at least
+  };
+  const double round_off = tolerance(torch::kDouble, Kind::Rotation, 1);
+  for (const Bound& bound : {Bound{"lora-muon", round_off, 0.1, 1e-3}, Bound{"lora-tsd", round_off, 1e-3, 1e-6},
+                             Bound{"altlora", 0.1, 1e-2, 1e-6}}) {
+    const auto difference = [&](Kind kind, double magnitude) {
+      return invariance(bound.optimizer, kind, magnitude, torch::kDouble).after_all_steps;
+    };
+    EXPECT_LT(difference(Kind::Rotation, 1), round_off) << bound.optimizer;
+    EXPECT_LT(difference(Kind::Scaling, 100), bound.scaling) << bound.optimizer;
+    const double general = difference(Kind::General, 100);
+    EXPECT_LT(general, bound.general) << bound.optimizer;
+    EXPECT_GT(general, bound.least) << bound.optimizer;
+  }
+}
+
+TEST(LaboratoryInvariance, PoLoraIsInvariantUnderRotationsButForItsPowerIterations) {
+  const double found = invariance("polora", Kind::Rotation, 1, torch::kDouble).after_all_steps;
+  EXPECT_LT(found, 1e-5);
+  EXPECT_GT(found, tolerance(torch::kDouble, Kind::Rotation, 1));
 }
 
 TEST(LaboratoryInvariance, ARunThatDivergesCountsAsInfinitelyFar) {
