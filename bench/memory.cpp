@@ -60,7 +60,9 @@ Memory measure(const Shape& shape, const Make& make) {
 int main(int argc, char** argv) {
   const std::vector<Shape> shapes = {
       {126, 512, 512, 8}, {126, 2048, 2048, 16}, {32, 2048, 2048, 32}, {32, 2048, 2048, 64}};
-  const std::vector<std::pair<std::string, Make>> contenders = {{"rite", rite()}, {"adamw", named("adamw")}};
+  std::vector<std::pair<std::string, Make>> contenders = {{"rite", rite()}};
+  for (const char* name : {"adamw", "polora", "lora-muon", "lora-tsd", "altlora"})
+    contenders.emplace_back(name, named(name));
   nlohmann::json results = nlohmann::json::array();
   for (const Shape& shape : shapes) {
     for (const auto& [name, make] : contenders) {

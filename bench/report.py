@@ -159,6 +159,21 @@ def memory(results: list[dict]) -> str:
     return markdown(rows)
 
 
+def memory_of_others(results: list[dict]) -> str:
+    others = [name for name in dict.fromkeys(r["contender"] for r in results) if name not in ("rite", "adamw")]
+    if not others:
+        return ""
+    rows = [["pairs × (in, out) × r"] + others]
+    for case in dict.fromkeys(r["case"] for r in results):
+        run = {r["contender"]: r for r in results if r["case"] == case}
+        cells = []
+        for name in others:
+            state, peak = (run[name][which] / run[name]["factor_bytes"] for which in ("state_bytes", "peak_bytes"))
+            cells.append(f"{state:.2f}, {peak:.2f}")
+        rows.append([words(case)] + cells)
+    return "Of others that step pairs, ÷ the factors' bytes: the state, and the peak of a step.\n\n" + markdown(rows)
+
+
 def roofline(results: list[dict]) -> str:
     rows = [["threads", "rank", "factor", "pass", "ns an element", "memory's limit", "arithmetic's limit",
              "times the limit"]]
@@ -245,7 +260,7 @@ def main() -> None:
         "## Variants, 24 × (1024, 1024) × 16", variants(times),
         "## Other optimizers, 24 × (1024, 1024) × 16", "By their names in `make_optimizer`, with their own defaults.",
         optimizers(times),
-        "## Memory", memory(load(folder, "memory.json")),
+        "## Memory", memory(load(folder, "memory.json")), memory_of_others(load(folder, "memory.json")),
         "## How far from the machine's limits", "Limits: the bytes at the measured bandwidth, the operations at the rate "
         "of the library's own matrix product.", roofline(limits),
         "## Compile time", "A translation unit, `-O2`, medians of rounds of all.",

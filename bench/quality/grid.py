@@ -71,6 +71,10 @@ CONTENDERS = {
     "rmsprop": Contender("rmsprop", (-6, -8)),
     "muon": Contender("muon", (-5, -6)),
     "soap": Contender("soap", (-6, -7)),
+    "polora": Contender("polora", (-4, -5)),
+    "lora-muon": Contender("lora-muon", (-4, -5)),
+    "lora-tsd": Contender("lora-tsd", (-5, -6)),
+    "altlora": Contender("altlora", (-3, -3)),
     # what LoRA-RITE's options do
     "rite, bounded by 1": Contender("rite", (-6, -8), ("--max-relative-change", "1")),
     "rite, rows": Contender("rite", (-6, -8), ("--row-equilibration", "true")),
@@ -91,6 +95,7 @@ CONTENDERS = {
 }
 USUAL = ("rite, bounded", "adam", "rite", "lora+", "adamw")
 OTHERS = ("scaled-adam", "shampoo", "lamb", "adagrad", "rmsprop", "muon", "soap")
+RIVALS = ("polora", "lora-muon", "lora-tsd", "altlora")  # of 2025 and 2026, all stepping pairs
 OPTIONS = tuple(name for name in CONTENDERS if name.startswith("rite, ") and name not in USUAL)
 RATES_AT_FIRST = 5
 
@@ -126,6 +131,10 @@ GRIDS = {
          ("rite, exponent 1/4, bounded", "rite, exponent 0, bounded", "rite, rows, exponent 1/4, bounded")),
         ([Cell(task) for task in ("amazon", "tweets")], ("rite, rows, bounded", "rite, rows, exponent 1/4, bounded")),
     ],
+    # beside the contenders of "full", whose runs are there already
+    "rivals": [([Cell(task, rank, start) for task in REGRESSIONS
+                 for rank, start in ((16, "usual"), (16, "lopsided"), (4, "usual"), (64, "usual"))], RIVALS),
+               ([Cell(task) for task in TEXTS], RIVALS)],
 }
 
 
