@@ -94,17 +94,19 @@ inline Make named(const std::string& name) {
 }
 #ifdef LORA_RITE_HAS_CUDA_GRAPHS
 /// LoRA-RITE's step recorded as a CUDA graph and replayed, which one call of the driver starts.
-inline Step rite_graph(std::vector<FactorPair> pairs) {
-  const auto optimizer =
-      std::make_shared<lora_rite::LoraRite<>>(std::move(pairs), LoraRiteOptions(1e-4).capturable(true));
-  const auto graph = std::make_shared<at::cuda::CUDAGraph>();
-  const c10::cuda::CUDAStreamGuard on_own_stream(c10::cuda::getStreamFromPool());
-  for (int i = 0; i < 3; ++i) optimizer->step();  // allocates the state
-  torch::cuda::synchronize();
-  graph->capture_begin();
-  optimizer->step();
-  graph->capture_end();
-  return [optimizer, graph] { graph->replay(); };
+inline Make rite_graph(lora_rite::Engine engine) {
+  return [engine](std::vector<FactorPair> pairs) -> Step {
+    const auto optimizer = std::make_shared<lora_rite::LoraRite<>>(
+        std::move(pairs), LoraRiteOptions(1e-4).capturable(true).engine(engine));
+    const auto graph = std::make_shared<at::cuda::CUDAGraph>();
+    const c10::cuda::CUDAStreamGuard on_own_stream(c10::cuda::getStreamFromPool());
+    for (int i = 0; i < 3; ++i) optimizer->step();  // allocates the state
+    torch::cuda::synchronize();
+    graph->capture_begin();
+    optimizer->step();
+    graph->capture_end();
+    return [optimizer, graph] { graph->replay(); };
+  };
 }
 #endif
 #ifdef LORA_RITE_HAS_BEFORE

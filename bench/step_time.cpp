@@ -43,8 +43,14 @@ std::vector<std::pair<std::string, Make>> usual(torch::Device device) {
 #endif
   if (!device.is_cuda()) return contenders;
   contenders.emplace_back("rite, capturable", rite(LoraRiteOptions(1e-4).capturable(true)));
+#ifdef LORA_RITE_CUDA
+  contenders.emplace_back("rite, Engine::Cuda", rite(LoraRiteOptions(1e-4).engine(lora_rite::Engine::Cuda)));
+#endif
 #ifdef LORA_RITE_HAS_CUDA_GRAPHS
-  contenders.emplace_back("rite, graph", rite_graph);
+  contenders.emplace_back("rite, graph", rite_graph(lora_rite::Engine::Automatic));
+#ifdef LORA_RITE_CUDA
+  contenders.emplace_back("rite, Engine::Cuda in a graph", rite_graph(lora_rite::Engine::Cuda));
+#endif
 #endif
   return contenders;
 }

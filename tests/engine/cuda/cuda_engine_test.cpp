@@ -157,6 +157,20 @@ TEST(CudaEngineTest, AloneItStepsAsBesideOthers) {
   }
 }
 
+/// What act 2 costs on a GPU is the latency of its barriers: some 25 ns, and the work between two.
+TEST(CudaEngineTest, BarriersOfActTwoAreCounted) {
+  const Emulation emulation;
+  for (const auto& [rank, unmagnify, decide] :
+       std::vector<std::tuple<int64_t, int64_t, int64_t>>{{8, 140, 260}, {16, 290, 560}, {32, 620, 1220}}) {
+    torch::manual_seed(64);
+    const std::vector<FactorPair> pairs = {random_pair("", rank, 200, 300, torch::kFloat)};
+    LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).engine(Engine::Cuda));
+    run_steps(optimizer, pairs, 0, 5);
+    EXPECT_LE(cuda::testing::barriers.unmagnify, unmagnify) << rank;
+    EXPECT_LE(cuda::testing::barriers.decide, decide) << rank;
+  }
+}
+
 TEST(CudaEngineTest, NoMoreMatricesThanThePoolHas) {
   const Emulation emulation;
   cuda::testing::peak = 0;

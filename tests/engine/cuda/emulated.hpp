@@ -56,12 +56,19 @@ void for_tiles(const Set& set, const Function& function) {
 /// The most matrices that act 2 had at once.
 inline int peak = 0;
 
+/// The most barriers of a block in each kernel of act 2.
+struct Barriers {
+  int64_t unmagnify = 0, decide = 0;
+};
+inline Barriers barriers;
+
 /// Some of the rule's matrices lie in "global memory".
 constexpr int kSharedMatrices = 4;
 
-/// f(pool, factor) for every factor.
+/// f(pool, factor) for every factor. Returns the most barriers of a block.
 template <class Function>
-void for_factors(const Set& set, const Function& function) {
+int64_t for_factors(const Set& set, const Function& function) {
+  int64_t most = 0;
   with_rank_class(set.rank, [&](auto rank) {
     using PoolType = Pool<HostTeam, rank()>;
     run_blocks(set.factor_count, [&](HostTeam& team, int factor) {
@@ -70,8 +77,10 @@ void for_factors(const Set& set, const Function& function) {
       PoolType pool(team, set.rank, shared.data(), kSharedMatrices, global.data());
       function(pool, factor);
       peak = std::max(peak, pool.matrices.peak());
+      most = std::max(most, team.barriers());
     });
   });
+  return most;
 }
 
 inline constexpr Kernels kEmulated = {
@@ -85,7 +94,7 @@ inline constexpr Kernels kEmulated = {
       return nullptr;
     },
     [](const Arguments& step, const AllPointers& pointers, int) -> const char* {
-      for_factors(step.set, [&](auto& pool, int factor) {
+      barriers.unmagnify = for_factors(step.set, [&](auto& pool, int factor) {
         if (step.qr_basis) {
           unmagnify<QrBasis>(pool, step, pointers, factor);
         } else {
@@ -95,7 +104,7 @@ inline constexpr Kernels kEmulated = {
       return nullptr;
     },
     [](const Arguments& step, const AllPointers& pointers, int) -> const char* {
-      for_factors(step.set, [&](auto& pool, int factor) { decide(pool, step, pointers, factor); });
+      barriers.decide = for_factors(step.set, [&](auto& pool, int factor) { decide(pool, step, pointers, factor); });
       return nullptr;
     },
     [](const Arguments& step, const AllPointers& pointers, int) -> const char* {

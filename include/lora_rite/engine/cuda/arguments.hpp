@@ -62,9 +62,10 @@ struct Set {
   // Of each tile: XᵀX, XᵀN and column sums of what is stored, kept from step to step; GᵀG within a step.
   double *tile_gram, *tile_cross, *tile_columns, *tile_gradient_gram;
   bool* tile_finite;
+  double* eigenvalues;  ///< of V, ascending, of each factor [r], kept likewise; the first is NaN where they are unknown
   // Of each factor, within a step.
   double *gradient_gram, *projected_gram, *inverse_root, *change;  ///< `rule::Unmagnified`
-  double* second_moment;
+  double *second_moment, *next_eigenvalues;
   double* maps;  ///< N ← N·first + G·second [2, r, r]
   bool* partner_edited;
   Decided* decided;

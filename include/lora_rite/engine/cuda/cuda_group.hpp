@@ -150,6 +150,7 @@ class CudaGroup final : public engine::BatchGroup {
       arena.add(part.set.tile_gram, part.set.tile_count * square);
       arena.add(part.set.tile_cross, part.set.tile_count * square);
       arena.add(part.set.tile_columns, part.set.tile_count * 2 * rank);
+      arena.add(part.set.eigenvalues, part.set.factor_count * rank);
     }
     sums_ = arena.allocate(device());
   }
@@ -285,6 +286,7 @@ class CudaGroup final : public engine::BatchGroup {
              {&set.gradient_gram, &set.projected_gram, &set.inverse_root, &set.change, &set.second_moment})
           arena.add(*matrices, all);
         arena.add(set.maps, 2 * all);
+        arena.add(set.next_eigenvalues, set.factor_count * set.rank);
         arena.add(set.partner_edited, set.factor_count);
         arena.add(set.spill, group_->kernels_.spill(device_index(), set.rank, set.factor_count));
       }

@@ -65,6 +65,28 @@ LORA_RITE_FUNCTION inline double factor_epsilon(const Set& set, const Factor& fa
 
 }  // namespace detail
 
+/// `rule::Eigenvalues` that does not ask twice: the eigenvalues of V were found one step ago, when its root was taken.
+/// The run for eigenvalues alone does the same arithmetic, so a run that is resumed gets the same bits.
+template <class Pool>
+struct RememberedEigenvalues {
+  const double* known;  ///< of V, ascending; the first is NaN if they are unknown
+  double* found;        ///< of the next V
+
+  LORA_RITE_FUNCTION Number escaping_mass(const Matrix<Pool>& second_moment, const Matrix<Pool>& transported) const {
+    if (!is_finite(known[0])) return rule::Eigenvalues::escaping_mass(second_moment, transported);
+    const Values<Pool> values = values_of(second_moment.pool(), [&](int i) { return known[i]; });
+    return rule::Eigenvalues::escaping_mass(values, second_moment, transported);
+  }
+  LORA_RITE_FUNCTION Matrix<Pool> preconditioner(const Matrix<Pool>& second_moment, const Number& escaped_mass,
+                                                 const std::optional<rule::RoundOff<Matrix<Pool>>>& round_off,
+                                                 const rule::Hyperparameters& numbers) const {
+    const auto spectrum = eigh(second_moment);
+    const Values<Pool> values = ascending(spectrum.values);
+    second_moment.pool().for_each(second_moment.pool().rank(), [&](int i) { found[i] = values.at(i); });
+    return rule::Eigenvalues::preconditioner(spectrum, second_moment, escaped_mass, round_off, numbers);
+  }
+};
+
 /// Is the step taken, and with which c?
 struct Verdict {
   bool allowed;
@@ -154,9 +176,11 @@ LORA_RITE_FUNCTION void decide(Pool& pool, const Arguments& step, const AllPoint
     now.damping =
         rule::relative_change_damping(root, own, Number(side_rate), Number(rows), step.numbers.max_relative_change);
   }
-  const rule::Decision<M> decision = rule::decide<rule::Eigenvalues>(
-      old, now, Number(rows), Number(verdict.clip_factor), Number(has_gradient ? 1.0 : 0.0),
-      Number(set.partner_edited[number] ? 1.0 : 0.0), epsilon_of(set.dtype), step.numbers);
+  const RememberedEigenvalues<Pool> roots = {set.eigenvalues + static_cast<int64_t>(number) * rank,
+                                             set.next_eigenvalues + static_cast<int64_t>(number) * rank};
+  const rule::Decision<M> decision =
+      rule::decide(old, now, Number(rows), Number(verdict.clip_factor), Number(has_gradient ? 1.0 : 0.0),
+                   Number(set.partner_edited[number] ? 1.0 : 0.0), epsilon_of(set.dtype), step.numbers, roots);
   detail::store(decision.moments.second_moment, set.second_moment + number * square);
   double* maps = set.maps + 2 * number * square;
   detail::store(matmul(decision.momentum_map, transpose(root)), maps);
@@ -187,6 +211,10 @@ LORA_RITE_FUNCTION void remember(Pool& pool, const Arguments& step, const AllPoi
     pool.for_elements([&](int i, int j) {
       factor.second_moment[i * rank + j] = set.second_moment[number * square + i * rank + j];
       factor.inverse_root[i * rank + j] = set.inverse_root[number * square + i * rank + j];
+    });
+    pool.for_each(rank, [&](int i) {
+      const int64_t place = static_cast<int64_t>(number) * rank + i;
+      set.eigenvalues[place] = set.next_eigenvalues[place];
     });
     pool.for_each(2 * rank, [&](int i) {
       const int which = i / rank, column = i % rank;

@@ -4,13 +4,11 @@
 #include <cstdint>
 
 #include "lora_rite/engine/cuda/arguments.hpp"
+#include "lora_rite/engine/cuda/number.hpp"
 #include "lora_rite/engine/cuda/tile_sums.hpp"
 
 /// Acts 1 and 3: a block for each tile. (`decide.hpp` has act 2.)
 namespace lora_rite::cuda {
-
-/// Neither NaN nor infinite.
-LORA_RITE_FUNCTION inline bool is_finite(double x) { return x - x == 0; }
 
 /// Act 1: GᵀG of a tile; and of its factor the column sums, which tell whether anything changed since the step before.
 /// Where it did, XᵀX and XᵀN are formed anew.
@@ -46,6 +44,7 @@ LORA_RITE_FUNCTION void observe(Team& team, const Arguments& step, const AllPoin
   for (int i = 0; i < 2 * rank; ++i) changed = changed || !(now[i] == known[i]);
   if (changed) sum_tile<R>(team, set, factor, Stepped{stored, factor.master}, tile, shared);
   team.for_each(1, [&](int) {
+    if (step.sums_unknown && tile == factor.first_tile) set.eigenvalues[static_cast<int64_t>(number) * rank] = NAN;
     const double* cross = set.tile_cross + static_cast<int64_t>(tile) * rank * rank;
     double sum = 0;  // squares: not finite where a number is not
     for (int i = 0; i < rank; ++i) sum += now[i] + of_gradient[i * rank + i] + cross[i * rank + i];

@@ -6,6 +6,9 @@
 
 namespace lora_rite::cuda {
 
+/// Neither NaN nor infinite.
+LORA_RITE_FUNCTION inline bool is_finite(double x) { return x - x == 0; }
+
 /// A double for the rule: argument-dependent lookup finds `choose`, `at_least` and the like of this namespace for it.
 /// All threads of a team have the same.
 struct Number {
