@@ -77,11 +77,12 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   /// Engine for this group's tall data, chosen in the first step. Not part of a saved optimizer: it belongs to the
   /// machine.
   TORCH_ARG(Engine, engine) = Engine::Automatic;
-  /// A step that a CUDA graph can record (at::cuda::CUDAGraph): Engine::Cuda as it is, or Engine::Device, with Cholesky factors and Newton–Schulz
-  /// products in place of eigenvalues, which also batch at every rank. The escaped mass is then bounded by a trace,
-  /// which makes steps a little shorter where several directions escape at once; `preconditioner_exponent` is 1/2 or
-  /// 1/4. See docs/algorithm.md. Record after a few ordinary steps; before a replay `LoraRite::upload_rates()` hands
-  /// over what a scheduler set. Chosen in the first step, not part of a saved optimizer.
+  /// A step that a CUDA graph can record (at::cuda::CUDAGraph): Engine::Cuda as it is, or Engine::Device, with Cholesky
+  /// factors and Newton–Schulz products in place of eigenvalues, which also batch at every rank. The escaped mass is
+  /// then bounded by a trace, which makes steps a little shorter where several directions escape at once;
+  /// `preconditioner_exponent` is 1/2 or 1/4. See docs/algorithm.md. Record after a few ordinary steps; before a replay
+  /// `LoraRite::upload_rates()` hands over what a scheduler set. Chosen in the first step, not part of a saved
+  /// optimizer.
   TORCH_ARG(bool, capturable) = false;
 
  public:
