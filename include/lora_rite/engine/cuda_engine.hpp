@@ -39,9 +39,7 @@ inline const CudaEngine* cuda_engine = nullptr;
 
 #ifdef LORA_RITE_CUDA
 extern const CudaEngine kCudaEngine;
-namespace detail {
 inline const bool cuda_engine_is_linked = (cuda_engine = &kCudaEngine, true);
-}  // namespace detail
 #endif
 
 }  // namespace lora_rite::engine
