@@ -1,4 +1,4 @@
-// Steps of the optimizer in C++, from and to files, for python/tests/test_optimizer.py.
+// Steps of the optimizer in C++, from and to files, for python/tests/test_files.py.
 //
 //     lora_rite_exchange FOLDER STEPS FIRST
 //

@@ -1,0 +1,90 @@
+"""Files of Python load in C++ and the other way round."""
+
+import copy
+import os
+import pathlib
+import subprocess
+import tempfile
+import unittest
+
+import torch
+from torch import nn
+
+import toy
+from lora_rite import FactorPair, LoraRite
+
+
+class Files(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.path = pathlib.Path(self.folder.name) / "optimizer.pt"
+
+    def test_a_file_of_its_own_resumes_to_the_bit(self):
+        net = toy.model()
+        optimizer = LoraRite(net, lr=1e-2)
+        toy.train(net, optimizer, 3)
+        optimizer.save(self.path)
+        other_net = copy.deepcopy(net)
+        other = LoraRite(other_net, lr=1.0)
+        other.load(self.path)
+        self.assertEqual([g["lr"] for g in other.param_groups], [1e-2, 1e-2])
+        self.assertEqual(toy.train(net, optimizer, 3, first=3), toy.train(other_net, other, 3, first=3))
+
+    def test_no_file_and_no_optimizer_are_refused(self):
+        optimizer = LoraRite(toy.model())
+        with self.assertRaises((ValueError, RuntimeError)):
+            optimizer.load(self.path)
+        self.path.write_bytes(b"nothing")
+        with self.assertRaises((ValueError, RuntimeError)):
+            optimizer.load(self.path)
+
+    @unittest.skipUnless(os.environ.get("LORA_RITE_EXCHANGE"), "LORA_RITE_EXCHANGE names no program (tests/python)")
+    def test_files_of_cpp_load_here_and_files_of_here_load_in_cpp(self):
+        """Two steps in C++, two here, two in C++: the parameters are those of six steps here.
+
+        Not to the bit: the two were compiled with other options.
+        """
+        program, folder = os.environ["LORA_RITE_EXCHANGE"], self.path.parent
+        shapes = {"x": ((2, 8), (6, 2)), "y": ((3, 8), (4, 3)), "z": ((2, 8), (6, 2))}
+
+        def start():
+            torch.manual_seed(3)
+            pairs = [FactorPair(name, *(nn.Parameter(torch.randn(s)) for s in both)) for name, both in shapes.items()]
+            head = nn.Parameter(torch.randn(5))
+            return pairs, head, [factor for pair in pairs for factor in pair[1:3]] + [head]
+
+        def optimizer_of(pairs, head, lr=1e-2):
+            return LoraRite([{"params": pairs}, {"params": [head], "adamw": True}], lr, weight_decay=0.1)
+
+        def step(optimizer, parameters, number):
+            for parameter in parameters:
+                parameter.grad = (parameter.detach() * (1 + number)).cos()
+            optimizer.step()
+
+        pairs, head, expected = start()
+        optimizer = optimizer_of(pairs, head)
+        for number in range(6):
+            step(optimizer, expected, number)
+
+        pairs, head, parameters = start()
+        for first in (0, 4):
+            values = b"".join(parameter.detach().numpy().tobytes() for parameter in parameters)
+            (folder / "factors").write_bytes(values)
+            subprocess.run([program, str(folder), "2", str(first)], check=True)
+            values = torch.frombuffer(bytearray((folder / "factors").read_bytes()), dtype=torch.float32)
+            with torch.no_grad():
+                for parameter, part in zip(parameters, values.split([p.numel() for p in parameters])):
+                    parameter.copy_(part.view_as(parameter))
+            if first == 0:
+                optimizer = optimizer_of(pairs, head, lr=1.0)
+                optimizer.load(self.path)
+                step(optimizer, parameters, 2)
+                step(optimizer, parameters, 3)
+                optimizer.save(self.path)
+        for one, two in zip(parameters, expected):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+if __name__ == "__main__":
+    unittest.main()
