@@ -10,7 +10,7 @@ import unittest
 import warnings
 
 import torch
-from test_programs import Tokens, adapted
+from test_programs import Tokens, adapted, base
 
 import toy
 
@@ -32,15 +32,15 @@ class Documents(unittest.TestCase):
             warnings.filterwarnings("error", ".*max_grad_norm")
             for document in documents:
                 text = document.read_text(encoding="utf-8")
-                names = {"torch": torch, "toy": toy, "adapted": adapted, "batches": batches, "folder": folder}
-                names.update(dataset=Tokens(), model=adapted())
+                names = {"torch": torch, "toy": toy, "adapted": adapted, "base": base, "batches": batches}
+                names.update(folder=folder, dataset=Tokens(), model=adapted())
                 names.update(peft_model=names["model"])
                 for found in BLOCK.finditer(text):
                     line = text.count("\n", 0, found.start("code"))
                     exec((found["given"] or "").strip(), names)
                     exec(compile("\n" * line + found["code"], str(document), "exec"), names)
                     count += 1
-        self.assertGreaterEqual(count, 7)
+        self.assertGreaterEqual(count, 8)
 
 
 if __name__ == "__main__":

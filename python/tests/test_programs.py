@@ -3,8 +3,10 @@
 Tiny random models; nothing is fetched. What is not installed is skipped.
 """
 
+import importlib.util
 import os
 import pathlib
+import pkgutil
 import socket
 import subprocess
 import sys
@@ -28,9 +30,12 @@ try:
     from peft import LoraConfig, get_peft_model
 except ImportError:
     raise unittest.SkipTest("peft and transformers are not here") from None
-try:
+if importlib.util.find_spec("trl"):
+    import datasets
     import trl
-except ImportError:
+
+    datasets.disable_progress_bars()
+else:
     trl = None
 
 transformers.logging.set_verbosity_error()
@@ -150,13 +155,50 @@ class Peft(unittest.TestCase):
         self.assertLess(losses[-1], losses[0])
 
     def test_other_kinds_of_adapters_are_refused_by_name(self):
-        for config, options, name in (
-            (peft.LoHaConfig, {}, "hada_w1_a"), (peft.LoKrConfig, {}, "lokr_w1"), (peft.VeraConfig, {}, "vera_lambda"),
+        for config, name in (
+            (peft.LoHaConfig, "hada_w1_a.* is one of LoHa, "), (peft.LoKrConfig, "lokr_w1.* is one of LoKr, "),
+            (peft.VeraConfig, "vera_lambda.* is one of VeRA, "),
         ):  # fmt: skip
-            with self.assertRaisesRegex(ValueError, f"among what is trained .*{name}.*LoHa, LoKr, VeRA"):
-                LoraRite(adapted(config=config, target_modules=["q_proj"], **options))
+            with self.assertRaisesRegex(ValueError, name):
+                LoraRite(adapted(config=config, target_modules=["q_proj"]))
         with self.assertRaisesRegex(ValueError, "lora_E.*AdaLoRA"):
             LoraRite(adapted(config=peft.AdaLoraConfig, total_step=10, target_modules=["q_proj"]))
+
+    def test_a_model_with_two_kinds_of_adapters_is_refused_by_name_and_trains_when_told_how(self):
+        torch.manual_seed(1)
+        model = peft.PeftMixedModel(base(), LoraConfig(r=4, target_modules=["q_proj"]), "lora")
+        model.add_adapter("loha", peft.LoHaConfig(r=4, target_modules=["v_proj"]))
+        model.set_adapter(["lora", "loha"])
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.assertEqual(len(named), 2 * 2 + 2 * 4)
+        with self.assertRaisesRegex(ValueError, "v_proj.hada_w1_a.loha' is one of LoHa, "):
+            LoraRite(model)
+        groups = [
+            {"params": [(name, p) for name, p in named if "hada_" not in name]},
+            {"params": [p for name, p in named if "hada_" in name], "adamw": True},
+        ]
+        before = toy.trained(model)
+        train(model, LoraRite(groups, lr=1e-2), 2)
+        self.assertTrue(toy.moved(before, toy.trained(model)))
+
+    def test_all_kinds_that_peft_has_are_known(self):
+        """What PEFT's layers have for adapters is found as a pair, is a companion of one, or is refused by name."""
+        known = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "supertuning_lora_A", "supertuning_lora_B"}
+        known |= {"lora_magnitude_vector", "supertuning_values"}  # AdamW's
+        known |= {"trainable_tokens_delta", "ln_tuning_layers"}  # the model's own weights, and what is added to them
+        known |= {"shadow_dropout", "shadow_update_transform", "shadow_update_gate"}  # beside shadow_down
+        for kind in pkgutil.iter_modules(peft.tuners.__path__, "peft.tuners."):
+            if kind.ispkg:
+                importlib.import_module(kind.name)
+        kinds = {peft.tuners.tuners_utils.BaseTunerLayer}
+        while more := {kind for one in kinds for kind in one.__subclasses__()} - kinds:
+            kinds |= more
+        names = {name for kind in kinds for name in kind.adapter_layer_names} - known
+        self.assertGreater(len(names), 40)
+        for name in sorted(names):
+            net = nn.ModuleDict({"net": toy.model(), "q": nn.ParameterDict({name: torch.randn(2, 8)})})
+            with self.subTest(name), self.assertRaisesRegex(ValueError, rf"'q\.{name}' "):
+                LoraRite(net)
 
     def test_half_precision_models_train(self):
         model = adapted(base().to(torch.bfloat16), target_modules=["q_proj"])  # PEFT makes the factors float
@@ -247,7 +289,6 @@ class Trainer(unittest.TestCase):
 
     @unittest.skipIf(trl is None, "trl is not installed")
     def test_sft_trainer_of_trl(self):
-        import datasets
         import tokenizers
 
         words = {f"w{i}": i for i in range(3, 48)} | {"<pad>": 0, "<s>": 1, "</s>": 2}

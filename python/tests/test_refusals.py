@@ -34,11 +34,34 @@ class Refusals(unittest.TestCase):
         self.check([(a * 1, b)], "expected a leaf")
         self.check([("k.lora_E", a), ("k.lora_A", a), ("k.lora_B", b)], "AdaLoRA")
 
-    def test_adapters_of_other_kinds_are_refused_by_name(self):
-        for name in ("hada_w1_a", "lokr_w1", "vera_lambda_b"):
-            layer = nn.Module()
-            layer.register_parameter(name, nn.Parameter(torch.randn(2, 8)))
-            self.check(layer, f"among what is trained '{name}', .*LoHa, LoKr, VeRA")
+    def test_adapters_of_other_kinds_are_refused_by_name_alone_and_beside_pairs(self):
+        for beside in (nn.Identity(), toy.model()):
+            for name, kind in (("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("vera_lambda_b", "VeRA")):
+                net = nn.ModuleDict({"net": beside, "other": nn.ParameterDict({name: torch.randn(2, 8)})})
+                with self.subTest(name, beside=type(beside).__name__):
+                    self.check(net, f"parameter 'other.{name}' is one of {kind}, .*expected adapters by LoRA")
+                    self.check(list(net.named_parameters()), f"parameter 'other.{name}' is one of {kind}, ")
+
+    def test_adapters_of_other_kinds_are_stepped_by_adamw_where_a_group_says_so_and_frozen_ones_do_not_matter(self):
+        net = toy.model()
+        net.hada_w1_a = nn.ParameterDict({"default": torch.randn(2, 8)})
+        other = net.hada_w1_a["default"]
+        named = [(name, p) for name, p in net.named_parameters() if "hada_" not in name]
+        optimizer = LoraRite(
+            [{"params": named}, {"params": [("hada_w1_a.default", other)], "adamw": True}], lr=1e-2
+        )
+        other.grad, before = torch.ones_like(other), other.detach().clone()
+        optimizer.step()
+        self.assertTrue((other < before).all())
+        other.requires_grad_(False)
+        self.assertEqual(len(LoraRite(net).param_groups[1]["params"]), 2)
+
+    def test_ordinary_names_are_no_adapters(self):
+        net = toy.model()
+        for name in ("road_encoder", "shadow_net", "miss_rate", "ia3", "xhada_w1_a", "alpha"):
+            net.register_parameter(name, nn.Parameter(torch.ones(2)))
+        net.oft_blocks = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2))))
+        self.assertEqual(len(LoraRite(net).param_groups[1]["params"]), 10)
 
     def test_magnitudes_of_dora_are_stepped_by_adamw(self):
         net = toy.model()

@@ -9,6 +9,7 @@ module moves tensors and options, and computes nothing.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -106,6 +107,20 @@ def _check_can_be_stepped(name: str, parameter: Tensor) -> None:
         raise ValueError(f"{name} is on the device meta, expected values: build the optimizer after they are loaded")
 
 
+# How parameters of PEFT's and LyCORIS' adapters of other kinds begin, and whose they are. Those with "lora" for a word
+# the native module refuses.
+_OTHER_KINDS = {
+    "adaption_": "LLaMA-Adapter", "adamss_": "AdaMSS", "beft_": "BEFT", "boft_": "BOFT", "c3a_": "C3A", "deft_": "DEFT",
+    "delora_": "DeLoRA", "fourierft_": "FourierFT", "frod_": "FRoD", "glora_": "GLoRA", "gralora_": "GraLoRA",
+    "hada_": "LoHa", "hira_": "HiRA", "hra_": "HRA", "ia3_": "IA³", "lily_": "Lily", "lokr_": "LoKr",
+    "miss_block": "MiSS", "oft_": "OFT", "osf_": "OSF", "peanut_": "PEANuT", "poly_router": "Poly", "psoft_": "PSOFT",
+    "pvera_": "PVeRA", "randlora_": "RandLoRA", "road_theta": "RoAd", "road_alpha": "RoAd", "shadow_down": "Shadow",
+    "shadow_up": "Shadow", "shira_": "SHiRA", "tinylora_": "TinyLoRA", "unilora_": "UniLoRA", "vblora_": "VB-LoRA",
+    "vera_": "VeRA", "waveft_": "WaveFT",
+}  # fmt: skip
+_of_other_kind = re.compile(rf"(?:^|\.)({'|'.join(_OTHER_KINDS)})[^.]*(?:\.[^.]*){{0,2}}$").search
+
+
 def _contents(params: Params, adamw: bool) -> tuple[list[FactorPair], list[Named]]:
     """The factor pairs in what a user gives, and the parameters that AdamW is to step."""
     pairs: list[FactorPair] = []
@@ -136,6 +151,13 @@ def _contents(params: Params, adamw: bool) -> tuple[list[FactorPair], list[Named
         pairs += find_factor_pairs(named)
         known = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
         named = list({id(p): (n, p) for n, p in named if p.requires_grad and id(p) not in known}.values())
+        for name, _ in named:
+            if found := _of_other_kind(name):
+                raise ValueError(
+                    f"parameter '{name}' is one of {_OTHER_KINDS[found[1]]}, whose ΔW is no product of two factors, "
+                    "expected adapters by LoRA; leave it out of params, and where it is to be trained, too, give it to "
+                    "AdamW in a group of its own: {'params': [...], 'adamw': True}"
+                )
     for name, a, b, _ in pairs:
         _check_can_be_stepped(f"pair '{name}': factor a", a)
         _check_can_be_stepped(f"pair '{name}': factor b", b)
@@ -219,7 +241,7 @@ class LoraRite(torch.optim.Optimizer):
             trained = [name for group in self.param_groups for name in group.get("param_names", ())]
             raise ValueError(
                 f"params has no LoRA factors ({_native.factor_names()}) among what is trained{_listed(trained)}, "
-                "expected at least one pair; adapters of other kinds (LoHa, LoKr, VeRA, …) have none"
+                "expected at least one pair"
             )
         if not any(parameter.requires_grad for group in self.param_groups for parameter in group["params"]):
             raise ValueError(
