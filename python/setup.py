@@ -70,8 +70,11 @@ def check_compiler() -> None:
     compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
     if not shutil.which(compiler[0]):
         refuse(f"no C++ compiler was found ({compiler[0]}); install g++ 12 or clang 14 or later, or name one in CXX")
-    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
-        refuse(f"Python's headers are not in {sysconfig.get_path('include')}; install them (Debian: python3-dev)")
+    sys.path.insert(0, str(HERE.parent / "scripts"))
+    import python_headers
+
+    if missing := python_headers.what_is_missing():
+        refuse(missing)
 
 
 class BuildByCMake(build_ext):
@@ -101,10 +104,11 @@ class BuildByCMake(build_ext):
                 refuse(f"the build failed (above): {shlex.join(command)}")
 
 
+VERSION = library_version()
 TORCH, TORCH_VERSION = torch_here()
 check_compiler()
 setup(
-    version=library_version(),
+    version=VERSION,
     # The module fits the torch that it was built against: LibTorch promises no binary interface beyond that.
     install_requires=["torch=={}.{}.*".format(*TORCH_VERSION)],
     setup_requires=[] if tool("cmake") else ["cmake>=3.22"],

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The Python package as a user gets it: a wheel is built and installed into a fresh environment; python/tests run there.
+"""The Python package as a user gets it: a wheel is installed into a fresh environment, where python/tests run.
 
     python_test.py EXCHANGE WORK_DIRECTORY    # EXCHANGE is exchange.cpp, compiled
 
@@ -13,14 +13,15 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import sysconfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 sys.dont_write_bytecode = True
-sys.path.insert(0, str(REPOSITORY / "tests/support"))
+sys.path[:0] = [str(REPOSITORY / "tests/support"), str(REPOSITORY / "scripts")]
 
+import python_headers  # noqa: E402
 import python_packages  # noqa: E402
+from python_package import environment_with, install_into, packages_here, site_of  # noqa: E402
 
 python = REPOSITORY / ".deps/interop/bin/python"
 python_packages.need(
@@ -30,27 +31,17 @@ python_packages.need(
 )
 
 
-def environment_with(folder: pathlib.Path, paths: list[str]) -> str:
-    """A fresh virtual environment that sees the packages in these folders, too; its interpreter."""
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    program = str(folder / "bin/python")
-    (site_of(program) / "shared.pth").write_text("\n".join(paths), encoding="utf-8")
-    return program
+WITHOUT_HEADERS = """
+import runpy, sysconfig
+sysconfig.get_path = lambda *_: "/no/such/folder"
+runpy.run_path("setup.py", run_name="__main__")
+"""
 
 
-def site_of(program: str) -> pathlib.Path:
-    found = subprocess.run(
-        [program, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return pathlib.Path(found.stdout.strip())
-
-
-def check_refuses(program: str, sentence: str, **environment: str) -> None:
+def check_refuses(program: str, sentence: str, code: tuple[str, ...] = ("setup.py",), **environment: str) -> None:
     """setup.py ends at once with one sentence."""
     result = subprocess.run(
-        [program, "setup.py", "--version"], cwd=REPOSITORY / "python", env={**os.environ, **environment},
+        [program, *code, "--version"], cwd=REPOSITORY / "python", env={**os.environ, **environment},
         capture_output=True, text=True,
     )  # fmt: skip
     lines = result.stderr.strip().splitlines()
@@ -59,15 +50,14 @@ def check_refuses(program: str, sentence: str, **environment: str) -> None:
 
 
 def main(exchange: str, work: pathlib.Path) -> int:
-    include = sysconfig.get_path("include")
-    if not os.path.exists(os.path.join(include, "Python.h")):
-        print(f"Python's headers are not in {include} (Debian: python3-dev)")
+    if missing := python_headers.what_is_missing():
+        print(missing)
         return 77
     work.mkdir(parents=True, exist_ok=True)
-    packages = [path for path in sys.path if path.endswith("-packages")]
-    program = environment_with(work / "environment", packages)
+    program = environment_with(work / "environment", packages_here())
 
     check_refuses(program, "no C++ compiler was found (no-such-compiler)", CXX="no-such-compiler")
+    check_refuses(program, "Python's headers are not in /no/such/folder; install", ("-c", WITHOUT_HEADERS))
     nothing = environment_with(work / "without-torch", [])
     site = site_of(nothing)
     for package in ("setuptools", "_distutils_hack"):
@@ -79,15 +69,7 @@ def main(exchange: str, work: pathlib.Path) -> int:
     (site / "torch-2.5.1.dist-info/METADATA").write_text("Name: torch\nVersion: 2.5.1\n", encoding="utf-8")
     check_refuses(nothing, "torch is 2.5.1, expected 2.6 or later")
 
-    pip = [sys.executable, "-m", "pip", "--python", program, "--disable-pip-version-check", "--no-input"]
-    launcher = {"CMAKE_CXX_COMPILER_LAUNCHER": "ccache"} if shutil.which("ccache") else {}
-    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(work), str(REPOSITORY / "python")]
-    for wheel in work.glob("*.whl"):
-        wheel.unlink()
-    subprocess.run(build, check=True, env={**os.environ, **launcher})
-    (wheel,) = work.glob("*.whl")
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
-
+    install_into(program, work)
     environment = {**os.environ, "LORA_RITE_EXCHANGE": exchange, "PYTHONDONTWRITEBYTECODE": "1"}
     tests = REPOSITORY / "python/tests"
     return subprocess.run([program, "-m", "unittest", "discover", "-s", tests], cwd=work, env=environment).returncode
