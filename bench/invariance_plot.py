@@ -9,7 +9,7 @@ import sys
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 INK, FACTOR_A, FACTOR_B = "#333333", "#0b5fa5", "#f28e2b"
 NAMES = {"rite": "LoRA-RITE", "rite-qr": "LoRA-RITE, QR", "scaled-gd": "scaled gradient descent", "adam": "Adam",

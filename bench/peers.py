@@ -3,9 +3,9 @@
 
     peers.py --threads 2 --json peers.json 24x1024x1024x16 ...
 
-A case is PAIRSxINxOUTxRANK. `LoRARite` of the package pytorch_optimizer follows the authors' code; torch.optim.AdamW runs
-as it comes, by lists of tensors and fused; lora_rite.LoraRite is this library's (python/), left out where it is not
-installed. All step copies of the same tensors by turns.
+A case is PAIRSxINxOUTxRANK. `LoRARite` of the package pytorch_optimizer follows the authors' code; torch.optim.AdamW
+runs as it comes, by lists of tensors and fused; lora_rite.LoraRite is this library's (python/), left out where it is
+not installed. All step copies of the same tensors by turns.
 """
 
 import argparse

@@ -126,7 +126,7 @@ class Programs:
 
 
 def sample_records(source: pathlib.Path, target: pathlib.Path, size: int) -> None:
-    """The head of a file of prepare_tasks.py and `size` of its records drawn at random, the same ones at any time; 0: all."""
+    """The head of a file of prepare_tasks.py and `size` of its records drawn at random, always the same; 0: all."""
     head, *records = source.read_text(encoding="utf-8").rstrip("\n").split("\n")
     if 0 < size < len(records):
         records = random.Random(0).sample(records, size)

@@ -14,10 +14,9 @@ from collections.abc import Callable
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from grid import CONTENDERS, OPTIONS, TASKS  # noqa: E402
-from study import geometric_mean, read_runs  # noqa: E402
+import matplotlib.pyplot as plt
+from grid import CONTENDERS, OPTIONS, TASKS
+from study import geometric_mean, read_runs
 
 INK = "#333333"
 BASELINE = "adam"

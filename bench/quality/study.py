@@ -4,10 +4,10 @@
     study.py --results FOLDER --build FOLDER            everything that is missing
     study.py --results FOLDER --build FOLDER --quick    the small grid of grid.py
 
-For every cell (task, rank, start) and contender: a search on validation data over a logarithmic grid of rates, which grows
-while its best rate lies at an edge and is then refined around it; then the best rate with fresh seeds on test data that
-the search has not seen. FOLDER/runs.jsonl keeps one line a run and is all the state there is: what it holds is not run
-again, so the study can be stopped at any time. `report.py` makes tables and pictures of it.
+For every cell (task, rank, start) and contender: a search on validation data over a logarithmic grid of rates, which
+grows while its best rate lies at an edge and is then refined around it; then the best rate with fresh seeds on test
+data that the search has not seen. FOLDER/runs.jsonl keeps one line a run and is all the state there is: what it holds
+is not run again, so the study can be stopped at any time. `report.py` makes tables and pictures of it.
 """
 
 import argparse

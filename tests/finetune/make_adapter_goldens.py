@@ -17,10 +17,10 @@ import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from peft import LoraConfig, PeftModel, VeloraConfig, get_peft_model  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, VeloraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 HERE = pathlib.Path(__file__).parent
 OUT = HERE / "golden" / "peft"

@@ -1,5 +1,5 @@
-"""Writes the seeds of the fuzzers, well-formed and malformed ones, to corpus/<target>/ beside this file. What a fuzzer has
-found (crash-…) lies there as well and is left alone."""
+"""Writes the seeds of the fuzzers, well-formed and malformed ones, to corpus/<target>/ beside this file. What a fuzzer
+has found (crash-…) lies there as well and is left alone."""
 
 import json
 import pathlib

@@ -8,8 +8,8 @@ Run by hand; the file is committed. Versions that wrote it:
     for wheel in wheels/*.whl; do venv/bin/python -m zipfile -e $wheel wheels; done
     venv/bin/python tests/golden/generate_baselines.py wheels
 
-Everything is float64. Where an implementation goes through a shorter type (Muon's bfloat16, SOAP's float32 in its QR), the
-type is replaced for the run. The gradients are drawn, the same for all, and stored with the factors at some steps.
+Everything is float64. Where an implementation goes through a shorter type (Muon's bfloat16, SOAP's float32 in its QR),
+the type is replaced for the run. The gradients are drawn, the same for all, and stored with the factors at some steps.
 """
 
 import importlib

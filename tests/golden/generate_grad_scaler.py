@@ -20,7 +20,8 @@ SHAPES = ((2, 3), (3,))
 LARGEST = torch.finfo(torch.float32).max
 CLIP = 0.5
 
-# overflow: step -> which optimizers' gradients; clip: steps with unscale_ and a clip for both; new_scale: step -> scale.
+# overflow: step -> which optimizers' gradients; clip: steps with unscale_ and a clip for both; new_scale: step ->
+# scale.
 CASES = {
     "defaults": {"arguments": {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000},
                  "size": 1.0, "overflow": {0: [0, 1], 5: [1]}, "clip": [3, 9], "new_scale": {}},

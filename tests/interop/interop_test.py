@@ -2,7 +2,7 @@
 """Adapters and checkpoints between this library and Python's peft and transformers, in both directions.
 
     interop_test.py PROGRAM                  # PROGRAM is interop.cpp, compiled
-    interop_test.py PROGRAM MODEL ADAPTER    # a checkpoint and an adapter of `finetune train`, in place of the cases below
+    interop_test.py PROGRAM MODEL ADAPTER    # a checkpoint and an adapter of `finetune train`, not the cases below
 
 Tiny random models of every kind, and SmolLM2-135M where it is at hand (LORA_RITE_SMOLLM2_DIR, .deps/smollm2):
 - PEFT writes an adapter, C++ loads model and adapter: its logits are Python's;

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Our adapters in llama.cpp: its own convert_lora_to_gguf.py takes a folder of ours, and its package gguf reads what we wrote.
+"""Our adapters in llama.cpp: its own convert_lora_to_gguf.py takes a folder of ours, and its package gguf reads what
+we wrote.
 
     LLAMA_CPP=CHECKOUT llama_cpp_test.py PROGRAM     # PROGRAM is interop.cpp, compiled
 
-CHECKOUT is a checkout of llama.cpp, or the folder vendor/llama.cpp in the source package of llama-cpp-python; without it the
-test is skipped. C++ gives a tiny random Llama or Gemma an adapter and writes it; the script converts that by the command
-that docs/finetune.md has; each layer's ΔW = alpha / rank · B A, as llama.cpp computes it, is PEFT's.
+CHECKOUT is a checkout of llama.cpp, or the folder vendor/llama.cpp in the source package of llama-cpp-python; without
+it the test is skipped. C++ gives a tiny random Llama or Gemma an adapter and writes it; the script converts that by
+the command that docs/finetune.md has; each layer's ΔW = alpha / rank · B A, as llama.cpp computes it, is PEFT's.
 """
 
 import json
@@ -25,7 +26,7 @@ import interop_test  # noqa: E402  finds a Python with torch and peft
 
 sys.path.insert(1, str(pathlib.Path(checkout) / "gguf-py"))
 try:
-    import gguf  # noqa: E402
+    import gguf
 except ImportError as error:
     print(f"skipped: {checkout}/gguf-py cannot be imported ({error})")
     sys.exit(77)

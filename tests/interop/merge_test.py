@@ -124,7 +124,7 @@ def share_of_safe_merge(program: str, folder: pathlib.Path, dtype: torch.dtype, 
     """The share of changed weights in which safe_merge=True differs, where ‖ΔW‖ is `size` times ‖W‖ in every layer."""
     def change(adapted: PeftModel) -> None:
         draw(adapted)
-        for name, module in adapted.named_modules():
+        for module in adapted.modules():
             if hasattr(module, "lora_B"):
                 ratio = module.get_base_layer().weight.norm() / module.get_delta_weight("default").norm()
                 module.lora_B["default"].weight.mul_(size * ratio)

@@ -3,8 +3,9 @@
 
     tied_decoders_test.py examples/finetune/adapters/tied_decoders.hpp
 
-kTiedDecoders has the kinds (model_type) whose causal language model ties "lm_head.weight" to "model.embed_tokens.weight"
-and nothing else, and has no model within it. Without transformers 5.24.0 the test is skipped: later releases have more.
+kTiedDecoders has the kinds (model_type) whose causal language model ties "lm_head.weight" to
+"model.embed_tokens.weight" and nothing else, and has no model within it. Without transformers 5.24.0 the test is
+skipped: later releases have more.
 """
 
 import re

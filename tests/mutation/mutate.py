@@ -8,8 +8,8 @@
     mutate.py --build FOLDER --list      what there is, and what became of it in the last run; runs nothing
 
 All mutants are compiled into one binary, each behind a switch that an environment variable turns ("mutant schemata",
-Untch, Offutt & Harrold 1993): building takes as long as building the tests once. A mutant is killed when a test fails, the
-process dies, or it hangs. Ends with 1 if a mutant survives that is not explained in mutations.py, or one that is
+Untch, Offutt & Harrold 1993): building takes as long as building the tests once. A mutant is killed when a test fails,
+the process dies, or it hangs. Ends with 1 if a mutant survives that is not explained in mutations.py, or one that is
 explained was killed. FOLDER/results.tsv is written as it goes and keeps what is not run again.
 """
 

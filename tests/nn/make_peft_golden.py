@@ -16,8 +16,14 @@ import warnings
 import torch
 from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import (BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, T5Config,
-                          T5ForConditionalGeneration)
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 HERE = pathlib.Path(__file__).parent
 warnings.simplefilter("ignore")

@@ -8,9 +8,9 @@ import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench/quality"))
 
-import grid  # noqa: E402
-import programs  # noqa: E402
-import study  # noqa: E402
+import grid
+import programs
+import study
 
 
 def run_all(plan: study.Study, loss, most: int = 10000) -> list[grid.Job]:

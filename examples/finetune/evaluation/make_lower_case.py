@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes lower_case_table.hpp beside this file: which code points Python's str.lower() and str.isspace() know. Run by hand;
-the file is committed."""
+"""Writes lower_case_table.hpp beside this file: which code points Python's str.lower() and str.isspace() know. Run by
+hand; the file is committed."""
 
 import pathlib
 import sys

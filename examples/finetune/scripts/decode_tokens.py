@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Turns token ids into text: reads one line of space-separated ids a text, writes one JSON string a line, without special
-tokens. The C++ side calls it on what a model generated."""
+"""Turns token ids into text: reads one line of space-separated ids a text, writes one JSON string a line, without
+special tokens. The C++ side calls it on what a model generated."""
 
 import argparse
 import json

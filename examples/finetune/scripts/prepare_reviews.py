@@ -3,9 +3,9 @@
 
 The package holds 10,605 sentences of movie reviews, 3,708 of amazon reviews, 4,200 tweets and 5,190 sentences of
 editorials, each with the mean of human sentiment scores from -4 (extremely negative) to 4 (Hutto & Gilbert, "VADER",
-ICWSM 2014; MIT licence). Sentences whose score lies within 0.5 of zero are dropped, a sentence that occurs twice is kept
-once; the rest is 'positive' or 'negative'. The split into train.tsv, test.tsv and, where asked for, validation.tsv is
-always the same.
+ICWSM 2014; MIT licence). Sentences whose score lies within 0.5 of zero are dropped, a sentence that occurs twice is
+kept once; the rest is 'positive' or 'negative'. The split into train.tsv, test.tsv and, where asked for,
+validation.tsv is always the same.
 """
 
 import argparse
@@ -40,8 +40,9 @@ def read_sentences(package: str, source: str) -> list[tuple[float, str]]:
     name = FILES[source]
     try:
         with tarfile.open(package) as outer:
-            with tarfile.open(fileobj=io.BytesIO(read_member(outer, ARCHIVE, package))) as inner:
-                content = read_member(inner, name, package)
+            archive = io.BytesIO(read_member(outer, ARCHIVE, package))
+        with tarfile.open(fileobj=archive) as inner:
+            content = read_member(inner, name, package)
     except (OSError, tarfile.TarError) as error:
         sys.exit(f"{package}: cannot be read as a source package ({error}); run scripts/setup --demo")
     sentences = []

@@ -3,12 +3,13 @@
 
     prepare_tasks.py hellaswag hellaswag_val.jsonl --model MODEL --out val.jsonl --for evaluate
 
-Forms: super_ni and alpaca (instructions), hellaswag, arc, openbookqa, boolq, piqa, winogrande (choices), gsm8k (a number
-to find). docs/finetune.md has the prompt of each and what the file looks like. With `--for train` a question with choices
-becomes its prompt and the right choice.
+Forms: super_ni and alpaca (instructions), hellaswag, arc, openbookqa, boolq, piqa, winogrande (choices), gsm8k (a
+number to find). docs/finetune.md has the prompt of each and what the file looks like. With `--for train` a question
+with choices becomes its prompt and the right choice.
 
-A prompt and its continuation are encoded together and cut where the encoded prompt ends. A prompt that is too long loses
-its beginning; how many did is reported. A malformed record ends the program, or is left out with `--malformed skip`.
+A prompt and its continuation are encoded together and cut where the encoded prompt ends. A prompt that is too long
+loses its beginning; how many did is reported. A malformed record ends the program, or is left out with `--malformed
+skip`.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import os
 import re
 import string
 import sys
-from typing import Callable, Iterator
+from collections.abc import Iterator
+from typing import Callable
 
 from whole_file import whole_file
 

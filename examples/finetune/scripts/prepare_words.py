@@ -143,9 +143,9 @@ def make_kinds(senses: dict) -> dict[str, list[dict]]:
         word, sentence = found
         sentences.add(sentence)
         right = kinds[sense.subject]
-        by_chance = lambda kind: number("choice", *sense.key, kind)
-        choices = sorted(set(kinds.values()) - {right}, key=by_chance)[:3] + [right]
-        choices.sort(key=lambda kind: number("order", *sense.key, kind))
+        by_chance = lambda kind, key=sense.key: number("choice", *key, kind)
+        choices = [*sorted(set(kinds.values()) - {right}, key=by_chance)[:3], right]
+        choices.sort(key=lambda kind, key=sense.key: number("order", *key, kind))
         labels = [chr(ord("A") + at) for at in range(len(choices))]
         question = f'In "{sentence}", what is "{word}"{"" if kinds is NOUNS else " about"}?'
         records[place(word)].append({"question": question, "choices": {"text": choices, "label": labels},

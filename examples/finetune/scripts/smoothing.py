@@ -4,8 +4,8 @@ import math
 
 
 def smooth(losses: list[float]) -> list[float]:
-    """Exponential average over about ten steps; a batch of 16 alone is too noisy. A loss that is no number (a step that was
-    skipped, say) is left out."""
+    """Exponential average over about ten steps; a batch of 16 alone is too noisy. A loss that is no number (a step
+    that was skipped, say) is left out."""
     result, average, weight = [], 0.0, 0.0
     for loss in losses:
         if not math.isnan(loss):

@@ -20,9 +20,9 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CLASSES = {"llama": "LlamaForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
@@ -118,7 +118,7 @@ def make_defaults() -> dict:
         own = {field.name for field in dataclasses.fields(config)}
         made[name] = {}
         for field in FIELDS:
-            if field not in own or field == "tie_word_embeddings" and name in ("t5", "mt5", "bert"):
+            if field not in own or (field == "tie_word_embeddings" and name in ("t5", "mt5", "bert")):
                 continue
             # What __post_init__ fills in is no default of the field.
             made[name][field] = None if field in FILLED_IN.get(name, ()) else getattr(config, field)

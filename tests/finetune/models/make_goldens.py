@@ -161,7 +161,7 @@ def make(name: str, kind: str, options: dict) -> None:
     for (key, factor), gradient in zip(factors.items(), gradients):
         result |= {"factor." + key: factor.detach(), "gradient." + key: gradient}
     save_file({key: value.contiguous() for key, value in result.items()}, folder / "expected.safetensors")
-    print(name, "logits' deviation %.3f" % result["logits"].std().item(), "generated",
+    print(name, f"logits' deviation {result['logits'].std().item():.3f}", "generated",
           result.get("generated", torch.zeros(0)).tolist())
 
 

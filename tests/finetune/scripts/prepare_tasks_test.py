@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """prepare_tasks.py and decode_tokens.py: what each published form becomes, and what happens to malformed records.
 
-The tokenizer is a tiny one of single bytes with a few merges, made here, so that ids are turned back into exactly the text
-they came from.
-"""
+The tokenizer is a tiny one of single bytes with a few merges, made here, so that ids are turned back into exactly the
+text they came from. """
 
 import contextlib
 import io
@@ -252,7 +251,7 @@ class Tokens(Case):
         self.assertIn(" 0 prompts", self.prepare("gsm8k", lines(GSM8K), "--max-length", str(length))[2])
         _, (cut,), said = self.prepare("gsm8k", lines(GSM8K), "--max-length", str(length - 5))
         self.assertIn("1 records, 1 prompts shortened", said)
-        self.assertEqual(cut["prompt"], [BEGIN] + whole["prompt"][6:])
+        self.assertEqual(cut["prompt"], [BEGIN, *whole["prompt"][6:]])
         self.assertEqual(cut["completion"], whole["completion"])
 
     def test_choices_keep_one_prompt_when_it_is_cut(self):
@@ -261,7 +260,7 @@ class Tokens(Case):
         longest = max(map(len, whole["choices"]))
         _, (cut,), said = self.prepare("piqa", lines(record), "--for", "evaluate", "--max-length",
                                        str(longest + 4))
-        self.assertEqual(cut["prompts"], [[BEGIN] + whole["prompts"][0][-3:]])
+        self.assertEqual(cut["prompts"], [[BEGIN, *whole["prompts"][0][-3:]]])
         self.assertIn(" 1 prompts shortened", said)
 
     def test_an_encoder_decoders_source_and_target_have_a_length_each(self):
@@ -309,7 +308,7 @@ class Tokens(Case):
 
 class MalformedRecords(Case):
     def test_every_form_names_what_is_missing_or_wrong(self):
-        without = lambda record, name: {key: value for key, value in record.items() if key != name}  # noqa: E731
+        without = lambda record, name: {key: value for key, value in record.items() if key != name}
         cases = [
             ("hellaswag", without(HELLASWAG, "label"), "has no 'label'"),
             ("hellaswag", {**HELLASWAG, "label": 4}, "has 4 for 'label' where a number from 0 to 3"),
