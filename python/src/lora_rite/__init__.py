@@ -74,7 +74,7 @@ def find_factor_pairs(parameters: nn.Module | Iterable[Named]) -> list[FactorPai
     """The LoRA factors of a module, or among named parameters, by the names of PEFT, kohya, diffusers and others.
 
     Give all parameters, also those that are frozen: experts are told from a higher rank by their layer's weight.
-    Raises ValueError for a factor without its partner, and for adapters whose ΔW is no product of two factors.
+    Raises ValueError for a factor without its partner, and where ΔW is no product of the two (AdaLoRA).
     """
     named = _named(parameters)
     found = _native.find_factor_pairs(named)
