@@ -42,8 +42,14 @@ def main() -> None:
         for name, (source, *flags) in CONTENDERS.items():
             times[name].append(seconds([*options.compiler, *flags, str(UNITS / source), "-o", os.devnull]))
     reference = times["torch::optim::AdamW"]
-    results = [{"contender": name, "seconds": statistics.median(own),
-                "ratio": statistics.median(a / b for a, b in zip(own, reference))} for name, own in times.items()]
+    results = [
+        {
+            "contender": name,
+            "seconds": statistics.median(own),
+            "ratio": statistics.median(a / b for a, b in zip(own, reference)),
+        }
+        for name, own in times.items()
+    ]
     with open(options.json, "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
     for result in results:

@@ -31,7 +31,9 @@ def factors(case: str, device: str) -> list[torch.nn.Parameter]:
 
 
 CONTENDERS = {
-    "pytorch_optimizer.LoRARite": lambda parameters: LoRARite(parameters, lr=1e-4, apply_escape=True, update_skipping=0),
+    "pytorch_optimizer.LoRARite": lambda parameters: LoRARite(
+        parameters, lr=1e-4, apply_escape=True, update_skipping=0
+    ),
     "torch.optim.AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
     "torch.optim.AdamW(foreach)": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, foreach=True),
     "torch.optim.AdamW(fused)": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
@@ -39,7 +41,9 @@ CONTENDERS = {
 if importlib.util.find_spec("lora_rite"):
     import lora_rite
 
-    CONTENDERS["lora_rite.LoraRite"] = lambda factors: lora_rite.LoraRite(list(zip(factors[::2], factors[1::2])), lr=1e-4)
+    CONTENDERS["lora_rite.LoraRite"] = lambda factors: lora_rite.LoraRite(
+        list(zip(factors[::2], factors[1::2])), lr=1e-4
+    )
 else:
     print("lora_rite.LoraRite is left out: the package is not installed (pip install ./python)")
 

@@ -6,6 +6,7 @@ PyPI's wheel for Linux x86-64 is a CUDA build, whose requirements are some GB. C
 libtorch_cpu.so and libc10.so alone, and of the requirements those need two small ones, libcudart and libcupti. A build
 without CUDA needs nothing. What is missing is asked of ldd, the versions of the wheel's own list of requirements.
 """
+
 import pathlib
 import re
 import subprocess
@@ -30,7 +31,9 @@ def requirement_of(library: str, requirements: list[str]) -> str:
 
 def main() -> None:
     folder = pathlib.Path(sys.argv[1])
-    listing = subprocess.run(["ldd", folder / "torch/lib/libtorch_cpu.so"], stdout=subprocess.PIPE, text=True, check=True)
+    listing = subprocess.run(
+        ["ldd", folder / "torch/lib/libtorch_cpu.so"], stdout=subprocess.PIPE, text=True, check=True
+    )
     missing = re.findall(r"^\s*(\S+) => not found", listing.stdout, re.MULTILINE)
     metadata = next(folder.glob("torch-*.dist-info")) / "METADATA"
     requirements = re.findall(r"^Requires-Dist: (.*)", metadata.read_text(), re.MULTILINE)

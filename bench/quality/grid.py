@@ -29,8 +29,16 @@ def regression(title: str, **settings: float) -> Task:
 
 
 def language(title: str) -> Task:
-    return Task(title, "smollm2", 120, ("--batch", "8", "--warmup", "10"), lower=1, test_size=500, validation_size=300,
-                test_seeds=(101, 102, 103))
+    return Task(
+        title,
+        "smollm2",
+        120,
+        ("--batch", "8", "--warmup", "10"),
+        lower=1,
+        test_size=500,
+        validation_size=300,
+        test_seeds=(101, 102, 103),
+    )
 
 
 TASKS = {
@@ -38,7 +46,9 @@ TASKS = {
     "correlated": regression("regression, correlated inputs", correlation=1, noise=0.05),
     "noisy": regression("regression, correlated inputs, noisy labels", correlation=1, noise=1),
     "narrow": regression("regression, 64 wide, isotropic inputs", correlation=0, noise=0.05, **{"in": 64, "out": 64}),
-    "wide": regression("regression, 1024 wide, isotropic inputs", correlation=0, noise=0.05, **{"in": 1024, "out": 1024}),
+    "wide": regression(
+        "regression, 1024 wide, isotropic inputs", correlation=0, noise=0.05, **{"in": 1024, "out": 1024}
+    ),
     "movies": Task("MiniLM, movie reviews", "minilm", 150, source="movies", test_size=1500, validation_size=1000),
     "amazon": Task("MiniLM, amazon reviews", "minilm", 150, source="amazon", test_size=800, validation_size=500),
     "tweets": Task("MiniLM, tweets", "minilm", 150, source="tweets", test_size=800, validation_size=500),
@@ -81,12 +91,16 @@ CONTENDERS = {
     "rite, rows, bounded": Contender("rite", (-6, -8), ("--row-equilibration", "true", "--max-relative-change", "0.3")),
     "rite, exponent 1/4": Contender("rite", (-6, -8), ("--preconditioner-exponent", "0.25")),
     "rite, exponent 1/4, bounded": Contender(
-        "rite", (-6, -8), ("--preconditioner-exponent", "0.25", "--max-relative-change", "0.3")),
+        "rite", (-6, -8), ("--preconditioner-exponent", "0.25", "--max-relative-change", "0.3")
+    ),
     "rite, exponent 0, bounded": Contender(
-        "rite", (-6, -8), ("--preconditioner-exponent", "0", "--max-relative-change", "0.3")),
+        "rite", (-6, -8), ("--preconditioner-exponent", "0", "--max-relative-change", "0.3")
+    ),
     "rite, rows, exponent 1/4, bounded": Contender(
-        "rite", (-6, -8),
-        ("--row-equilibration", "true", "--preconditioner-exponent", "0.25", "--max-relative-change", "0.3")),
+        "rite",
+        (-6, -8),
+        ("--row-equilibration", "true", "--preconditioner-exponent", "0.25", "--max-relative-change", "0.3"),
+    ),
     "rite, bounded, no escape": Contender("rite", (-6, -8), ("--max-relative-change", "0.3", "--escape", "false")),
     "rite, no escape": Contender("rite", (-6, -8), ("--escape", "false")),
     "rite, no clip": Contender("rite", (-6, -8), ("--clip", "0")),
@@ -120,15 +134,22 @@ GRIDS = {
         ([Cell("movies")], OTHERS),
         ([Cell(task, rank) for rank in (4, 64) for task in TEXTS], ("rite", "adam")),
         # the two left out were tried on regressions alone
-        ([Cell("movies")], [name for name in OPTIONS if name not in ("rite, exponent 1/4", "rite, exponent 0, bounded")]),
+        (
+            [Cell("movies")],
+            [name for name in OPTIONS if name not in ("rite, exponent 1/4", "rite, exponent 0, bounded")],
+        ),
         ([Cell(task) for task in ("amazon", "tweets")], OTHERS),
         ([Cell("movies", start="lopsided")], ("rite, bounded", "lora+", "adamw")),
         ([Cell(task) for task in ("kinds", "instructions")], ("rite", "adam", "rite, bounded", "lora+")),
         # the options that were best on regressions and movies, elsewhere
-        ([Cell(task, rank, start) for task in REGRESSIONS for rank, start in ((4, "usual"), (16, "lopsided"))],
-         ("rite, exponent 1/4, bounded", "rite, exponent 0, bounded")),
-        ([Cell(task, 64) for task in REGRESSIONS],
-         ("rite, exponent 1/4, bounded", "rite, exponent 0, bounded", "rite, rows, exponent 1/4, bounded")),
+        (
+            [Cell(task, rank, start) for task in REGRESSIONS for rank, start in ((4, "usual"), (16, "lopsided"))],
+            ("rite, exponent 1/4, bounded", "rite, exponent 0, bounded"),
+        ),
+        (
+            [Cell(task, 64) for task in REGRESSIONS],
+            ("rite, exponent 1/4, bounded", "rite, exponent 0, bounded", "rite, rows, exponent 1/4, bounded"),
+        ),
         ([Cell(task) for task in ("amazon", "tweets")], ("rite, rows, bounded", "rite, rows, exponent 1/4, bounded")),
     ],
     # beside the contenders of "full", whose runs are there already
@@ -149,8 +170,10 @@ class Job:
     split: str  # validation or test
 
     def keys(self) -> list[tuple]:
-        return [(self.cell.task, self.cell.rank, self.cell.start, self.contender, self.lr, seed, self.split)
-                for seed in self.seeds]
+        return [
+            (self.cell.task, self.cell.rank, self.cell.start, self.contender, self.lr, seed, self.split)
+            for seed in self.seeds
+        ]
 
 
 def key_of(run: dict) -> tuple:

@@ -31,26 +31,43 @@ ROUND_OFF = {"double": 2.0**-53, "float": 2.0**-24}
 PICTURES = {
     "invariance.png": (
         "Difference of ΔW between equivalent starts against κ(T), one panel a kind of T and number format",
-        "Flat or rising along the dashed line: only round-off remains. Around 1: two different models."),
+        "Flat or rising along the dashed line: only round-off remains. Around 1: two different models.",
+    ),
     "feature_learning.png": (
         "Change of a layer's output by a step of A and by a step of B, against the width",
         "Two level lines: both factors learn at every width. A falling one is a factor that hardly learns in a wide "
-        "layer, a rising one a factor whose steps grow without bound."),
-    "targets.png": ("Bars: LoRA-RITE's time a step divided by AdamW's, one a case",
-                    "The vertical line is AdamW, the black marks are the targets."),
-    "scaling.png": ("Nanoseconds an element against the number of pairs, the width and the rank",
-                    "Time of a step divided by the elements of the factors; lower is faster."),
-    "study-regression-rates.png": ("Regressions: validation error against the learning rate",
-                                   "Low is good, and a wide valley is a rate that is hard to miss."),
+        "layer, a rising one a factor whose steps grow without bound.",
+    ),
+    "targets.png": (
+        "Bars: LoRA-RITE's time a step divided by AdamW's, one a case",
+        "The vertical line is AdamW, the black marks are the targets.",
+    ),
+    "scaling.png": (
+        "Nanoseconds an element against the number of pairs, the width and the rank",
+        "Time of a step divided by the elements of the factors; lower is faster.",
+    ),
+    "study-regression-rates.png": (
+        "Regressions: validation error against the learning rate",
+        "Low is good, and a wide valley is a rate that is hard to miss.",
+    ),
     "study-regression-curves.png": ("Regressions: error against the step", "Each optimizer at its own best rate."),
-    "study-minilm-rates.png": ("MiniLM: validation loss against the learning rate",
-                               "Low is good, and a wide valley is a rate that is hard to miss."),
+    "study-minilm-rates.png": (
+        "MiniLM: validation loss against the learning rate",
+        "Low is good, and a wide valley is a rate that is hard to miss.",
+    ),
     "study-minilm-curves.png": ("MiniLM: training loss against the step", "Each optimizer at its own best rate."),
-    "study-smollm2-rates.png": ("SmolLM2-135M: validation loss against the learning rate",
-                                "Low is good, and a wide valley is a rate that is hard to miss."),
-    "study-smollm2-curves.png": ("SmolLM2-135M: training loss against the step", "Each optimizer at its own best rate."),
-    "study-options-rates.png": ("LoRA-RITE's options: validation loss against the learning rate",
-                                "Where they were tried; Adam's line for comparison."),
+    "study-smollm2-rates.png": (
+        "SmolLM2-135M: validation loss against the learning rate",
+        "Low is good, and a wide valley is a rate that is hard to miss.",
+    ),
+    "study-smollm2-curves.png": (
+        "SmolLM2-135M: training loss against the step",
+        "Each optimizer at its own best rate.",
+    ),
+    "study-options-rates.png": (
+        "LoRA-RITE's options: validation loss against the learning rate",
+        "Where they were tried; Adam's line for comparison.",
+    ),
 }
 
 
@@ -117,8 +134,11 @@ class SelfContainedExtension(Extension):
 
 def invariance_table(path: pathlib.Path) -> str:
     with open(path, encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file)
-                if row["kind"] == "rotation" or float(row["magnitude"]) == CELL_MAGNITUDE]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if row["kind"] == "rotation" or float(row["magnitude"]) == CELL_MAGNITUDE
+        ]
     columns = list(dict.fromkeys((row["kind"], row["dtype"]) for row in rows))
     values = {(row["optimizer"], row["kind"], row["dtype"]): float(row["after_all_steps"]) for row in rows}
 
@@ -141,8 +161,15 @@ def nested(path: pathlib.Path) -> str:
     return re.sub(r"^## ", "### ", re.sub(r"^# .*\n", "", text), flags=re.MULTILINE)
 
 
-def section(files: Files, title: str, command: str, name: str, body: Callable[[pathlib.Path], str],
-            pictures: list[str], introduction: str) -> str:
+def section(
+    files: Files,
+    title: str,
+    command: str,
+    name: str,
+    body: Callable[[pathlib.Path], str],
+    pictures: list[str],
+    introduction: str,
+) -> str:
     """In Markdown. `body` makes Markdown of the file `name`, without which there is no section."""
     path = files.find(name)
     if not path:
@@ -158,24 +185,46 @@ def section(files: Files, title: str, command: str, name: str, body: Callable[[p
 
 def page(files: Files) -> str:
     sections = [
-        section(files, "Invariance", "scripts/bench", "invariance.csv", invariance_table,
-                ["invariance.png", "feature_learning.png"],
-                "The factors (A, B) and (TA, BT⁻¹) are the same layer ΔW = BA. Every optimizer trains a small network "
-                "from both, and the table says how far apart the two ΔW are after 20 steps, divided by the way that ΔW "
-                f"went; T is the number {CELL_MAGNITUDE}, a diagonal or a general matrix with κ(T) = {CELL_MAGNITUDE}, "
-                "or a rotation. **Bold**: nothing but round-off (a thousand units of it, times κ); around 1, the "
-                "optimizer trains two different models."),
-        section(files, "Speed", "scripts/bench", "report.md", nested, [],
-                "Time of one optimizer step, without the model's forward and backward pass. ÷ AdamW is the ratio to "
-                "`torch::optim::AdamW` on the same factors: below 1, LoRA-RITE is faster."),
-        section(files, "Quality", "scripts/study", "study.md", nested, files.pictures("study-*.png"),
-                "Every optimizer at its own best learning rate, found on validation data, then run with fresh seeds on "
-                "test data; the best comes first. Good rates are those nearly as good as the best (5 % more "
-                "loss, or √10 times the error): a wide range is hard to miss. ± and ×/÷ are over the seeds, and "
-                "steps to Adam's end is the part of the steps after which an optimizer is where Adam ends."),
+        section(
+            files,
+            "Invariance",
+            "scripts/bench",
+            "invariance.csv",
+            invariance_table,
+            ["invariance.png", "feature_learning.png"],
+            "The factors (A, B) and (TA, BT⁻¹) are the same layer ΔW = BA. Every optimizer trains a small network "
+            "from both, and the table says how far apart the two ΔW are after 20 steps, divided by the way that ΔW "
+            f"went; T is the number {CELL_MAGNITUDE}, a diagonal or a general matrix with κ(T) = {CELL_MAGNITUDE}, "
+            "or a rotation. **Bold**: nothing but round-off (a thousand units of it, times κ); around 1, the "
+            "optimizer trains two different models.",
+        ),
+        section(
+            files,
+            "Speed",
+            "scripts/bench",
+            "report.md",
+            nested,
+            [],
+            "Time of one optimizer step, without the model's forward and backward pass. ÷ AdamW is the ratio to "
+            "`torch::optim::AdamW` on the same factors: below 1, LoRA-RITE is faster.",
+        ),
+        section(
+            files,
+            "Quality",
+            "scripts/study",
+            "study.md",
+            nested,
+            files.pictures("study-*.png"),
+            "Every optimizer at its own best learning rate, found on validation data, then run with fresh seeds on "
+            "test data; the best comes first. Good rates are those nearly as good as the best (5 % more "
+            "loss, or √10 times the error): a wide range is hard to miss. ± and ×/÷ are over the seeds, and "
+            "steps to Adam's end is the part of the steps after which an optimizer is where Adam ends.",
+        ),
     ]
-    converter = markdown.Markdown(output_format="html", extensions=[
-        "tables", "md_in_html", "attr_list", TocExtension(toc_depth="2-3"), SelfContainedExtension(files)])
+    converter = markdown.Markdown(
+        output_format="html",
+        extensions=["tables", "md_in_html", "attr_list", TocExtension(toc_depth="2-3"), SelfContainedExtension(files)],
+    )
     body = converter.convert("\n\n".join(sections))
     style = pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     machine = runpy.run_path(str(BENCH / "report.py"))["machine"]()

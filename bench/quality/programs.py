@@ -27,12 +27,29 @@ class Programs:
 
     def run(self, job: Job) -> list[dict]:
         task, contender = TASKS[job.cell.task], CONTENDERS[job.contender]
-        common = ["--optimizer", contender.optimizer, "--rank", str(job.cell.rank), "--steps", str(task.steps),
-                  "--init-scale", f"{LOPSIDED if job.cell.start == 'lopsided' else 1:g}", "--lr", repr(job.lr),
-                  *contender.arguments, *task.arguments]
+        common = [
+            "--optimizer",
+            contender.optimizer,
+            "--rank",
+            str(job.cell.rank),
+            "--steps",
+            str(task.steps),
+            "--init-scale",
+            f"{LOPSIDED if job.cell.start == 'lopsided' else 1:g}",
+            "--lr",
+            repr(job.lr),
+            *contender.arguments,
+            *task.arguments,
+        ]
         runs = self.finetune(job, task, common) if task.is_text else self.regression(job, task, common)
-        place = {"task": job.cell.task, "rank": job.cell.rank, "start": job.cell.start, "contender": job.contender,
-                 "lr": job.lr, "split": job.split}
+        place = {
+            "task": job.cell.task,
+            "rank": job.cell.rank,
+            "start": job.cell.start,
+            "contender": job.contender,
+            "lr": job.lr,
+            "split": job.split,
+        }
         return [{**place, **run} for run in runs]
 
     def regression(self, job: Job, task: Task, common: list[str]) -> list[dict]:
@@ -46,28 +63,66 @@ class Programs:
     def finetune(self, job: Job, task: Task, common: list[str]) -> list[dict]:
         out = self.results / "work" / f"{threading.get_ident()}-{job.cell.task}-{job.split}"
         files = self.sentences(job, task) if task.model == "minilm" else self.language(job, task)
-        self.call([str(self.build / "examples/finetune/finetune"), "train", *common, *files,
-                   "--model", str(self.deps / task.model), "--out", str(out), "--overwrite",
-                   "--threads", "1", "--device", self.device, "--checkpoint-every", "0", "--seed", str(job.seeds[0])])
+        self.call(
+            [
+                str(self.build / "examples/finetune/finetune"),
+                "train",
+                *common,
+                *files,
+                "--model",
+                str(self.deps / task.model),
+                "--out",
+                str(out),
+                "--overwrite",
+                "--threads",
+                "1",
+                "--device",
+                self.device,
+                "--checkpoint-every",
+                "0",
+                "--seed",
+                str(job.seeds[0]),
+            ]
+        )
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps, final = lines[:-1], lines[-1]
         losses = [math.nan if line["loss"] is None else line["loss"] for line in steps]
         part = max(1, len(losses) // 15)
-        curve = [statistics.mean(losses[begin:begin + part]) for begin in range(0, len(losses), part)]
-        return [{"seed": job.seeds[0], **(self.sentence_scores if task.model == "minilm" else self.text_scores)(lines),
-                 "curve": [None if math.isnan(value) else round(value, 5) for value in curve],
-                 "ms_per_step": round(final["ms_per_step"], 2), "optimizer_share": round(final["optimizer_share"], 5),
-                 **({} if self.device == "cpu" else {"device": self.device})}]
+        curve = [statistics.mean(losses[begin : begin + part]) for begin in range(0, len(losses), part)]
+        return [
+            {
+                "seed": job.seeds[0],
+                **(self.sentence_scores if task.model == "minilm" else self.text_scores)(lines),
+                "curve": [None if math.isnan(value) else round(value, 5) for value in curve],
+                "ms_per_step": round(final["ms_per_step"], 2),
+                "optimizer_share": round(final["optimizer_share"], 5),
+                **({} if self.device == "cpu" else {"device": self.device}),
+            }
+        ]
 
     def sentences(self, job: Job, task: Task) -> list[str]:
         """Reviews and tweets, measured in the middle and at the end where that is wanted."""
         data = self.results / "data" / job.cell.task
         with self.prepare:
             if not (data / "train.tsv").exists():
-                self.python("prepare_reviews.py", self.deps / "movie-reviews/vaderSentiment-3.3.2.tar.gz", data, "--source",
-                            task.source, "--test-size", task.test_size, "--validation-size", task.validation_size)
-        return ["--train", str(data / "train.tsv"), "--test", str(data / f"{job.split}.tsv"),
-                *(["--evaluate-every", str(task.steps // 2)] if job.split == "test" else [])]
+                self.python(
+                    "prepare_reviews.py",
+                    self.deps / "movie-reviews/vaderSentiment-3.3.2.tar.gz",
+                    data,
+                    "--source",
+                    task.source,
+                    "--test-size",
+                    task.test_size,
+                    "--validation-size",
+                    task.validation_size,
+                )
+        return [
+            "--train",
+            str(data / "train.tsv"),
+            "--test",
+            str(data / f"{job.split}.tsv"),
+            *(["--evaluate-every", str(task.steps // 2)] if job.split == "test" else []),
+        ]
 
     @staticmethod
     def sentence_scores(lines: list[dict]) -> dict:
@@ -86,15 +141,30 @@ class Programs:
             data.mkdir(parents=True, exist_ok=True)
             for split, size in (("train", 0), ("validation", task.validation_size), ("test", task.test_size)):
                 inputs = sorted((words / f"{job.cell.task}.{split}").glob("*.json")) or [
-                    words / f"{job.cell.task}.{split}.jsonl"]
+                    words / f"{job.cell.task}.{split}.jsonl"
+                ]
                 for purpose in ("train", "evaluate") if has_choices and split == "test" else ("train",):
                     path = data / f"{split}.{purpose}.jsonl"
                     if not path.exists():
-                        self.python("prepare_tasks.py", "arc" if has_choices else "super_ni", *inputs, "--model",
-                                    self.deps / task.model, "--out", path.with_suffix(".all"), "--for", purpose)
+                        self.python(
+                            "prepare_tasks.py",
+                            "arc" if has_choices else "super_ni",
+                            *inputs,
+                            "--model",
+                            self.deps / task.model,
+                            "--out",
+                            path.with_suffix(".all"),
+                            "--for",
+                            purpose,
+                        )
                         sample_records(path.with_suffix(".all"), path, size)
-        return ["--train", str(data / "train.train.jsonl"), "--validation", str(data / f"{job.split}.train.jsonl"),
-                *(["--test", str(data / "test.evaluate.jsonl")] if job.split == "test" and has_choices else [])]
+        return [
+            "--train",
+            str(data / "train.train.jsonl"),
+            "--validation",
+            str(data / f"{job.split}.train.jsonl"),
+            *(["--test", str(data / "test.evaluate.jsonl")] if job.split == "test" and has_choices else []),
+        ]
 
     @staticmethod
     def text_scores(lines: list[dict]) -> dict:
@@ -109,8 +179,14 @@ class Programs:
         with self.starting:
             if self.stopped:
                 return ""
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                     env=environment, start_new_session=True)  # Ctrl-C is for us: we end the children
+            child = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )  # Ctrl-C is for us: we end the children
             self.children.add(child)
         output, errors = child.communicate()
         self.children.discard(child)

@@ -22,9 +22,24 @@ INK = "#333333"
 BASELINE = "adam"
 OPTIMIZERS = [name for name in CONTENDERS if name not in OPTIONS]
 BESIDE_OPTIONS = OPTIMIZERS[:3]  # LoRA-RITE, bounded and not, and Adam, shown in the picture of the options, too
-PALETTE = ["#0b5fa5", "#f28e2b", "#c9a227", "#59a14f", "#b07aa1", "#9c755f", "#76b7b2", "#e15759", "#9a9a9a", "#d37295",
-           "#333333", "#7ab6e0", "#8c2d04", "#1b7837", "#6a51a3"]
-COLORS = dict(zip(OPTIMIZERS, PALETTE)) | dict(zip(OPTIONS, PALETTE[len(BESIDE_OPTIONS):]))
+PALETTE = [
+    "#0b5fa5",
+    "#f28e2b",
+    "#c9a227",
+    "#59a14f",
+    "#b07aa1",
+    "#9c755f",
+    "#76b7b2",
+    "#e15759",
+    "#9a9a9a",
+    "#d37295",
+    "#333333",
+    "#7ab6e0",
+    "#8c2d04",
+    "#1b7837",
+    "#6a51a3",
+]
+COLORS = dict(zip(OPTIMIZERS, PALETTE)) | dict(zip(OPTIONS, PALETTE[len(BESIDE_OPTIONS) :]))
 
 
 class Entry:
@@ -63,8 +78,10 @@ class Entry:
 
     def curve(self) -> list[float]:
         """Mean over the seeds of the training loss (text) or the error (regression), at equal distances."""
-        return [self.mean([math.inf if value is None else value for value in values])
-                for values in zip(*(run["curve"] for run in self.test))]
+        return [
+            self.mean([math.inf if value is None else value for value in values])
+            for values in zip(*(run["curve"] for run in self.test))
+        ]
 
     def good_rates(self) -> str:
         """The rates of the search with nearly the best loss: 5 % more, or √10 times the error."""
@@ -107,8 +124,10 @@ def load(folder: pathlib.Path) -> dict[tuple, dict[str, Entry]]:
             groups[run["task"], run["rank"], run["start"]][run["contender"]].append(run)
     order = {name: index for index, name in enumerate(TASKS)}
     cells = sorted(groups, key=lambda cell: (order[cell[0]], cell[2] == "lopsided", cell[1] != 16, cell[1]))
-    return {cell: {name: Entry(cell[0], groups[cell][name]) for name in CONTENDERS if name in groups[cell]}
-            for cell in cells}
+    return {
+        cell: {name: Entry(cell[0], groups[cell][name]) for name in CONTENDERS if name in groups[cell]}
+        for cell in cells
+    }
 
 
 def title(cell: tuple) -> str:
@@ -132,8 +151,17 @@ def table(entries: dict[str, Entry]) -> str:
         accuracies = {"test_accuracy": "test accuracy", "best_accuracy": "best on the way"}
         accuracies = {field: name for field, name in accuracies.items() if field in any_entry.test[0]}
     baseline = finished.get(BASELINE)
-    rows = [["optimizer", "best rate", "good rates", *accuracies.values(), "test loss" if any_entry.is_text else "error",
-             "against Adam", "steps to Adam's end"]]
+    rows = [
+        [
+            "optimizer",
+            "best rate",
+            "good rates",
+            *accuracies.values(),
+            "test loss" if any_entry.is_text else "error",
+            "against Adam",
+            "steps to Adam's end",
+        ]
+    ]
     for name, entry in sorted(finished.items(), key=lambda item: entry_mean(item[1])):
         losses = entry.losses()
         diverged = sum(not math.isfinite(loss) for loss in losses)
@@ -161,13 +189,19 @@ def entry_mean(entry: Entry) -> float:
 Line = tuple[list[float], list[float]]
 
 
-def draw(cells: dict[tuple, dict[str, Entry]], names: list[str], line: Callable[[tuple, Entry], Line | None],
-         labels: tuple[str, str], is_logarithmic: Callable[[tuple], tuple[bool, bool]], path: pathlib.Path) -> None:
+def draw(
+    cells: dict[tuple, dict[str, Entry]],
+    names: list[str],
+    line: Callable[[tuple, Entry], Line | None],
+    labels: tuple[str, str],
+    is_logarithmic: Callable[[tuple], tuple[bool, bool]],
+    path: pathlib.Path,
+) -> None:
     """A panel a cell with a line for each of `names`, where `line` gives one."""
     columns = min(len(cells), 4)
     rows = math.ceil(len(cells) / columns)
     figure, grid = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.4 * rows), squeeze=False, layout="constrained")
-    for axes in grid.flat[len(cells):]:
+    for axes in grid.flat[len(cells) :]:
         axes.set_visible(False)
     handles = {}
     for axes, (cell, entries) in zip(grid.flat, cells.items()):
@@ -175,8 +209,14 @@ def draw(cells: dict[tuple, dict[str, Entry]], names: list[str], line: Callable[
             points = line(cell, entries[name]) if name in entries else None
             if points:
                 wide = name.startswith("rite")
-                handles[name], = axes.plot(*points, marker="o", markersize=3, color=COLORS[name],
-                                           linewidth=2.4 if wide else 1.2, zorder=3 if wide else 2)
+                (handles[name],) = axes.plot(
+                    *points,
+                    marker="o",
+                    markersize=3,
+                    color=COLORS[name],
+                    linewidth=2.4 if wide else 1.2,
+                    zorder=3 if wide else 2,
+                )
         for wanted, set_scale in zip(is_logarithmic(cell), (axes.set_xscale, axes.set_yscale)):
             set_scale("log" if wanted else "linear")
         axes.set_title(title(cell), fontsize=10)
@@ -185,15 +225,26 @@ def draw(cells: dict[tuple, dict[str, Entry]], names: list[str], line: Callable[
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel(labels[1])
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center",
-                  ncols=min(3 * columns, 8, len(handles)), frameon=False)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(3 * columns, 8, len(handles)),
+        frameon=False,
+    )
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
 
 
 def draw_rates(cells: dict[tuple, dict[str, Entry]], names: list[str], path: pathlib.Path) -> None:
-    draw(cells, names, rates_line, ("learning rate", "validation loss"), lambda cell: (True, not TASKS[cell[0]].is_text),
-         path)
+    draw(
+        cells,
+        names,
+        rates_line,
+        ("learning rate", "validation loss"),
+        lambda cell: (True, not TASKS[cell[0]].is_text),
+        path,
+    )
 
 
 def rates_line(_: tuple, entry: Entry) -> Line:
@@ -214,10 +265,19 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = pathlib.Path(sys.argv[1])
-    plt.rcParams.update({"font.size": 10, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
-                         "xtick.color": INK, "ytick.color": INK})
-    cells = {cell: entries for cell, entries in load(folder).items()
-             if any(entry.finished for entry in entries.values())}
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "text.color": INK,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    )
+    cells = {
+        cell: entries for cell, entries in load(folder).items() if any(entry.finished for entry in entries.values())
+    }
     if not cells:
         sys.exit(f"{folder}/runs.jsonl: nothing is finished yet; let study.py go on")
     text = [f"### {title(cell)}\n\n{table(entries)}\n" for cell, entries in cells.items()]
@@ -228,8 +288,14 @@ def main() -> None:
         shown = {cell: entries for cell, entries in usual.items() if TASKS[cell[0]].model == model}
         if shown:
             draw_rates(shown, OPTIMIZERS, folder / f"study-{model}-rates.png")
-            draw(shown, OPTIMIZERS, curve_line, ("step", "error, or training loss"), lambda cell: (False, True),
-                 folder / f"study-{model}-curves.png")
+            draw(
+                shown,
+                OPTIMIZERS,
+                curve_line,
+                ("step", "error, or training loss"),
+                lambda cell: (False, True),
+                folder / f"study-{model}-curves.png",
+            )
     shown = {cell: entries for cell, entries in usual.items() if not entries.keys().isdisjoint(OPTIONS)}
     if shown:
         draw_rates(shown, [*BESIDE_OPTIONS, *OPTIONS], folder / "study-options-rates.png")

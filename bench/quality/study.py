@@ -88,7 +88,9 @@ class Study:
         for cell, contender in self.grid:
             missing, best = self.search(cell, contender)
             test = len(self.jobs(cell, contender, [best], "test"))
-            count += len(missing) + 2 + test if missing else len(self.missing(self.jobs(cell, contender, [best], "test")))
+            count += (
+                len(missing) + 2 + test if missing else len(self.missing(self.jobs(cell, contender, [best], "test")))
+            )
         return count
 
 

@@ -47,9 +47,7 @@ class Refusals(unittest.TestCase):
         net.hada_w1_a = nn.ParameterDict({"default": torch.randn(2, 8)})
         other = net.hada_w1_a["default"]
         named = [(name, p) for name, p in net.named_parameters() if "hada_" not in name]
-        optimizer = LoraRite(
-            [{"params": named}, {"params": [("hada_w1_a.default", other)], "adamw": True}], lr=1e-2
-        )
+        optimizer = LoraRite([{"params": named}, {"params": [("hada_w1_a.default", other)], "adamw": True}], lr=1e-2)
         other.grad, before = torch.ones_like(other), other.detach().clone()
         optimizer.step()
         self.assertTrue((other < before).all())

@@ -15,7 +15,9 @@ import re
 import subprocess
 import sys
 
-BLOCK = re.compile(r"(?:^<!-- given:(?P<given>(?:(?!-->).)*)-->\n\s*)?^```cpp\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:^<!-- given:(?P<given>(?:(?!-->).)*)-->\n\s*)?^```cpp\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 def blocks(document: pathlib.Path):
@@ -36,7 +38,9 @@ def snippets_source(snippets) -> str:
                 includes.append(text)
                 body[i] = ""
         functions.append(
-            f'void block_{number}();\nvoid block_{number}() {{\n{given}\n#line {line} "{document}"\n' + "\n".join(body) + "}\n"
+            f'void block_{number}();\nvoid block_{number}() {{\n{given}\n#line {line} "{document}"\n'
+            + "\n".join(body)
+            + "}\n"
         )
     return "\n".join(includes + functions)
 

@@ -25,8 +25,12 @@ from safetensors.torch import load_file, save_file
 HERE = pathlib.Path(__file__).parent
 OUT = HERE / "golden" / "peft"
 BASES = HERE / "models" / "golden"
-KINDS = {"llama": "LlamaForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
-         "t5": "T5ForConditionalGeneration"}
+KINDS = {
+    "llama": "LlamaForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+}
 warnings.simplefilter("ignore")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -36,8 +40,11 @@ CASES = {
     "llama_both": ("llama", dict(target_modules=["embed_tokens", "lm_head", "q_proj"], use_rslora=True), 0),
     "llama_other_base": ("llama", dict(target_modules=["embed_tokens", "lm_head"]), 0.3),
     "llama_saved": ("llama", dict(target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"]), 0),
-    "llama_saved_below": ("llama", dict(target_modules=r".*_proj", exclude_modules=r".*k_proj",
-                                        modules_to_save=["layers.1.mlp", "norm"]), 0),
+    "llama_saved_below": (
+        "llama",
+        dict(target_modules=r".*_proj", exclude_modules=r".*k_proj", modules_to_save=["layers.1.mlp", "norm"]),
+        0,
+    ),
     "llama_velora": ("llama", dict(target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4)), 0),
     "tied_embedding": ("llama_tied_llama3", dict(target_modules=["embed_tokens", "v_proj"]), 0),
     "tied_output": ("llama_tied_llama3", dict(target_modules=["lm_head", "v_proj"]), 0),
@@ -95,7 +102,9 @@ def main() -> None:
         assert (effect > 1e-2) or name == "t5_shared", name
         save_file({"logits": logits}, folder / "expected.safetensors")
         (folder / "case.json").write_text(json.dumps({"base": base}) + "\n")
-        print(f"{name}: the logits change by {effect:.2f}; {len(load_file(folder / 'adapter_model.safetensors'))} tensors")
+        print(
+            f"{name}: the logits change by {effect:.2f}; {len(load_file(folder / 'adapter_model.safetensors'))} tensors"
+        )
 
 
 if __name__ == "__main__":

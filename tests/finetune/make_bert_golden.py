@@ -49,8 +49,15 @@ def expected(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> d
 
 def make_tiny() -> None:
     generator = torch.Generator().manual_seed(0)
-    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=32, max_position_embeddings=24, position_embedding_type="absolute")
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+        max_position_embeddings=24,
+        position_embedding_type="absolute",
+    )
     model = BertModel(config)
     randomize(model.parameters(), 0.4, generator)
     model.save_pretrained(HERE / "tiny")
@@ -59,9 +66,13 @@ def make_tiny() -> None:
     ids[mask == 0] = config.pad_token_id
     save_file(expected(model, ids, mask), HERE / "tiny" / "expected.safetensors")
 
-    lora = LoraConfig(task_type="FEATURE_EXTRACTION", r=3, lora_alpha=6, lora_dropout=0.0,
-                      target_modules=["query", "key", "value", "attention.output.dense", "intermediate.dense",
-                                      "output.dense"])
+    lora = LoraConfig(
+        task_type="FEATURE_EXTRACTION",
+        r=3,
+        lora_alpha=6,
+        lora_dropout=0.0,
+        target_modules=["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
+    )
     adapted = get_peft_model(model, lora)
     adapted.peft_config["default"].base_model_name_or_path = "tiny"
     randomize([p for name, p in adapted.named_parameters() if "lora_" in name], 0.3, generator)

@@ -6,8 +6,27 @@ import pathlib
 import struct
 
 CORPUS = pathlib.Path(__file__).parent / "corpus"
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8,
-         "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1}
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "C64": 8,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "F8_E8M0": 1,
+}
 
 
 def write(target: str, name: str, content: bytes | str) -> None:
@@ -39,8 +58,12 @@ def write_safetensors() -> None:
         "nothing": safetensors("{}"),
         "empty": b"",
         "seven-bytes": b"1234567",
-        "scalar-and-empty": safetensors('{"s":' + tensor("U8", "[]", "[0,1]") + ',"e":' + tensor("F64", "[0,3]", "[0,0]") + "}", b"a"),
-        "misaligned": safetensors('{"a":' + tensor("U8", "[1]", "[0,1]") + ',"b":' + tensor("F64", "[1]", "[1,9]") + "}", bytes(9)),
+        "scalar-and-empty": safetensors(
+            '{"s":' + tensor("U8", "[]", "[0,1]") + ',"e":' + tensor("F64", "[0,3]", "[0,0]") + "}", b"a"
+        ),
+        "misaligned": safetensors(
+            '{"a":' + tensor("U8", "[1]", "[0,1]") + ',"b":' + tensor("F64", "[1]", "[1,9]") + "}", bytes(9)
+        ),
         "header-longer": safetensors(good, bytes(8), 1000),
         "header-huge": safetensors(good, bytes(8), 2**64 - 1),
         "header-limit": safetensors(good, bytes(8), 100_000_001),
@@ -59,7 +82,9 @@ def write_safetensors() -> None:
         "not-utf8": safetensors(b'{"\xc3\x28":{}}'),
         "null-byte": safetensors(b"{}\0{"),
         "metadata": safetensors('{"__metadata__":{"a":1}}'),
-        "index": json.dumps({"metadata": {"total_size": 8}, "weight_map": {"a": "1.safetensors", "b": "sub/2.safetensors"}}),
+        "index": json.dumps(
+            {"metadata": {"total_size": 8}, "weight_map": {"a": "1.safetensors", "b": "sub/2.safetensors"}}
+        ),
         "index-above": json.dumps({"weight_map": {"a": "../1.safetensors"}}),
         "index-three-dots": json.dumps({"weight_map": {"a": ".../1.safetensors"}}),  # found: a name like any other
         "index-absolute": json.dumps({"weight_map": {"a": "/1.safetensors"}}),
@@ -72,11 +97,27 @@ def write_safetensors() -> None:
 
 def write_adapter_config() -> None:
     peft = {
-        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"],
-        "exclude_modules": None, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "use_rslora": True,
-        "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "rank_pattern": {"^layer.0": 4},
-        "alpha_pattern": {"^layer.0": 2.5}, "modules_to_save": ["head"], "layers_to_transform": [0, 1],
-        "layers_pattern": "layers", "inference_mode": True, "peft_version": "0.21.2", "loftq_config": {}, "revision": None,
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": True,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tiny",
+        "rank_pattern": {"^layer.0": 4},
+        "alpha_pattern": {"^layer.0": 2.5},
+        "modules_to_save": ["head"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": "layers",
+        "inference_mode": True,
+        "peft_version": "0.21.2",
+        "loftq_config": {},
+        "revision": None,
         "eva_config": {"rho": 2.0, "deep": [[1, -1, 1e-5, "ö"]]},
     }
     write("adapter_config", "peft", json.dumps(peft, indent=2, sort_keys=True))
@@ -84,10 +125,19 @@ def write_adapter_config() -> None:
     changes = {
         "regex": {"target_modules": ".*\\.q$", "init_lora_weights": "gaussian", "layers_to_transform": 3},
         "all-linear": {"target_modules": "all-linear", "exclude_modules": "head", "rank_pattern": None},
-        "rank-zero": {"r": 0}, "rank-negative": {"r": -1}, "rank-fraction": {"r": 1.5}, "rank-huge": {"r": 2**63},
-        "rank-text": {"r": "8"}, "alpha-huge": {"lora_alpha": 1e308}, "dropout": {"lora_dropout": 2}, "bias": {"bias": "some"},
-        "modules": {"target_modules": [1]}, "pattern": {"rank_pattern": {"a": 0}}, "pattern-list": {"alpha_pattern": []},
-        "another-type": {"peft_type": "IA3"}, "no-type": {"peft_type": None},
+        "rank-zero": {"r": 0},
+        "rank-negative": {"r": -1},
+        "rank-fraction": {"r": 1.5},
+        "rank-huge": {"r": 2**63},
+        "rank-text": {"r": "8"},
+        "alpha-huge": {"lora_alpha": 1e308},
+        "dropout": {"lora_dropout": 2},
+        "bias": {"bias": "some"},
+        "modules": {"target_modules": [1]},
+        "pattern": {"rank_pattern": {"a": 0}},
+        "pattern-list": {"alpha_pattern": []},
+        "another-type": {"peft_type": "IA3"},
+        "no-type": {"peft_type": None},
     }
     for name, change in changes.items():
         write("adapter_config", name, json.dumps(peft | change))

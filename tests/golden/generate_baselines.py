@@ -67,23 +67,39 @@ def main() -> None:
         "lamb": lambda x: timm_lamb.Lamb(x, lr=0.02, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, max_grad_norm=None),
         "lamb_no_decay": lambda x: timm_lamb.Lamb(x, lr=0.02, weight_decay=0.0, max_grad_norm=None, always_adapt=True),
         "muon": lambda x: torch.optim.Muon(x, lr=0.02),
-        "muon_plain": lambda x: torch.optim.Muon(x, lr=0.02, momentum=0.8, nesterov=False, weight_decay=0.0, ns_steps=3),
+        "muon_plain": lambda x: torch.optim.Muon(
+            x, lr=0.02, momentum=0.8, nesterov=False, weight_decay=0.0, ns_steps=3
+        ),
         "shampoo": lambda x: Shampoo(x, lr=0.1, matrix_eps=1e-6),
-        "soap": lambda x: SOAP(x, lr=0.02, betas=(0.95, 0.95), shampoo_beta=0.9, weight_decay=0.1,
-                               precondition_frequency=4),
+        "soap": lambda x: SOAP(
+            x, lr=0.02, betas=(0.95, 0.95), shampoo_beta=0.9, weight_decay=0.1, precondition_frequency=4
+        ),
         "scaled_adam": lambda x: RiemannianAdamW(x, reg=1e-2, lr=0.02, weight_decay=0.1),
     }
-    sources = {"lamb": timm_lamb.Lamb, "muon": torch.optim.Muon, "soap": SOAP, "shampoo": Shampoo,
-               "scaled_adam": riemannian.create_riemannian_optimizer}
+    sources = {
+        "lamb": timm_lamb.Lamb,
+        "muon": torch.optim.Muon,
+        "soap": SOAP,
+        "shampoo": Shampoo,
+        "scaled_adam": riemannian.create_riemannian_optimizer,
+    }
     torch.Tensor.bfloat16 = lambda self: self.clone()
     torch.float32 = torch.float64
 
-    result = {"start": [x.flatten().tolist() for x in start], "shapes": [list(shape) for shape in SHAPES],
-              "gradients": [[g.flatten().tolist() for g in step] for step in gradients], "cases": {},
-              "defaults": {name: {option: parameter.default
-                                  for option, parameter in inspect.signature(source).parameters.items()
-                                  if isinstance(parameter.default, (bool, int, float, tuple, type(None)))}
-                           for name, source in sources.items()}}
+    result = {
+        "start": [x.flatten().tolist() for x in start],
+        "shapes": [list(shape) for shape in SHAPES],
+        "gradients": [[g.flatten().tolist() for g in step] for step in gradients],
+        "cases": {},
+        "defaults": {
+            name: {
+                option: parameter.default
+                for option, parameter in inspect.signature(source).parameters.items()
+                if isinstance(parameter.default, (bool, int, float, tuple, type(None)))
+            }
+            for name, source in sources.items()
+        },
+    }
     for name, make in cases.items():
         factors = [torch.nn.Parameter(x.clone()) for x in start]
         optimizer = make(factors)

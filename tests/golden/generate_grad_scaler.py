@@ -23,12 +23,27 @@ CLIP = 0.5
 # overflow: step -> which optimizers' gradients; clip: steps with unscale_ and a clip for both; new_scale: step ->
 # scale.
 CASES = {
-    "defaults": {"arguments": {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000},
-                 "size": 1.0, "overflow": {0: [0, 1], 5: [1]}, "clip": [3, 9], "new_scale": {}},
-    "short_interval": {"arguments": {"init_scale": 16.0, "growth_factor": 1.5, "backoff_factor": 0.25, "growth_interval": 3},
-                       "size": 1.0, "overflow": {2: [0], 7: [0], 8: [1]}, "clip": [1, 7, 12], "new_scale": {10: 4096.0}},
-    "end_of_float": {"arguments": {"init_scale": 1e30, "growth_factor": 1e4, "backoff_factor": 0.5, "growth_interval": 1},
-                     "size": 1e-3, "overflow": {9: [1]}, "clip": [4], "new_scale": {12: 1e-30}},
+    "defaults": {
+        "arguments": {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000},
+        "size": 1.0,
+        "overflow": {0: [0, 1], 5: [1]},
+        "clip": [3, 9],
+        "new_scale": {},
+    },
+    "short_interval": {
+        "arguments": {"init_scale": 16.0, "growth_factor": 1.5, "backoff_factor": 0.25, "growth_interval": 3},
+        "size": 1.0,
+        "overflow": {2: [0], 7: [0], 8: [1]},
+        "clip": [1, 7, 12],
+        "new_scale": {10: 4096.0},
+    },
+    "end_of_float": {
+        "arguments": {"init_scale": 1e30, "growth_factor": 1e4, "backoff_factor": 0.5, "growth_interval": 1},
+        "size": 1e-3,
+        "overflow": {9: [1]},
+        "clip": [4],
+        "new_scale": {12: 1e-30},
+    },
 }
 
 
@@ -54,14 +69,16 @@ def main() -> None:
                 scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update(case["new_scale"].get(step))
-            steps.append({
-                "gradients": [g.flatten().tolist() for g in gradients],
-                "clip": CLIP if step in case["clip"] else 0,
-                "new_scale": case["new_scale"].get(step, 0),
-                "scale": scaler.get_scale(),
-                "growth_tracker": scaler.state_dict()["_growth_tracker"],
-                "parameters": [w.detach().flatten().tolist() for w in parameters],
-            })
+            steps.append(
+                {
+                    "gradients": [g.flatten().tolist() for g in gradients],
+                    "clip": CLIP if step in case["clip"] else 0,
+                    "new_scale": case["new_scale"].get(step, 0),
+                    "scale": scaler.get_scale(),
+                    "growth_tracker": scaler.state_dict()["_growth_tracker"],
+                    "parameters": [w.detach().flatten().tolist() for w in parameters],
+                }
+            )
         result[name] = {"arguments": case["arguments"], "start": [x.flatten().tolist() for x in start], "steps": steps}
     with open(Path(__file__).with_name("grad_scaler.json"), "w", encoding="utf-8") as file:
         json.dump(result, file)

@@ -31,8 +31,11 @@ sys.path.insert(0, str(REPOSITORY / "tests/support"))
 import python_packages  # noqa: E402
 
 python = REPOSITORY / ".deps/interop/bin/python"
-python_packages.need(["torch", "transformers", "peft", "safetensors"], str(python) if python.exists() else None,
-                     "scripts/setup --tests makes an environment that has them")
+python_packages.need(
+    ["torch", "transformers", "peft", "safetensors"],
+    str(python) if python.exists() else None,
+    "scripts/setup --tests makes an environment that has them",
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in folders
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -54,67 +57,162 @@ MERGING_TOLERANCE = 1e-4
 # The adapters must matter, or nothing is shown.
 LEAST_EFFECT = 1e-2
 
-DECODER = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-               num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-T5 = dict(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
-          relative_attention_max_distance=12, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-          feed_forward_proj="gated-gelu")
-BERT = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, pad_token_id=0)
+DECODER = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+T5 = dict(
+    vocab_size=48,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_layers=2,
+    num_heads=4,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+    decoder_start_token_id=0,
+    pad_token_id=0,
+    eos_token_id=1,
+    feed_forward_proj="gated-gelu",
+)
+BERT = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+)
 
 # name: (class, config, the adapter that Python makes, the one that C++ makes)
 CASES = {
-    "llama": ("LlamaForCausalLM", DECODER | dict(tie_word_embeddings=False),
-              dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"],
-                   rank_pattern={"layers.1.self_attn.q_proj": 2, "^model.layers.0.mlp.down_proj": 3},
-                   alpha_pattern={r"layers\.[01]\.self_attn\.v_proj": 9}),
-              dict(r=3, lora_alpha=5, target_modules=["q_proj", "k_proj", "o_proj", "up_proj"],
-                   init_lora_weights="pissa", rank_pattern={"o_proj": 2}, alpha_pattern={"layers.2.*": 4})),
-    "gemma": ("GemmaForCausalLM", DECODER | dict(head_dim=8, num_key_value_heads=1),
-              dict(r=3, lora_alpha=5, target_modules=["q_proj", "o_proj", "gate_proj"], init_lora_weights="pissa"),
-              dict(r=3, lora_alpha=4, target_modules="all-linear", use_rslora=True, rank_pattern={"q_proj": 5})),
-    "t5": ("T5ForConditionalGeneration", T5,
-           dict(r=4, lora_alpha=3, target_modules=r".*(SelfAttention|EncDecAttention)\.(q|v)", use_rslora=True),
-           dict(r=4, lora_alpha=6, lora_dropout=0.5, target_modules=["q", "v", "wo", "wi_0"],
-                exclude_modules=["decoder.block.1.layer.1.EncDecAttention.q"], layers_to_transform=[1],
-                layers_pattern="block")),
+    "llama": (
+        "LlamaForCausalLM",
+        DECODER | dict(tie_word_embeddings=False),
+        dict(
+            r=4,
+            lora_alpha=6,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            rank_pattern={"layers.1.self_attn.q_proj": 2, "^model.layers.0.mlp.down_proj": 3},
+            alpha_pattern={r"layers\.[01]\.self_attn\.v_proj": 9},
+        ),
+        dict(
+            r=3,
+            lora_alpha=5,
+            target_modules=["q_proj", "k_proj", "o_proj", "up_proj"],
+            init_lora_weights="pissa",
+            rank_pattern={"o_proj": 2},
+            alpha_pattern={"layers.2.*": 4},
+        ),
+    ),
+    "gemma": (
+        "GemmaForCausalLM",
+        DECODER | dict(head_dim=8, num_key_value_heads=1),
+        dict(r=3, lora_alpha=5, target_modules=["q_proj", "o_proj", "gate_proj"], init_lora_weights="pissa"),
+        dict(r=3, lora_alpha=4, target_modules="all-linear", use_rslora=True, rank_pattern={"q_proj": 5}),
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        T5,
+        dict(r=4, lora_alpha=3, target_modules=r".*(SelfAttention|EncDecAttention)\.(q|v)", use_rslora=True),
+        dict(
+            r=4,
+            lora_alpha=6,
+            lora_dropout=0.5,
+            target_modules=["q", "v", "wo", "wi_0"],
+            exclude_modules=["decoder.block.1.layer.1.EncDecAttention.q"],
+            layers_to_transform=[1],
+            layers_pattern="block",
+        ),
+    ),
     # Embeddings and output heads, also those that are one matrix (Gemma's, whose embedding is scaled as well).
-    "llama_vocabulary": ("LlamaForCausalLM", DECODER | dict(tie_word_embeddings=False),
-                         dict(r=4, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj"]),
-                         dict(r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head"], use_rslora=True)),
-    "gemma_vocabulary": ("GemmaForCausalLM", DECODER | dict(head_dim=8, num_key_value_heads=1),
-                         dict(r=3, lora_alpha=5, target_modules=["embed_tokens", "o_proj"]),
-                         dict(r=3, lora_alpha=4, target_modules=["embed_tokens", "q_proj"])),
-    "gemma2_output": ("Gemma2ForCausalLM", DECODER | dict(head_dim=8, num_key_value_heads=1),
-                      dict(r=3, lora_alpha=5, target_modules=["lm_head"]),
-                      dict(r=3, lora_alpha=4, target_modules=["lm_head", "embed_tokens"])),
-    "bert": ("BertModel", BERT,
-             dict(r=4, lora_alpha=6, target_modules=["query", "value", "intermediate.dense"], bias="lora_only"),
-             dict(r=2, lora_alpha=3, target_modules=["query", "key", "attention.output.dense"], use_rslora=True,
-                  alpha_pattern={"layer.0.attention.self.query": 1.5})),
+    "llama_vocabulary": (
+        "LlamaForCausalLM",
+        DECODER | dict(tie_word_embeddings=False),
+        dict(r=4, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+        dict(r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head"], use_rslora=True),
+    ),
+    "gemma_vocabulary": (
+        "GemmaForCausalLM",
+        DECODER | dict(head_dim=8, num_key_value_heads=1),
+        dict(r=3, lora_alpha=5, target_modules=["embed_tokens", "o_proj"]),
+        dict(r=3, lora_alpha=4, target_modules=["embed_tokens", "q_proj"]),
+    ),
+    "gemma2_output": (
+        "Gemma2ForCausalLM",
+        DECODER | dict(head_dim=8, num_key_value_heads=1),
+        dict(r=3, lora_alpha=5, target_modules=["lm_head"]),
+        dict(r=3, lora_alpha=4, target_modules=["lm_head", "embed_tokens"]),
+    ),
+    "bert": (
+        "BertModel",
+        BERT,
+        dict(r=4, lora_alpha=6, target_modules=["query", "value", "intermediate.dense"], bias="lora_only"),
+        dict(
+            r=2,
+            lora_alpha=3,
+            target_modules=["query", "key", "attention.output.dense"],
+            use_rslora=True,
+            alpha_pattern={"layer.0.attention.self.query": 1.5},
+        ),
+    ),
 }
-SMOLLM2 = (dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]),
-           dict(r=8, lora_alpha=16, target_modules="all-linear"))
+SMOLLM2 = (
+    dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]),
+    dict(r=8, lora_alpha=16, target_modules="all-linear"),
+)
 
 
-TEXT = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64)
-VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, image_size=16,
-              patch_size=8)
+TEXT = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+VISION = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+)
 ROPE = dict(rope_scaling=dict(type="mrope", mrope_section=[1, 1, 0]))
 # name: (class, config, how older files call what transformers writes now)
 WRAPPERS = {
-    "llava": ("LlavaForConditionalGeneration",
-              dict(text_config=TEXT | dict(model_type="llama"), image_token_index=47,
-                   vision_config=VISION | dict(model_type="clip_vision_model")),
-              {"vision_tower.": "vision_tower.vision_model."}),
-    "gemma3": ("Gemma3ForConditionalGeneration",
-               dict(text_config=TEXT | dict(model_type="gemma3_text", head_dim=8), mm_tokens_per_image=4,
-                    vision_config=VISION | dict(model_type="siglip_vision_model")),
-               {"vision_tower.": "vision_tower.vision_model."}),
-    "qwen2_vl": ("Qwen2VLForConditionalGeneration",
-                 dict(text_config=TEXT | ROPE, vision_config=dict(depth=1, embed_dim=16, hidden_size=16, num_heads=4,
-                                                                  patch_size=8, mlp_ratio=2)), {}),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        dict(
+            text_config=TEXT | dict(model_type="llama"),
+            image_token_index=47,
+            vision_config=VISION | dict(model_type="clip_vision_model"),
+        ),
+        {"vision_tower.": "vision_tower.vision_model."},
+    ),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        dict(
+            text_config=TEXT | dict(model_type="gemma3_text", head_dim=8),
+            mm_tokens_per_image=4,
+            vision_config=VISION | dict(model_type="siglip_vision_model"),
+        ),
+        {"vision_tower.": "vision_tower.vision_model."},
+    ),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        dict(
+            text_config=TEXT | ROPE,
+            vision_config=dict(depth=1, embed_dim=16, hidden_size=16, num_heads=4, patch_size=8, mlp_ratio=2),
+        ),
+        {},
+    ),
 }
 
 
@@ -209,14 +307,18 @@ def check(folder: pathlib.Path, kind: str, inputs: dict, plain: torch.Tensor, lo
     differences = {
         "PEFT → C++": distance(loaded, logits),
         "C++ → PEFT": distance(made, compared(logits_of(adapted, inputs), inputs)),
-        "C++, merged → transformers": distance(merged, compared(logits_of(read(kind, folder / "merged"), inputs), inputs)),
+        "C++, merged → transformers": distance(
+            merged, compared(logits_of(read(kind, folder / "merged"), inputs), inputs)
+        ),
     }
     merging = distance(merged, made)
     effects = [distance(logits, plain), distance(made, plain)]
     good = max(differences.values()) <= TOLERANCE and merging <= MERGING_TOLERANCE and min(effects) >= LEAST_EFFECT
-    print(f"{folder.name}: {'' if good else 'WRONG: '}"
-          + ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-          + f"; merging changes the logits by {merging:.1e}, the adapters by {effects[0]:.1e} and {effects[1]:.1e}")
+    print(
+        f"{folder.name}: {'' if good else 'WRONG: '}"
+        + ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        + f"; merging changes the logits by {merging:.1e}, the adapters by {effects[0]:.1e} and {effects[1]:.1e}"
+    )
     return good
 
 
@@ -227,7 +329,7 @@ def prepare_wrapper(folder: pathlib.Path, kind: str, options: dict, older: dict)
     tensors = {}
     for name, tensor in load_file(path).items():
         now = next((now for now in older if name.startswith(now)), "")
-        tensors[older.get(now, "") + name[len(now):]] = tensor
+        tensors[older.get(now, "") + name[len(now) :]] = tensor
     save_file(tensors, path, {"format": "pt"})
     inputs = {"tokens": torch.randint(3, 40, (3, 9)), "mask": torch.ones(3, 9, dtype=torch.bool)}
     plain = logits_of(model, inputs)
@@ -237,12 +339,17 @@ def prepare_wrapper(folder: pathlib.Path, kind: str, options: dict, older: dict)
 
 def check_wrapper(folder: pathlib.Path, kind: str, inputs: dict, plain: torch.Tensor, logits: torch.Tensor) -> bool:
     merged = logits_of(read(kind, folder / "merged"), inputs)
-    changed = {name for name, tensor in load_file(folder / "merged/model.safetensors").items()
-               if not torch.equal(tensor, load_file(folder / "model/model.safetensors")[name])}
+    changed = {
+        name
+        for name, tensor in load_file(folder / "merged/model.safetensors").items()
+        if not torch.equal(tensor, load_file(folder / "model/model.safetensors")[name])
+    }
     error, effect = distance(merged, logits), distance(logits, plain)
     good = error <= MERGING_TOLERANCE and effect >= LEAST_EFFECT and any("vis" in name for name in changed)
-    print(f"{folder.name}: {'' if good else 'WRONG: '}merged by C++ → transformers {error:.1e}, "
-          f"{len(changed)} weights; the adapter changes the logits by {effect:.1e}")
+    print(
+        f"{folder.name}: {'' if good else 'WRONG: '}merged by C++ → transformers {error:.1e}, "
+        f"{len(changed)} weights; the adapter changes the logits by {effect:.1e}"
+    )
     return good
 
 

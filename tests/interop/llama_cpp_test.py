@@ -36,8 +36,15 @@ from peft import LoraConfig  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 # What the file calls the layers that llama.cpp calls otherwise.
-NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-         "attn_output": "self_attn.o_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate": "mlp.gate_proj"}
+NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate": "mlp.gate_proj",
+}
 HEADS = {"attn_q": 4, "attn_k": 2}  # of the Llama: its rotary embedding takes neighbouring pairs of a head's rows there
 
 
@@ -81,10 +88,16 @@ def check(made: pathlib.Path, converted: pathlib.Path, architecture: str) -> Non
 def main(program: str) -> int:
     torch.manual_seed(0)
     everywhere = dict(r=4, lora_alpha=6, target_modules="all-linear")
-    adapters = {"llama": ("llama", everywhere), "gemma": ("gemma", everywhere),
-                "two ranks": ("llama", dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})),
-                "pissa": ("llama", dict(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"], init_lora_weights="pissa")),
-                "rslora": ("llama", everywhere | dict(use_rslora=True))}
+    adapters = {
+        "llama": ("llama", everywhere),
+        "gemma": ("gemma", everywhere),
+        "two ranks": (
+            "llama",
+            dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}),
+        ),
+        "pissa": ("llama", dict(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"], init_lora_weights="pissa")),
+        "rslora": ("llama", everywhere | dict(use_rslora=True)),
+    }
     with tempfile.TemporaryDirectory() as work:
         for name, (architecture, theirs) in adapters.items():
             kind, options, ours, _ = interop_test.CASES[architecture]
@@ -100,7 +113,7 @@ def main(program: str) -> int:
             if theirs.get("use_rslora"):  # the script knows lora_alpha alone: docs/finetune.md says what to write there
                 given = shutil.copytree(given, folder / "given")
                 config = json.loads((given / "adapter_config.json").read_text())
-                config |= dict(use_rslora=False, lora_alpha=config["lora_alpha"] * config["r"]**0.5)
+                config |= dict(use_rslora=False, lora_alpha=config["lora_alpha"] * config["r"] ** 0.5)
                 (given / "adapter_config.json").write_text(json.dumps(config))
             convert(given, base, folder / "adapter.gguf")
             check(folder / "made", folder / "adapter.gguf", architecture)

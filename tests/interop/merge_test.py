@@ -24,11 +24,19 @@ from safetensors.torch import load_file
 
 OPTIONS = interop_test.DECODER | dict(hidden_size=48, intermediate_size=80, head_dim=12, tie_word_embeddings=False)
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-CASES = {"plain": dict(r=4, lora_alpha=6, target_modules="all-linear"),
-         "patterns": dict(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 7},
-                          alpha_pattern={"down_proj": 5}, use_rslora=True),
-         "vocabulary": dict(r=4, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj", "up_proj"]),
-         "embedding": dict(r=5, lora_alpha=3, target_modules=["embed_tokens"], use_rslora=True)}
+CASES = {
+    "plain": dict(r=4, lora_alpha=6, target_modules="all-linear"),
+    "patterns": dict(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"q_proj": 7},
+        alpha_pattern={"down_proj": 5},
+        use_rslora=True,
+    ),
+    "vocabulary": dict(r=4, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj", "up_proj"]),
+    "embedding": dict(r=5, lora_alpha=3, target_modules=["embed_tokens"], use_rslora=True),
+}
 
 # ‖ΔW‖ / ‖W‖ of every layer: the share of changed bfloat16 weights in which safe_merge=True differs, from and to. Of
 # 60,000 weights it is sharp to 0.2 %; it grows up to twice W's size, and is a quarter where W hardly counts.
@@ -44,10 +52,17 @@ def merged_both(program: str, folder: pathlib.Path, dtype: torch.dtype, adapter:
     with torch.no_grad():
         change(adapted)
     adapted.save_pretrained(folder / "adapter")
-    subprocess.run([program, "merge", "--model", folder / "base", "--adapter", folder / "adapter", "--out",
-                    folder / "merged"], check=True, stdout=subprocess.DEVNULL)
-    peft = {safe: PeftModel.from_pretrained(base(), folder / "adapter", autocast_adapter_dtype=True)
-            .merge_and_unload(safe_merge=safe).state_dict() for safe in (False, True)}
+    subprocess.run(
+        [program, "merge", "--model", folder / "base", "--adapter", folder / "adapter", "--out", folder / "merged"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    peft = {
+        safe: PeftModel.from_pretrained(base(), folder / "adapter", autocast_adapter_dtype=True)
+        .merge_and_unload(safe_merge=safe)
+        .state_dict()
+        for safe in (False, True)
+    }
     interop_test.read("LlamaForCausalLM", folder / "merged")  # nothing is missing, nothing too much
     return base().state_dict(), load_file(folder / "merged/model.safetensors"), peft
 
@@ -73,12 +88,14 @@ def compare(program: str, folder: pathlib.Path, dtype: torch.dtype, adapter: dic
         factors = load_file(folder / "adapter/adapter_model.safetensors")
         a, b = (factors[f"base_model.model.model.embed_tokens.lora_embedding_{name}"] for name in "AB")
         rank, alpha = adapter["r"], adapter["lora_alpha"]
-        delta = (b @ a).T * (alpha / rank ** 0.5 if adapter.get("use_rslora") else alpha / rank)
+        delta = (b @ a).T * (alpha / rank**0.5 if adapter.get("use_rslora") else alpha / rank)
         assert torch.equal(found[EMBEDDING], (before[EMBEDDING].float() + delta).to(dtype)), "not rounded once"
         assert torch.equal(peft[False][EMBEDDING], before[EMBEDDING] + delta.to(dtype)), "PEFT has changed"
         assert not torch.equal(found[EMBEDDING], peft[False][EMBEDDING])
-    print(f"{folder.name}: {len(changed)} weights are PEFT's" + (", the embedding but for PEFT's rounding of ΔW"
-                                                                  if rounded_first else ""))
+    print(
+        f"{folder.name}: {len(changed)} weights are PEFT's"
+        + (", the embedding but for PEFT's rounding of ΔW" if rounded_first else "")
+    )
 
 
 def compare_tied(program: str, folder: pathlib.Path, target: str) -> None:
@@ -105,12 +122,31 @@ def compare_several(program: str, folder: pathlib.Path) -> None:
             draw(adapted)
         adapted.save_pretrained(own / "first")
         adapted.load_adapter(own / "second/adapter", "second")
-        deltas = [{f"{name.removeprefix('base_model.model.')}.weight": module.get_delta_weight(adapter)
-                   for name, module in adapted.named_modules() if hasattr(module, "lora_B")}
-                  for adapter in ("default", "second")]
+        deltas = [
+            {
+                f"{name.removeprefix('base_model.model.')}.weight": module.get_delta_weight(adapter)
+                for name, module in adapted.named_modules()
+                if hasattr(module, "lora_B")
+            }
+            for adapter in ("default", "second")
+        ]
         peft = adapted.merge_and_unload(adapter_names=["default", "second"]).state_dict()
-        subprocess.run([program, "merge", "--model", own / "base", "--adapter", own / "first", "--adapter",
-                        own / "second/adapter", "--out", own / "merged"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                program,
+                "merge",
+                "--model",
+                own / "base",
+                "--adapter",
+                own / "first",
+                "--adapter",
+                own / "second/adapter",
+                "--out",
+                own / "merged",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         found = load_file(own / "merged/model.safetensors")
         for key, delta in deltas[0].items():
             first = before[key].float() + delta
@@ -122,6 +158,7 @@ def compare_several(program: str, folder: pathlib.Path) -> None:
 
 def share_of_safe_merge(program: str, folder: pathlib.Path, dtype: torch.dtype, size: float) -> float:
     """The share of changed weights in which safe_merge=True differs, where ‖ΔW‖ is `size` times ‖W‖ in every layer."""
+
     def change(adapted: PeftModel) -> None:
         draw(adapted)
         for module in adapted.modules():

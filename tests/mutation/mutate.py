@@ -44,8 +44,10 @@ def mutated(text: str, numbered: list[tuple[int, str, str]], file: str) -> str:
         before, part, after = re.fullmatch(r"(.*)«(.*)»(.*)", snippet, re.DOTALL).groups()
         whole = before + part + after
         if text.count(whole) != 1:
-            sys.exit(f"mutation {number}: {text.count(whole)} places in {file} read '{whole}', expected one; "
-                     "the header has changed: mend tests/mutation/mutations.py")
+            sys.exit(
+                f"mutation {number}: {text.count(whole)} places in {file} read '{whole}', expected one; "
+                "the header has changed: mend tests/mutation/mutations.py"
+            )
         begin = text.index(whole) + len(before)
         parts.setdefault((begin, begin + len(part)), []).append((number, replacement))
     for (begin, end), choices in sorted(parts.items(), reverse=True):
@@ -64,8 +66,11 @@ def mutated_headers() -> dict[str, str]:
     """By file; ends the program if a mutation has lost its place."""
     headers = {}
     for file in dict.fromkeys(file for file, *_ in MUTATIONS):
-        numbered = [(number, snippet, replacement)
-                    for number, (name, snippet, replacement, _) in enumerate(MUTATIONS, 1) if name == file]
+        numbered = [
+            (number, snippet, replacement)
+            for number, (name, snippet, replacement, _) in enumerate(MUTATIONS, 1)
+            if name == file
+        ]
         headers[file] = mutated((ROOT / "include/lora_rite" / file).read_text(encoding="utf-8"), numbered, file)
     return headers
 
@@ -90,9 +95,21 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     write_sources(source)
     # mutant.hpp comes by its name, since a precompiled header wants the same flags everywhere.
     flags = f"-O1 -include {source / 'mutant.hpp'} -Wno-unused -Wno-parentheses"
-    for command in (["cmake", "-S", source, "-B", binary, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=None",
-                     f"-DCMAKE_CXX_FLAGS={flags}", "-DLORA_RITE_BUILD_COMPILED=ON"],
-                    ["cmake", "--build", binary, "--target", "lora_rite_tests"]):
+    for command in (
+        [
+            "cmake",
+            "-S",
+            source,
+            "-B",
+            binary,
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=None",
+            f"-DCMAKE_CXX_FLAGS={flags}",
+            "-DLORA_RITE_BUILD_COMPILED=ON",
+        ],
+        ["cmake", "--build", binary, "--target", "lora_rite_tests"],
+    ):
         with open(folder / "log", "a", encoding="utf-8") as log:
             if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
                 sys.exit(f"the mutants do not build: see {folder / 'log'}")
@@ -103,8 +120,14 @@ def run(binary: pathlib.Path, mutant: int, timeout: float, test_filter: str) -> 
     """Is it killed, and by which test?"""
     environment = {**os.environ, SWITCH: str(mutant), "OMP_NUM_THREADS": "1"}
     try:
-        result = subprocess.run([binary, "--gtest_fail_fast", "--gtest_brief=1", f"--gtest_filter={test_filter}"],
-                                env=environment, timeout=timeout, capture_output=True, text=True, errors="replace")
+        result = subprocess.run(
+            [binary, "--gtest_fail_fast", "--gtest_brief=1", f"--gtest_filter={test_filter}"],
+            env=environment,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
     except subprocess.TimeoutExpired:
         return True, "hangs"
     failed = re.findall(r"^\[  FAILED  \] (\S+?)(?:,| \(|$)", result.stdout, re.MULTILINE)
@@ -139,16 +162,22 @@ class Results:
 
 def chosen(names: list[str], only_survivors: bool, results: Results) -> list[int]:
     """The numbers of the mutations that are meant."""
+
     def is_meant(number: int, mutation: tuple[str, str, str, str], name: str) -> bool:
         return number == int(name) if name.isdigit() else any(name in text for text in mutation[:3])
 
     for name in names:
         if not any(is_meant(number, mutation, name) for number, mutation in enumerate(MUTATIONS, 1)):
-            sys.exit(f"no mutation is '{name}': expected a number from 1 to {len(MUTATIONS)}, or a part of a file's name "
-                     "or of a mutation's text")
-    return [number for number, mutation in enumerate(MUTATIONS, 1)
-            if (not names or any(is_meant(number, mutation, name) for name in names))
-            and not (only_survivors and results.verdict(mutation).startswith("killed"))]
+            sys.exit(
+                f"no mutation is '{name}': expected a number from 1 to {len(MUTATIONS)}, or a part of a file's name "
+                "or of a mutation's text"
+            )
+    return [
+        number
+        for number, mutation in enumerate(MUTATIONS, 1)
+        if (not names or any(is_meant(number, mutation, name) for name in names))
+        and not (only_survivors and results.verdict(mutation).startswith("killed"))
+    ]
 
 
 def describe(number: int) -> str:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Regenerates experts_golden.json: PEFT's adapters on parameters that hold all experts of a layer (target_parameters).
 
-    python3 -m pip install torch==2.13.0 transformers==5.24.0 peft==0.21.2
-    python3 make_experts_golden.py
+python3 -m pip install torch==2.13.0 transformers==5.24.0 peft==0.21.2
+python3 make_experts_golden.py
 """
 
 import json
@@ -47,7 +47,10 @@ class Layer(nn.Module):
 
 
 def numbers(tensor):
-    return {"shape": list(tensor.shape), "data": [float(f"{v:.9g}") for v in tensor.detach().double().flatten().tolist()]}
+    return {
+        "shape": list(tensor.shape),
+        "data": [float(f"{v:.9g}") for v in tensor.detach().double().flatten().tolist()],
+    }
 
 
 def wrappers(model):
@@ -102,7 +105,9 @@ def main():
     cases = {
         "plain": case(Layer(False), inputs, target_modules=["gate"], target_parameters=parameters),
         "transposed": case(Layer(True), inputs, target_modules=[], target_parameters=parameters),
-        "one": case(Layer(False), inputs, target_modules=[], target_parameters=parameters[1:], rank_pattern={"down": 1}),
+        "one": case(
+            Layer(False), inputs, target_modules=[], target_parameters=parameters[1:], rank_pattern={"down": 1}
+        ),
         "mixtral": case(MixtralForCausalLM(mixtral), None, target_modules="all-linear"),
     }
     path = pathlib.Path(__file__).with_name("experts_golden.json")

@@ -64,8 +64,15 @@ def layer_case(make_base, x, adapters, dtype=torch.float64, active=None) -> dict
             for factor in (a, b):
                 factor.copy_(0.5 * torch.randn(factor.shape))
         case["adapters"][name] = {
-            "rank": layer.r[name], "alpha": layer.lora_alpha[name], "rslora": layer.use_rslora[name],
-            "scale": layer.scaling[name], "a": numbers(a), "b": numbers(b), "factors": (a, b), "dtype": str(a.dtype)}
+            "rank": layer.r[name],
+            "alpha": layer.lora_alpha[name],
+            "rslora": layer.use_rslora[name],
+            "scale": layer.scaling[name],
+            "a": numbers(a),
+            "b": numbers(b),
+            "factors": (a, b),
+            "dtype": str(a.dtype),
+        }
     y = model(x)
     weights = torch.randn(y.shape).double()
     (y.double() * weights).sum().backward()
@@ -87,8 +94,14 @@ def pissa_case() -> dict:
     config = LoraConfig(r=3, lora_alpha=6, init_lora_weights="pissa", target_modules=["layer"])
     layer = get_peft_model(One(base), config).base_model.model.layer
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return case | {"rank": 3, "alpha": 6, "residual": numbers(base.weight), "product": numbers(b @ a),
-                   "gram_a": numbers(a @ a.T), "gram_b": numbers(b.T @ b)}
+    return case | {
+        "rank": 3,
+        "alpha": 6,
+        "residual": numbers(base.weight),
+        "product": numbers(b @ a),
+        "gram_a": numbers(a @ a.T),
+        "gram_b": numbers(b.T @ b),
+    }
 
 
 def make_layers() -> dict:
@@ -111,8 +124,9 @@ def make_layers() -> dict:
         "embedding_padding": layer_case(lambda: nn.Embedding(9, 4, padding_idx=1), ids, one),
         "conv": layer_case(lambda: nn.Conv2d(3, 4, 3), image, one),
         "conv_stride_padding": layer_case(lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2)), image, two),
-        "conv_1x1_rslora": layer_case(lambda: nn.Conv2d(3, 4, 1, bias=False), image,
-                                      {"default": dict(r=4, lora_alpha=2, use_rslora=True)}),
+        "conv_1x1_rslora": layer_case(
+            lambda: nn.Conv2d(3, 4, 1, bias=False), image, {"default": dict(r=4, lora_alpha=2, use_rslora=True)}
+        ),
     }
 
 
@@ -121,7 +135,9 @@ class Experts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layer = lambda: nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(3))})
+        layer = lambda: nn.ModuleDict(
+            {"experts": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(3))}
+        )
         self.model = nn.ModuleDict({"layers": nn.ModuleList(layer() for _ in range(3))})
         self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(2))
         self.startup = nn.Linear(2, 2)
@@ -133,7 +149,8 @@ def make_names() -> dict:
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**small)),
         "bert": lambda: BertForSequenceClassification(BertConfig(**(small | {"num_hidden_layers": 2}))),
         "t5": lambda: T5ForConditionalGeneration(
-            T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)),
+            T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+        ),
         "experts": Experts,
     }
     cases = [
@@ -150,8 +167,14 @@ def make_names() -> dict:
         ("llama", dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern=["layers"])),
         ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["blocks", "layers"])),
         ("llama", dict(target_modules=["q_proj", "model.layers.4.mlp.up_proj"], layers_to_transform=[1])),
-        ("llama", dict(target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 3, r"layers\.1\.self_attn\..*": 5},
-                       alpha_pattern={r"model\.layers\.2\.self_attn\.v_proj": 7, "proj": 9, r"1\.self_attn\.q_proj": 2})),
+        (
+            "llama",
+            dict(
+                target_modules=["q_proj", "v_proj"],
+                rank_pattern={"q_proj": 3, r"layers\.1\.self_attn\..*": 5},
+                alpha_pattern={r"model\.layers\.2\.self_attn\.v_proj": 7, "proj": 9, r"1\.self_attn\.q_proj": 2},
+            ),
+        ),
         ("bert", dict(target_modules="all-linear", task_type=TaskType.SEQ_CLS)),
         ("bert", dict(target_modules=["query", "dense", "word_embeddings"], exclude_modules=["pooler.dense"])),
         ("bert", dict(target_modules=["attention.self.query", "output.dense"])),
@@ -163,19 +186,28 @@ def make_names() -> dict:
         ("experts", dict(target_modules=["up"], layers_to_transform=[2], layers_pattern=["experts"])),
         # Expressions that only Python's re reads so.
         ("llama", dict(target_modules=r"\Amodel\.layers\.\d\..*(?<!v)_proj\Z")),
-        ("llama", dict(target_modules=r"^(?!.*layers\.[^]1]\.).*(?P<kind>q|k)_proj$",
-                       rank_pattern={r"(?<=layers\.)1\..*": 5, r"(?<!layers)\.1\..*": 6, r"\060": 7},
-                       alpha_pattern={r"layers\.\060*1\..*k_proj\Z": 3, r"[^]1]\.self_attn\.q_proj": 9, "Q_proj": 8})),
+        (
+            "llama",
+            dict(
+                target_modules=r"^(?!.*layers\.[^]1]\.).*(?P<kind>q|k)_proj$",
+                rank_pattern={r"(?<=layers\.)1\..*": 5, r"(?<!layers)\.1\..*": 6, r"\060": 7},
+                alpha_pattern={r"layers\.\060*1\..*k_proj\Z": 3, r"[^]1]\.self_attn\.q_proj": 9, "Q_proj": 8},
+            ),
+        ),
         ("llama", dict(target_modules=r"(?i)MODEL\.layers\.\u0031\..*_proj")),
-        ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1, 2], layers_pattern=["blocks", r"model\.lay\w+"])),
+        (
+            "llama",
+            dict(target_modules=["q_proj"], layers_to_transform=[1, 2], layers_pattern=["blocks", r"model\.lay\w+"]),
+        ),
         ("llama", dict(target_modules=["q_proj"], layers_to_transform=[1, 2], layers_pattern=[r"layers$"])),
         ("experts", dict(target_modules=["up"], layers_to_transform=[2], layers_pattern=[r"model\.layers"])),
     ]
     kinds = {"Linear": "linear", "Embedding": "embedding"}
     result = {"trees": {}, "cases": []}
     for name, make in models.items():
-        result["trees"][name] = [[key, kinds.get(type(module).__name__, "other")]
-                                 for key, module in make().named_modules() if key]
+        result["trees"][name] = [
+            [key, kinds.get(type(module).__name__, "other")] for key, module in make().named_modules() if key
+        ]
     for name, arguments in cases:
         case = {"tree": name} | {k: v for k, v in arguments.items() if k != "task_type"} | {"targets": []}
         try:
@@ -204,18 +236,33 @@ class Small(nn.Module):
 
 def make_model() -> tuple:
     result = []
-    for arguments in (dict(), dict(bias="all"), dict(bias="lora_only"), dict(target_modules=["body.0", "head"]),
-                      dict(target_modules="all-linear", r=5)):
+    for arguments in (
+        dict(),
+        dict(bias="all"),
+        dict(bias="lora_only"),
+        dict(target_modules=["body.0", "head"]),
+        dict(target_modules="all-linear", r=5),
+    ):
         arguments = dict(r=2, lora_alpha=4, target_modules=["embed", "conv", "0", "2"]) | arguments
         model = get_peft_model(Small(), LoraConfig(**arguments))
         trainable, total = model.get_nb_trainable_parameters()
-        text = (f"trainable params: {trainable:,d} || all params: {total:,d} || "
-                f"trainable%: {100 * trainable / total:.4f}")  # print_trainable_parameters prints this
-        result.append(arguments | {
-            "parameters": {k.removeprefix("base_model.model."): v.requires_grad for k, v in model.named_parameters()},
-            "file": {k.removeprefix("base_model.model."): list(v.shape)
-                     for k, v in get_peft_model_state_dict(model).items()},
-            "text": text})
+        text = (
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )  # print_trainable_parameters prints this
+        result.append(
+            arguments
+            | {
+                "parameters": {
+                    k.removeprefix("base_model.model."): v.requires_grad for k, v in model.named_parameters()
+                },
+                "file": {
+                    k.removeprefix("base_model.model."): list(v.shape)
+                    for k, v in get_peft_model_state_dict(model).items()
+                },
+                "text": text,
+            }
+        )
     # Two adapters: the second one is there, and not trained.
     model = get_peft_model(Small(), LoraConfig(r=2, target_modules=["0", "embed"]))
     model.add_adapter("second one", LoraConfig(r=3, target_modules=["0", "head"]))
@@ -227,8 +274,13 @@ def make_model() -> tuple:
 
 def main() -> None:
     model, two = make_model()
-    golden = {"layers": make_layers(), "pissa": pissa_case(), "names": make_names(), "model": model,
-              "two_adapters": two}
+    golden = {
+        "layers": make_layers(),
+        "pissa": pissa_case(),
+        "names": make_names(),
+        "model": model,
+        "two_adapters": two,
+    }
     (HERE / "peft_golden.json").write_text(json.dumps(golden, separators=(",", ":")) + "\n")
 
 

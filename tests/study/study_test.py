@@ -122,8 +122,9 @@ class Texts(unittest.TestCase):
         self.assertEqual(programs.Programs.text_scores(lines), {"test_loss": 1.5, "test_accuracy": 0.75})
 
         lines = [{"test_accuracy": 0.9}, {"test_loss": 0.5, "test_accuracy": 0.8}]
-        self.assertEqual(programs.Programs.sentence_scores(lines),
-                         {"test_loss": 0.5, "test_accuracy": 0.8, "best_accuracy": 0.9})
+        self.assertEqual(
+            programs.Programs.sentence_scores(lines), {"test_loss": 0.5, "test_accuracy": 0.8, "best_accuracy": 0.9}
+        )
 
 
 if __name__ == "__main__":

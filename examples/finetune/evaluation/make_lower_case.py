@@ -52,15 +52,26 @@ def main() -> None:
         if code == 0x130:
             continue
         shift = ord(chr(code).lower()) - code
-        if ranges and ranges[-1][3] == shift and code - ranges[-1][1] == (ranges[-1][2] or min(code - ranges[-1][1], 2)):
+        if (
+            ranges
+            and ranges[-1][3] == shift
+            and code - ranges[-1][1] == (ranges[-1][2] or min(code - ranges[-1][1], 2))
+        ):
             ranges[-1][1:3] = code, code - ranges[-1][1]
         else:
             ranges.append([code, code, 0, shift])
     path = pathlib.Path(__file__).with_name("lower_case_table.hpp")
-    path.write_text(HEADER.format(
-        version=unicodedata.unidata_version, python=sys.version.split()[0],
-        ranges=filled([f"{{0x{first:X}, 0x{last:X}, {stride or 1}, {shift}}}" for first, last, stride, shift in ranges]),
-        spaces=filled([f"0x{ord(c):X}" for c in characters if c.isspace()])), encoding="utf-8")
+    path.write_text(
+        HEADER.format(
+            version=unicodedata.unidata_version,
+            python=sys.version.split()[0],
+            ranges=filled(
+                [f"{{0x{first:X}, 0x{last:X}, {stride or 1}, {shift}}}" for first, last, stride, shift in ranges]
+            ),
+            spaces=filled([f"0x{ord(c):X}" for c in characters if c.isspace()]),
+        ),
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

@@ -54,17 +54,29 @@ def loss_of(run: dict) -> str:
 
 def are_equivalent(runs: list[dict]) -> bool:
     """Two runs that differ in their start alone?"""
-    return len(runs) == 2 and runs[0]["init_scale"] != runs[1]["init_scale"] and all(
-        runs[0][name] == runs[1][name] for name in ("lr", "seed", "rank", "steps"))
+    return (
+        len(runs) == 2
+        and runs[0]["init_scale"] != runs[1]["init_scale"]
+        and all(runs[0][name] == runs[1][name] for name in ("lr", "seed", "rank", "steps"))
+    )
 
 
 def table(runs: list[dict]) -> str:
     header = ["optimizer", "start", "lr", "test accuracy", "test loss", "ms/step", "optimizer share", "optimizer state"]
     rows = [header]
     for run in runs:
-        rows.append([name_of(run["optimizer"]), start_of(run), f"{run['lr']:g}", accuracy_of(run), loss_of(run),
-                     f"{run['ms_per_step']:.0f}", f"{100 * run['optimizer_share']:.1f} %",
-                     f"{run['optimizer_state_mb']:.2f} MB"])
+        rows.append(
+            [
+                name_of(run["optimizer"]),
+                start_of(run),
+                f"{run['lr']:g}",
+                accuracy_of(run),
+                loss_of(run),
+                f"{run['ms_per_step']:.0f}",
+                f"{100 * run['optimizer_share']:.1f} %",
+                f"{run['optimizer_state_mb']:.2f} MB",
+            ]
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
@@ -81,10 +93,28 @@ def draw(panels: list[tuple[str, list[dict]]], picture: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
-                         "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK})
-    figure, axes = plt.subplots(2, len(panels), figsize=(5.2 * len(panels), 5.6), sharex=True, sharey="row",
-                                squeeze=False, layout="constrained", gridspec_kw={"height_ratios": [2.6, 1]})
+    plt.rcParams.update(
+        {
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": INK,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    )
+    figure, axes = plt.subplots(
+        2,
+        len(panels),
+        figsize=(5.2 * len(panels), 5.6),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": [2.6, 1]},
+    )
     for column, (optimizer, runs) in enumerate(panels):
         curve, difference = axes[0][column], axes[1][column]
         for run in runs:
@@ -92,8 +122,14 @@ def draw(panels: list[tuple[str, list[dict]]], picture: str) -> None:
             # Wide and pale below, thin and dark above: where the two coincide, both are seen.
             style = {"color": USUAL, "linewidth": 1.8} if is_usual else {"color": SCALED, "linewidth": 6, "alpha": 0.7}
             label = "usual start" if is_usual else f"equivalent start, {start_of(run)} (same ΔW = 0)"
-            curve.plot(range(1, len(run["losses"]) + 1), smooth(run["losses"]), label=label, zorder=2 + is_usual,
-                       solid_capstyle="round", **style)
+            curve.plot(
+                range(1, len(run["losses"]) + 1),
+                smooth(run["losses"]),
+                label=label,
+                zorder=2 + is_usual,
+                solid_capstyle="round",
+                **style,
+            )
         curve.set_title(f"{name_of(optimizer)}, learning rate {runs[0]['lr']:g}", fontweight="bold")
         curve.grid(alpha=0.25)
         difference.grid(alpha=0.25)
@@ -117,8 +153,10 @@ def main() -> None:
 
     runs = [read_run(folder) for folder in options.runs]
     print(table(runs))
-    panels = [(optimizer, [run for run in runs if run["optimizer"] == optimizer])
-              for optimizer in dict.fromkeys(run["optimizer"] for run in runs)]
+    panels = [
+        (optimizer, [run for run in runs if run["optimizer"] == optimizer])
+        for optimizer in dict.fromkeys(run["optimizer"] for run in runs)
+    ]
     for optimizer, members in panels:
         if are_equivalent(members):
             print(f"{name_of(optimizer)}: the losses from the two starts differ by at most {max(gap(*members)):.2g}")

@@ -37,8 +37,11 @@ def main() -> int:
     rows = list(dict.fromkeys((stack, number) for stack, number, _ in places))
     kinds = list(dict.fromkeys(kind for _, _, kind in places))
     has_base = "relative_change" in layers[0]
-    panels = [("relative_change", "‖ΔW‖ / ‖W‖") if has_base else ("frobenius_norm", "‖ΔW‖"),
-              ("effective_rank", "effective rank of ΔW"), ("balance", "‖B‖ / ‖A‖")]
+    panels = [
+        ("relative_change", "‖ΔW‖ / ‖W‖") if has_base else ("frobenius_norm", "‖ΔW‖"),
+        ("effective_rank", "effective rank of ΔW"),
+        ("balance", "‖B‖ / ‖A‖"),
+    ]
 
     size = (3.2 + len(panels) * (1 + 0.34 * len(kinds)), 2.4 + 0.24 * len(rows))
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True)

@@ -33,15 +33,32 @@ def main() -> int:
     axes.plot(x, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
     validation = [line for line in steps if line.get("validation_loss") is not None]
     if validation:
-        axes.plot([line["step"] for line in validation], [line["validation_loss"] for line in validation],
-                  color="#31a354", marker="o", markersize=3, linewidth=1.5, label="validation")
+        axes.plot(
+            [line["step"] for line in validation],
+            [line["validation_loss"] for line in validation],
+            color="#31a354",
+            marker="o",
+            markersize=3,
+            linewidth=1.5,
+            label="validation",
+        )
     if final.get("best_step"):
-        axes.axvline(final["best_step"], color="#31a354", linestyle=":", linewidth=1.2,
-                     label=f"the best measurement (step {final['best_step']})")
+        axes.axvline(
+            final["best_step"],
+            color="#31a354",
+            linestyle=":",
+            linewidth=1.2,
+            label=f"the best measurement (step {final['best_step']})",
+        )
     if final.get("test_loss") is not None:  # null where the run diverged, nothing where there is no such score
         accuracy = f" (accuracy {100 * final['test_accuracy']:.1f} %)" if "test_accuracy" in final else ""
-        axes.axhline(final["test_loss"], color="#d94801", linestyle="--", linewidth=1.2,
-                     label=f"test loss {final['test_loss']:.3f}{accuracy}")
+        axes.axhline(
+            final["test_loss"],
+            color="#d94801",
+            linestyle="--",
+            linewidth=1.2,
+            label=f"test loss {final['test_loss']:.3f}{accuracy}",
+        )
     if final:
         axes.set_title(f"{final['optimizer']}, rank {final['rank']}, learning rate {final['lr']:g}")
     axes.set_xlabel("step")

@@ -85,8 +85,12 @@ def main() -> None:
     parser.add_argument("out", help="folder for train.tsv, test.tsv and validation.tsv")
     parser.add_argument("--source", choices=FILES, default="movies", help="(default %(default)s)")
     parser.add_argument("--test-size", type=int, default=2000, help="sentences held out (default %(default)s)")
-    parser.add_argument("--validation-size", type=int, default=0,
-                        help="sentences for the choice of rates and the like, taken from the rest (default %(default)s)")
+    parser.add_argument(
+        "--validation-size",
+        type=int,
+        default=0,
+        help="sentences for the choice of rates and the like, taken from the rest (default %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the split (default %(default)s)")
     options = parser.parse_args()
 

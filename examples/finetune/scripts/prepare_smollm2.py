@@ -35,8 +35,11 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-         "output.weight": "lm_head.weight"}
+WHOLE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 CONTROL = 3  # the GGUF's type of special tokens
 
 
@@ -129,11 +132,13 @@ def make_tokenizer(field) -> Tokenizer:
     merges = [tuple(pair.split(" ")) for pair in field("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     types = field("tokenizer.ggml.token_type")
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                  for token, kind in zip(tokens, types) if kind == CONTROL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, types) if kind == CONTROL]
+    )
     return tokenizer
 
 
@@ -163,9 +168,18 @@ def main() -> None:
         make_tokenizer(field).save(str(options.out / "tokenizer.json"))
         tokens = field("tokenizer.ggml.tokens")
         special = {name: tokens[config[f"{name}_id"]] for name in ("bos_token", "eos_token", "pad_token")}
-        (options.out / "tokenizer_config.json").write_text(json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"],
-             "chat_template": field("tokenizer.chat_template"), **special}, indent=2) + "\n")
+        (options.out / "tokenizer_config.json").write_text(
+            json.dumps(
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "model_max_length": config["max_position_embeddings"],
+                    "chat_template": field("tokenizer.chat_template"),
+                    **special,
+                },
+                indent=2,
+            )
+            + "\n"
+        )
         # The weights last: whoever looks for them finds a complete folder.
         save_safetensors(weights, options.out / "model.safetensors", options.dtype)
     count = sum(values.size for values in weights.values())

@@ -72,8 +72,9 @@ def field(record: dict, name: str, *kinds: type):
     value = record[name]
     # bool is an int to Python, not to us
     if not any(type(value) is kind for kind in kinds):
-        raise Malformed(f"has {json.dumps(value)[:60]} for '{name}' where "
-                        f"{' or '.join(KINDS[kind] for kind in kinds)} is expected")
+        raise Malformed(
+            f"has {json.dumps(value)[:60]} for '{name}' where {' or '.join(KINDS[kind] for kind in kinds)} is expected"
+        )
     if isinstance(value, (str, list)) and not (value.strip() if isinstance(value, str) else value):
         raise Malformed(f"has nothing in '{name}'")
     return whole(value, name) if isinstance(value, str) else value
@@ -111,8 +112,10 @@ def super_ni(record: dict, options: argparse.Namespace) -> Text:
     for number, example in enumerate(record.get("Positive Examples", [])[: options.positive_examples], 1):
         if not isinstance(example, dict):
             raise Malformed("belongs to a task whose 'Positive Examples' are no objects")
-        shown.append(f" Positive Example {number} -\nInput: {sentence(field(example, 'input'))}\n"
-                     f" Output: {sentence(field(example, 'output'))}\n\n")
+        shown.append(
+            f" Positive Example {number} -\nInput: {sentence(field(example, 'input'))}\n"
+            f" Output: {sentence(field(example, 'output'))}\n\n"
+        )
     tail = f"Now complete the following example -\nInput: {sentence(field(record, 'input'))}\nOutput: "
     outputs = [text.strip() for text in texts(record, "output")]
     return Text([head + "".join(shown[:count]) + tail for count in range(len(shown), -1, -1)], outputs[0], outputs)
@@ -124,13 +127,17 @@ def alpaca(record: dict, options: argparse.Namespace) -> Text:
     if not isinstance(context, str):
         field(record, "input")  # says what is wrong
     if whole(context, "input"):
-        prompt = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-                  "Write a response that appropriately completes the request.\n\n"
-                  f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:")
+        prompt = (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
+        )
     else:
-        prompt = ("Below is an instruction that describes a task. "
-                  "Write a response that appropriately completes the request.\n\n"
-                  f"### Instruction:\n{instruction}\n\n### Response:")
+        prompt = (
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Response:"
+        )
     return Text([prompt], output, [output])
 
 
@@ -145,8 +152,11 @@ def hellaswag(record: dict, options: argparse.Namespace) -> Choices:
     endings = [clean(ending) for ending in texts(record, "endings")]
     if not all(ending.strip() for ending in endings):
         raise Malformed("has nothing but brackets in one of the 'endings'")
-    return Choices([clean(field(record, "activity_label") + ": " + context)], endings,
-                   index(field(record, "label", int, str), len(endings), "label"))
+    return Choices(
+        [clean(field(record, "activity_label") + ": " + context)],
+        endings,
+        index(field(record, "label", int, str), len(endings), "label"),
+    )
 
 
 def labelled_choices(record: dict, stem: str) -> tuple[str, list[str], int]:
@@ -183,15 +193,19 @@ def boolq(record: dict, options: argparse.Namespace) -> Choices:
     # "answer" in the original, "label" in SuperGLUE's copy
     answer = field(record, "answer" if "answer" in record else "label", bool, int)
     answer = int(answer) if isinstance(answer, bool) else index(answer, 2, "label")
-    return Choices([f"{field(record, 'passage')}\nQuestion: {field(record, 'question')}?\nAnswer:"], ["no", "yes"],
-                   answer)
+    return Choices(
+        [f"{field(record, 'passage')}\nQuestion: {field(record, 'question')}?\nAnswer:"], ["no", "yes"], answer
+    )
 
 
 def piqa(record: dict, options: argparse.Namespace) -> Choices:
     if "label" not in record:
         raise Malformed("has no 'label'; name the file of labels with --labels")
-    return Choices([f"Question: {field(record, 'goal')}\nAnswer:"], [field(record, "sol1"), field(record, "sol2")],
-                   index(record["label"], 2, "label"))
+    return Choices(
+        [f"Question: {field(record, 'goal')}\nAnswer:"],
+        [field(record, "sol1"), field(record, "sol2")],
+        index(record["label"], 2, "label"),
+    )
 
 
 def winogrande(record: dict, options: argparse.Namespace) -> Choices:
@@ -201,9 +215,10 @@ def winogrande(record: dict, options: argparse.Namespace) -> Choices:
         raise Malformed("has a 'sentence' without '_' and a text after it")
     answer = field(record, "answer")
     if answer not in ("1", "2"):
-        raise Malformed(f"has {json.dumps(answer)} for 'answer' where \"1\" or \"2\" is expected")
-    return Choices([before + field(record, "option1"), before + field(record, "option2")], [after.strip()] * 2,
-                   int(answer) - 1)
+        raise Malformed(f'has {json.dumps(answer)} for \'answer\' where "1" or "2" is expected')
+    return Choices(
+        [before + field(record, "option1"), before + field(record, "option2")], [after.strip()] * 2, int(answer) - 1
+    )
 
 
 def gsm8k(record: dict, options: argparse.Namespace) -> Text:
@@ -213,8 +228,9 @@ def gsm8k(record: dict, options: argparse.Namespace) -> Text:
     return Text([f"Question: {field(record, 'question')}\nAnswer:"], " " + answer, [answer])
 
 
-FORMS: dict[str, Callable] = {form.__name__: form for form in (super_ni, alpaca, hellaswag, arc, openbookqa, boolq, piqa,
-                                                               winogrande, gsm8k)}
+FORMS: dict[str, Callable] = {
+    form.__name__: form for form in (super_ni, alpaca, hellaswag, arc, openbookqa, boolq, piqa, winogrande, gsm8k)
+}
 
 # --- Reading files: places and records, where a record may be a Malformed
 
@@ -347,11 +363,11 @@ class Encoder:
     def split(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         """Both without special tokens. Spaces at the prompt's end go to the continuation, where tokens have them."""
         stripped = prompt.rstrip()
-        continuation = prompt[len(stripped):] + continuation
+        continuation = prompt[len(stripped) :] + continuation
         tokens = self.ids(stripped)
         if self.encoder_decoder:
             return tokens, self.ids(continuation)
-        return tokens, self.ids(stripped + continuation)[len(tokens):]
+        return tokens, self.ids(stripped + continuation)[len(tokens) :]
 
     def surrounded(self, prompt: list[int]) -> list[int]:
         return self.begin + prompt + (self.after if self.encoder_decoder else [])
@@ -360,8 +376,9 @@ class Encoder:
         """How many of a prompt's own tokens fit beside a continuation."""
         room = self.max_length - len(self.surrounded([])) - (0 if self.encoder_decoder else longest)
         if longest > self.max_length or room < 1:
-            raise Malformed(f"has a continuation of {longest} tokens, for which --max-length {self.max_length} leaves no "
-                            "prompt")
+            raise Malformed(
+                f"has a continuation of {longest} tokens, for which --max-length {self.max_length} leaves no prompt"
+            )
         return room
 
     def cut(self, prompt: list[int], room: int) -> list[int]:
@@ -382,19 +399,23 @@ class Encoder:
     def choices(self, example: Choices) -> dict:
         count = len(example.choices)
         shared = len(example.prompts) == 1
-        pairs = [self.split(example.prompts[0 if shared else choice], " " + example.choices[choice])
-                 for choice in range(count)]
+        pairs = [
+            self.split(example.prompts[0 if shared else choice], " " + example.choices[choice])
+            for choice in range(count)
+        ]
         if not all(completion for _, completion in pairs):
             raise Malformed("has a choice of no tokens")
         # One room for all: the choices are compared, so they have to be asked the same.
         room = self.room(max(len(completion) for _, completion in pairs))
         self.shortened += any(len(prompt) > room for prompt, _ in pairs)
         prompts = [self.cut(prompt, room) for prompt, _ in pairs]
-        return {"prompts": prompts[:1] if shared else prompts,
-                "choices": [completion for _, completion in pairs],
-                "characters": [len(choice) for choice in example.choices],
-                "bytes": [len(choice.encode("utf-8")) for choice in example.choices],
-                "answer": example.answer}
+        return {
+            "prompts": prompts[:1] if shared else prompts,
+            "choices": [completion for _, completion in pairs],
+            "characters": [len(choice) for choice in example.choices],
+            "bytes": [len(choice.encode("utf-8")) for choice in example.choices],
+            "answer": example.answer,
+        }
 
 
 def main() -> None:
@@ -403,17 +424,32 @@ def main() -> None:
     parser.add_argument("input", nargs="+", help="JSON or JSON lines, as published")
     parser.add_argument("--model", required=True, help="folder with tokenizer.json and config.json")
     parser.add_argument("--out", required=True, help="file to write")
-    parser.add_argument("--for", dest="purpose", choices=("train", "evaluate"), default="train",
-                        help="evaluate keeps all choices (default %(default)s)")
-    parser.add_argument("--max-length", type=int, default=1024,
-                        help="most tokens of prompt and completion together, of each for an encoder-decoder "
-                             "(default %(default)s)")
+    parser.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("train", "evaluate"),
+        default="train",
+        help="evaluate keeps all choices (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=1024,
+        help="most tokens of prompt and completion together, of each for an encoder-decoder (default %(default)s)",
+    )
     parser.add_argument("--malformed", choices=("skip", "refuse"), default="refuse", help="(default %(default)s)")
     parser.add_argument("--labels", help="piqa's file of labels, one a line")
-    parser.add_argument("--positive-examples", type=int, default=2,
-                        help="super_ni: how many are shown, as far as they fit (default %(default)s)")
-    parser.add_argument("--end", help="token that ends a completion (default: the first eos_token_id of generation_config.json, "
-                             "or of config.json where that names none)")
+    parser.add_argument(
+        "--positive-examples",
+        type=int,
+        default=2,
+        help="super_ni: how many are shown, as far as they fit (default %(default)s)",
+    )
+    parser.add_argument(
+        "--end",
+        help="token that ends a completion (default: the first eos_token_id of generation_config.json, "
+        "or of config.json where that names none)",
+    )
     options = parser.parse_args()
     if options.labels is not None and len(options.input) != 1:
         sys.exit("--labels belongs to one file; give that alone")

@@ -31,13 +31,49 @@ from whole_file import whole_file
 PARTS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}  # and their numbers in cntlist.rev
 
 # The numbers of lexnames(5WN), less those with hardly an example and noun.Tops, which holds the most general nouns.
-NOUNS = {4: "an act", 5: "an animal", 6: "a made thing", 7: "a quality", 8: "a body part", 9: "a thought",
-         10: "a message", 11: "an event", 12: "a feeling", 13: "a food", 14: "a group", 15: "a place",
-         17: "a natural thing", 18: "a person", 19: "a phenomenon", 20: "a plant", 21: "a possession", 22: "a process",
-         23: "a quantity", 24: "a relation", 25: "a shape", 26: "a state", 27: "a substance", 28: "a time"}
-VERBS = {29: "caring for the body", 30: "changing", 31: "thinking", 32: "telling", 33: "competing", 34: "consuming",
-         35: "touching", 36: "making", 37: "feeling", 38: "moving", 39: "perceiving", 40: "owning",
-         41: "acting among people", 42: "being", 43: "weather"}
+NOUNS = {
+    4: "an act",
+    5: "an animal",
+    6: "a made thing",
+    7: "a quality",
+    8: "a body part",
+    9: "a thought",
+    10: "a message",
+    11: "an event",
+    12: "a feeling",
+    13: "a food",
+    14: "a group",
+    15: "a place",
+    17: "a natural thing",
+    18: "a person",
+    19: "a phenomenon",
+    20: "a plant",
+    21: "a possession",
+    22: "a process",
+    23: "a quantity",
+    24: "a relation",
+    25: "a shape",
+    26: "a state",
+    27: "a substance",
+    28: "a time",
+}
+VERBS = {
+    29: "caring for the body",
+    30: "changing",
+    31: "thinking",
+    32: "telling",
+    33: "competing",
+    34: "consuming",
+    35: "touching",
+    36: "making",
+    37: "feeling",
+    38: "moving",
+    39: "perceiving",
+    40: "owning",
+    41: "acting among people",
+    42: "being",
+    43: "weather",
+}
 
 INSTRUCTIONS = {
     "define": "Say what the word in quotation marks means in the sentence",
@@ -90,7 +126,7 @@ def read_sense(line: str, part: str, counts: dict[str, int]) -> Sense:
     relations = []
     at = 4 + 2 * count
     for begin in range(at + 1, at + 1 + 4 * int(fields[at]), 4):
-        symbol, offset, kind, places = fields[begin:begin + 4]
+        symbol, offset, kind, places = fields[begin : begin + 4]
         other = {"n": "noun", "v": "verb", "a": "adj", "s": "adj", "r": "adv"}[kind]
         relations.append((symbol, (other, offset), int(places[:2], 16), int(places[2:], 16)))
     gloss = gloss.strip()
@@ -148,8 +184,13 @@ def make_kinds(senses: dict) -> dict[str, list[dict]]:
         choices.sort(key=lambda kind, key=sense.key: number("order", *key, kind))
         labels = [chr(ord("A") + at) for at in range(len(choices))]
         question = f'In "{sentence}", what is "{word}"{"" if kinds is NOUNS else " about"}?'
-        records[place(word)].append({"question": question, "choices": {"text": choices, "label": labels},
-                                     "answerKey": labels[choices.index(right)]})
+        records[place(word)].append(
+            {
+                "question": question,
+                "choices": {"text": choices, "label": labels},
+                "answerKey": labels[choices.index(right)],
+            }
+        )
     return records
 
 
@@ -159,7 +200,7 @@ def related(senses: dict, sense: Sense, symbol: str) -> list[str]:
     for found, other, _, theirs in sense.relations:
         if found == symbol and other in senses:
             there = senses[other].words
-            words += there[theirs - 1:theirs] if theirs else there
+            words += there[theirs - 1 : theirs] if theirs else there
     return [word for at, word in enumerate(words) if word not in words[:at]]
 
 
@@ -194,8 +235,9 @@ def make_instructions(senses: dict, most: int) -> dict[str, dict[str, list[dict]
             continue
         definitions.add(sense.definition)
         # The rarest first, so that the tasks are of like size.
-        for task, (word, record) in sorted(instances(senses, sense).items(),
-                                           key=lambda item: ("opposite", "define", "broader", "same").index(item[0])):
+        for task, (word, record) in sorted(
+            instances(senses, sense).items(), key=lambda item: ("opposite", "define", "broader", "same").index(item[0])
+        ):
             where = place(word)
             pair = frozenset([record["input"], record["output"][0]]) if task == "opposite" else None
             if counts[where, task] >= most * PLACES[where] // 100 or pair in seen:
@@ -218,8 +260,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wordnet", type=pathlib.Path, help="folder with data.noun, data.verb, …, cntlist.rev")
     parser.add_argument("out", type=pathlib.Path, help="folder for the tasks")
-    parser.add_argument("--most", type=int, default=2500, metavar="N",
-                        help="records of an instruction, of all parts together (default %(default)s)")
+    parser.add_argument(
+        "--most",
+        type=int,
+        default=2500,
+        metavar="N",
+        help="records of an instruction, of all parts together (default %(default)s)",
+    )
     options = parser.parse_args()
 
     senses = read_wordnet(options.wordnet)

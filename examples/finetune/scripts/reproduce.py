@@ -58,14 +58,29 @@ class Task:
 
 
 TASKS = {
-    "super_ni": Task("super_ni", "natural-instructions", "splits/default/train_tasks.txt",
-                     "splits/default/test_tasks.txt", None, ("rouge_l", "exact_match"), generate=128),
-    "hellaswag": Task("hellaswag", "hellaswag", "hellaswag_train.jsonl", "hellaswag_val.jsonl", None,
-                      ("acc_norm", "acc")),
-    "arc_challenge": Task("arc", "arc", "ARC-Challenge-Train.jsonl", "ARC-Challenge-Test.jsonl",
-                          "ARC-Challenge-Dev.jsonl", ("acc_norm", "acc")),
-    "gsm8k": Task("gsm8k", "gsm8k", "train.jsonl", "test.jsonl", None, ("strict_number", "flexible_number"),
-                  generate=256),
+    "super_ni": Task(
+        "super_ni",
+        "natural-instructions",
+        "splits/default/train_tasks.txt",
+        "splits/default/test_tasks.txt",
+        None,
+        ("rouge_l", "exact_match"),
+        generate=128,
+    ),
+    "hellaswag": Task(
+        "hellaswag", "hellaswag", "hellaswag_train.jsonl", "hellaswag_val.jsonl", None, ("acc_norm", "acc")
+    ),
+    "arc_challenge": Task(
+        "arc",
+        "arc",
+        "ARC-Challenge-Train.jsonl",
+        "ARC-Challenge-Test.jsonl",
+        "ARC-Challenge-Dev.jsonl",
+        ("acc_norm", "acc"),
+    ),
+    "gsm8k": Task(
+        "gsm8k", "gsm8k", "train.jsonl", "test.jsonl", None, ("strict_number", "flexible_number"), generate=256
+    ),
     "openbookqa": Task("openbookqa", "openbookqa", "train.jsonl", "test.jsonl", "dev.jsonl", ("acc_norm", "acc")),
 }
 SOURCES = {
@@ -127,8 +142,10 @@ class Commands:
             if code in (130, -2):
                 say("stopped; the same command goes on")
                 sys.exit(130)
-            sys.exit(f"reproduce: ended with code {code}: {shlex.join(command)}\n"
-                     "reproduce: mend it and give the same command again, which goes on")
+            sys.exit(
+                f"reproduce: ended with code {code}: {shlex.join(command)}\n"
+                "reproduce: mend it and give the same command again, which goes on"
+            )
 
 
 # --- What is needed
@@ -136,11 +153,16 @@ class Commands:
 
 def check_model(name: str, folder: pathlib.Path, any_model: bool) -> None:
     config = read_json(folder / "config.json")
-    wrong = [f"{field} is {config.get(field)!r}, expected {value!r}" for field, value in MODELS[name].fields.items()
-             if config.get(field) != value]
+    wrong = [
+        f"{field} is {config.get(field)!r}, expected {value!r}"
+        for field, value in MODELS[name].fields.items()
+        if config.get(field) != value
+    ]
     if wrong and not any_model:
-        sys.exit(f"reproduce: {folder}/config.json is not that of {MODELS[name].title}: {'; '.join(wrong)}; "
-                 "name another folder, or allow it by --any-model")
+        sys.exit(
+            f"reproduce: {folder}/config.json is not that of {MODELS[name].title}: {'; '.join(wrong)}; "
+            "name another folder, or allow it by --any-model"
+        )
     if not (folder / "tokenizer.json").is_file():
         sys.exit(f"reproduce: {folder}/tokenizer.json: does not exist; it belongs to the model")
     index, shards = folder / "model.safetensors.index.json", {"model.safetensors"}
@@ -161,8 +183,9 @@ def check_data(tasks: list[str], data: pathlib.Path) -> None:
             if file is not None and not (data / task.source / file).is_file():
                 missing.setdefault(task.source, []).append(file)
     if missing:
-        lines = [f"  {data / source}: lacks {', '.join(files)}\n    {SOURCES[source]}"
-                 for source, files in missing.items()]
+        lines = [
+            f"  {data / source}: lacks {', '.join(files)}\n    {SOURCES[source]}" for source, files in missing.items()
+        ]
         sys.exit("reproduce: data are missing (leave out tasks with --tasks):\n" + "\n".join(lines))
 
 
@@ -176,7 +199,11 @@ class Plan:
         self.model = MODELS[options.setting]
 
     def title(self) -> str:
-        return f"{self.options.model}, with the settings of {self.model.title}" if self.options.any_model else self.model.title
+        return (
+            f"{self.options.model}, with the settings of {self.model.title}"
+            if self.options.any_model
+            else self.model.title
+        )
 
     def tokens(self, task: str, part: str) -> pathlib.Path:
         return self.options.out / "data" / f"{task}.{part}.jsonl"
@@ -188,8 +215,11 @@ class Plan:
 
     def inputs(self, name: str, part: str) -> list[pathlib.Path]:
         task = TASKS[name]
-        file = self.options.data / task.source / {"train": task.train, "test": task.test,
-                                                  "validation": task.validation}[part]
+        file = (
+            self.options.data
+            / task.source
+            / {"train": task.train, "test": task.test, "validation": task.validation}[part]
+        )
         if task.form != "super_ni":
             return [file]
         # The split lists tasks by name; of each the first instances are taken.
@@ -216,9 +246,22 @@ class Plan:
             whole = out.with_name(out.name.replace(".train.", ".all."))
             held_out = part == "train" and task.validation is None
             purpose = "evaluate" if part == "test" else "train"
-            self.commands.run(options.python, HERE / "prepare_tasks.py", task.form, *self.inputs(name, part), "--model",
-                              options.model, "--out", whole if held_out else out, "--for", purpose, "--max-length",
-                              options.max_length, "--malformed", "skip")
+            self.commands.run(
+                options.python,
+                HERE / "prepare_tasks.py",
+                task.form,
+                *self.inputs(name, part),
+                "--model",
+                options.model,
+                "--out",
+                whole if held_out else out,
+                "--for",
+                purpose,
+                "--max-length",
+                options.max_length,
+                "--malformed",
+                "skip",
+            )
             if held_out and not self.commands.dry:
                 self.hold_out(whole, name)
 
@@ -247,14 +290,48 @@ class Plan:
     def train_options(self, name: str, optimizer: str, rate: str, seed: int) -> list:
         options = self.options
         steps = self.steps(name)
-        words = ["--model", options.model, "--train", self.tokens(name, "train"), "--validation",
-                 self.tokens(name, "validation"), "--out", self.run_folder(name, optimizer, rate, seed),
-                 "--optimizer", optimizer, "--lr", rate, "--seed", seed, "--rank", options.rank, "--alpha",
-                 options.rank, "--dropout", "0.05", "--target-modules", options.target_modules or self.model.targets,
-                 "--batch", options.batch, "--micro-batch", options.micro_batch, "--steps", steps or "STEPS",
-                 "--warmup", min(WARMUP, steps // 10) if steps else "WARMUP", "--schedule", "linear",
-                 "--evaluate-every", max(1, steps // 10) if steps else "STEPS/10", "--dtype", options.dtype,
-                 "--device", options.device, "--python", options.python]
+        words = [
+            "--model",
+            options.model,
+            "--train",
+            self.tokens(name, "train"),
+            "--validation",
+            self.tokens(name, "validation"),
+            "--out",
+            self.run_folder(name, optimizer, rate, seed),
+            "--optimizer",
+            optimizer,
+            "--lr",
+            rate,
+            "--seed",
+            seed,
+            "--rank",
+            options.rank,
+            "--alpha",
+            options.rank,
+            "--dropout",
+            "0.05",
+            "--target-modules",
+            options.target_modules or self.model.targets,
+            "--batch",
+            options.batch,
+            "--micro-batch",
+            options.micro_batch,
+            "--steps",
+            steps or "STEPS",
+            "--warmup",
+            min(WARMUP, steps // 10) if steps else "WARMUP",
+            "--schedule",
+            "linear",
+            "--evaluate-every",
+            max(1, steps // 10) if steps else "STEPS/10",
+            "--dtype",
+            options.dtype,
+            "--device",
+            options.device,
+            "--python",
+            options.python,
+        ]
         if optimizer not in ("rite", "rite-qr"):
             words += ["--max-grad-norm", "1"]  # rite bounds the unmagnified gradient by itself
         return words + options.more
@@ -277,8 +354,9 @@ class Plan:
         if (folder / "run.json").is_file() and (folder / "checkpoint.pt").is_file():
             self.commands.run(self.options.finetune, "train", "--resume", "--out", folder)
         else:
-            self.commands.run(self.options.finetune, "train", *self.train_options(name, optimizer, rate, seed),
-                              "--overwrite")
+            self.commands.run(
+                self.options.finetune, "train", *self.train_options(name, optimizer, rate, seed), "--overwrite"
+            )
 
     def best_rate(self, name: str, optimizer: str, rates: list[str]) -> tuple[str, float]:
         """By the loss on the validation data, at its least."""
@@ -297,9 +375,26 @@ class Plan:
         folder = self.run_folder(name, optimizer, rate, seed)
         out = folder / "test.json"
         if not out.is_file():
-            words = [options.finetune, "eval", "--model", options.model, "--adapter", folder / "best", "--data",
-                     self.tokens(name, "test"), "--batch", options.micro_batch or options.batch, "--dtype",
-                     options.dtype, "--device", options.device, "--out", out, "--python", options.python]
+            words = [
+                options.finetune,
+                "eval",
+                "--model",
+                options.model,
+                "--adapter",
+                folder / "best",
+                "--data",
+                self.tokens(name, "test"),
+                "--batch",
+                options.micro_batch or options.batch,
+                "--dtype",
+                options.dtype,
+                "--device",
+                options.device,
+                "--out",
+                out,
+                "--python",
+                options.python,
+            ]
             if task.generate:
                 words += ["--generate", options.generate or task.generate]
             if options.threads:
@@ -318,10 +413,13 @@ class Plan:
         words[words.index("--out") + 1] = str(folder)
         if "--memory-limit" in words:
             at = words.index("--memory-limit")
-            words[at:at + 2] = []
+            words[at : at + 2] = []
         words = [word for word in words if not word.startswith("--memory-limit=")]
-        asked = subprocess.run([str(self.options.finetune), "train", *words, "--overwrite", "--memory-limit", "1e-9"],
-                               capture_output=True, text=True)
+        asked = subprocess.run(
+            [str(self.options.finetune), "train", *words, "--overwrite", "--memory-limit", "1e-9"],
+            capture_output=True,
+            text=True,
+        )
         sum_of = re.search("the run needs about (.*?), but may take .*?: (.*?);", asked.stderr)
         if sum_of is None:
             sys.exit(f"reproduce: {asked.stderr.strip()}")
@@ -346,8 +444,16 @@ class Plan:
                     tests.append(self.evaluate(name, optimizer, rate, seed))
                 if self.commands.dry:
                     continue
-                results.append({"model": options.setting, "task": name, "optimizer": optimizer, "rate": rate,
-                                "validation_loss": loss, "tests": tests})
+                results.append(
+                    {
+                        "model": options.setting,
+                        "task": name,
+                        "optimizer": optimizer,
+                        "rate": rate,
+                        "validation_loss": loss,
+                        "tests": tests,
+                    }
+                )
                 write(options.out / "results.json", json.dumps(results, indent=2) + "\n")
                 write(options.out / "table.md", table(results, self.title()))
         if not self.commands.dry:
@@ -361,30 +467,44 @@ def shown(values: list[float]) -> str:
 
 
 def table(results: list[dict], title: str) -> str:
-    lines = [f"{title}; scores in percent, mean ± standard deviation over the seeds", "",
-             "| task | score | optimizer | rate | test | validation loss |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"{title}; scores in percent, mean ± standard deviation over the seeds",
+        "",
+        "| task | score | optimizer | rate | test | validation loss |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in results:
         for score in TASKS[result["task"]].scores:
             values = [test[score] for test in result["tests"] if score in test]
             if values:
-                lines.append(f"| {result['task']} | {score} | {result['optimizer']} | {result['rate']} | "
-                             f"{shown(values)} | {result['validation_loss']:.4f} |")
+                lines.append(
+                    f"| {result['task']} | {score} | {result['optimizer']} | {result['rate']} | "
+                    f"{shown(values)} | {result['validation_loss']:.4f} |"
+                )
     return "\n".join(lines) + "\n"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     sources = "\n".join(f"  {source:22}{text}" for source, text in SOURCES.items())
-    parser = argparse.ArgumentParser(prog="scripts/reproduce", description=__doc__ + sources,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="What stands behind -- goes to every 'finetune train' as it is.")
+    parser = argparse.ArgumentParser(
+        prog="scripts/reproduce",
+        description=__doc__ + sources,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What stands behind -- goes to every 'finetune train' as it is.",
+    )
     parser.add_argument("setting", choices=MODELS)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="folder with config.json, weights, tokenizer")
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for everything that is made")
     parser.add_argument("--tasks", default=",".join(TASKS), help="some of %(default)s")
     parser.add_argument("--optimizers", default=",".join(RATES), help="some of %(default)s")
-    parser.add_argument("--rates", action="append", default=[], metavar="NAME=R,R,...",
-                        help="another grid for an optimizer; may be given again")
+    parser.add_argument(
+        "--rates",
+        action="append",
+        default=[],
+        metavar="NAME=R,R,...",
+        help="another grid for an optimizer; may be given again",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of the best rate (default %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="(default %(default)s; the paper also has 4 and 64)")
     parser.add_argument("--batch", type=int, default=64, help="examples a step (default %(default)s)")
@@ -400,10 +520,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--any-model", action="store_true", help="take a model that is not the setting's")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
     parser.add_argument("--finetune", default="finetune", help="the program (scripts/reproduce builds it)")
-    parser.add_argument("--python", default=os.environ.get("FINETUNE_PYTHON", sys.executable),
-                        help="interpreter with tokenizers (default %(default)s)")
-    more = arguments[arguments.index("--") + 1:] if "--" in arguments else []
-    options = parser.parse_args(arguments[:len(arguments) - len(more) - 1] if "--" in arguments else arguments)
+    parser.add_argument(
+        "--python",
+        default=os.environ.get("FINETUNE_PYTHON", sys.executable),
+        help="interpreter with tokenizers (default %(default)s)",
+    )
+    more = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
+    options = parser.parse_args(arguments[: len(arguments) - len(more) - 1] if "--" in arguments else arguments)
     options.more = more + (["--threads", options.threads] if options.threads else [])
     options.tasks = options.tasks.split(",")
     for task in options.tasks:
@@ -434,8 +557,10 @@ def main() -> None:
     check_model(options.setting, options.model, options.any_model)
     check_data(options.tasks, options.data)
     runs = len(options.tasks) * sum(len(rates) + options.seeds - 1 for rates in options.rates.values())
-    say(f"{runs} runs; each keeps its last and its best adapter and a checkpoint with the optimizer's state in "
-        f"{options.out}: up to five times the factors")
+    say(
+        f"{runs} runs; each keeps its last and its best adapter and a checkpoint with the optimizer's state in "
+        f"{options.out}: up to five times the factors"
+    )
     try:
         Plan(options).carry_out()
     except KeyboardInterrupt:

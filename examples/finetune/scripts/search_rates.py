@@ -46,9 +46,32 @@ def read_lines(path: str) -> list[dict]:
 def run(options: argparse.Namespace, data: tuple[str, str], optimizer: str, rate: float, seed: int) -> dict:
     """The final line of one run. All runs share a folder, hence their tokens."""
     folder = os.path.join(options.out, "run")
-    command = [options.finetune, "train", "--model", options.model, "--train", data[0], "--test", data[1],
-               "--out", folder, "--overwrite", "--checkpoint-every", "0", "--optimizer", optimizer, "--lr", repr(rate),
-               "--seed", str(seed), "--steps", str(options.steps), "--batch", str(options.batch), *options.extra]
+    command = [
+        options.finetune,
+        "train",
+        "--model",
+        options.model,
+        "--train",
+        data[0],
+        "--test",
+        data[1],
+        "--out",
+        folder,
+        "--overwrite",
+        "--checkpoint-every",
+        "0",
+        "--optimizer",
+        optimizer,
+        "--lr",
+        repr(rate),
+        "--seed",
+        str(seed),
+        "--steps",
+        str(options.steps),
+        "--batch",
+        str(options.batch),
+        *options.extra,
+    ]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
         sys.exit("a run failed (above): " + " ".join(command))
     return {**read_lines(os.path.join(folder, "metrics.jsonl"))[-1], "extra": options.extra}
@@ -93,8 +116,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="(default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
     for optimizer, rates in RATES.items():
-        parser.add_argument(f"--{optimizer}-rates", type=float, nargs="*", default=rates, metavar="RATE",
-                            help=f"(default {' '.join(f'{rate:g}' for rate in rates)})")
+        parser.add_argument(
+            f"--{optimizer}-rates",
+            type=float,
+            nargs="*",
+            default=rates,
+            metavar="RATE",
+            help=f"(default {' '.join(f'{rate:g}' for rate in rates)})",
+        )
     options = parser.parse_args(arguments)
     options.extra = extra
 
@@ -102,9 +131,20 @@ def main() -> None:
     data = split(options.train, options.out, options.held_out)
     log = os.path.join(options.out, "runs.jsonl")
     # Seeds outside, rates inside: a search that is stopped early has seen every rate.
-    wanted = [{"optimizer": optimizer, "lr": rate, "seed": seed, "steps": options.steps, "batch": options.batch,
-               "test_examples": options.held_out, "extra": extra}
-              for seed in options.seeds for optimizer in RATES for rate in getattr(options, f"{optimizer}_rates")]
+    wanted = [
+        {
+            "optimizer": optimizer,
+            "lr": rate,
+            "seed": seed,
+            "steps": options.steps,
+            "batch": options.batch,
+            "test_examples": options.held_out,
+            "extra": extra,
+        }
+        for seed in options.seeds
+        for optimizer in RATES
+        for rate in getattr(options, f"{optimizer}_rates")
+    ]
     done = read_lines(log)
     runs = []
     for number, setting in enumerate(wanted, 1):
@@ -114,8 +154,12 @@ def main() -> None:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
             loss = "diverged" if found["test_loss"] is None else f"loss {found['test_loss']:.4f}"
-            print(f"{number}/{len(wanted)}: {setting['optimizer']} {setting['lr']:g} seed {setting['seed']}: {loss}, "
-                  f"accuracy {100 * found['test_accuracy']:.1f} %", file=sys.stderr, flush=True)
+            print(
+                f"{number}/{len(wanted)}: {setting['optimizer']} {setting['lr']:g} seed {setting['seed']}: {loss}, "
+                f"accuracy {100 * found['test_accuracy']:.1f} %",
+                file=sys.stderr,
+                flush=True,
+            )
         runs.append(found)
     print(table(runs))
 

@@ -34,7 +34,10 @@ PAIRS = [
     ("\u212a", ["k"]),
     ("\u00c9T\u00c9 \u00c0 PARIS", ["\u00e9t\u00e9 \u00e0 Paris"]),
     ("\u041c\u041e\u0421\u041a\u0412\u0410!", ["\u043c\u043e\u0441\u043a\u0432\u0430"]),
-    ("\u039f\u0394\u039f\u03a3 \u03a3\u039f\u03a6\u039f\u03a3", ["\u03bf\u03b4\u03bf\u03c2 \u03c3\u03bf\u03c6\u03bf\u03c2"]),
+    (
+        "\u039f\u0394\u039f\u03a3 \u03a3\u039f\u03a6\u039f\u03a3",
+        ["\u03bf\u03b4\u03bf\u03c2 \u03c3\u03bf\u03c6\u03bf\u03c2"],
+    ),
     ("\u039f\u0394\u039f\u03a3", ["\u03bf\u03b4\u03bf\u03c3"]),
     ("\u03a3", ["\u03c3"]),
     ("no\u00a0break \u3000 here", ["no break here"]),
@@ -98,21 +101,33 @@ def normalise(text: str) -> str:
 def lower_cases() -> dict:
     """What str.lower() makes of each code point alone: those that become ASCII, and all of them in one number."""
     codes = [code for code in range(128, sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
-    return {"ascii": {chr(code): chr(code).lower() for code in codes if re.search("[a-z0-9]", chr(code).lower())},
-            "sum": str(sum(code * sum(map(ord, chr(code).lower())) for code in codes) % 2**64),
-            "spaces": "".join(chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace())}
+    return {
+        "ascii": {chr(code): chr(code).lower() for code in codes if re.search("[a-z0-9]", chr(code).lower())},
+        "sum": str(sum(code * sum(map(ord, chr(code).lower())) for code in codes) % 2**64),
+        "spaces": "".join(chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()),
+    }
 
 
 def main() -> None:
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-    texts = [{"prediction": prediction, "references": references,
-              "rouge_l": max(scorer.score(target=reference, prediction=prediction)["rougeL"].fmeasure
-                             for reference in references),
-              "exact_match": any(normalise(reference) == normalise(prediction) for reference in references)}
-             for prediction, references in PAIRS]
+    texts = [
+        {
+            "prediction": prediction,
+            "references": references,
+            "rouge_l": max(
+                scorer.score(target=reference, prediction=prediction)["rougeL"].fmeasure for reference in references
+            ),
+            "exact_match": any(normalise(reference) == normalise(prediction) for reference in references),
+        }
+        for prediction, references in PAIRS
+    ]
     numbers = [{"text": text, "strict": strict(text), "flexible": flexible(text)} for text in NUMBERS]
     path = pathlib.Path(__file__).parent / "golden/scores.json"
-    path.write_text(json.dumps({"texts": texts, "numbers": numbers, "lower_case": lower_cases()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"texts": texts, "numbers": numbers, "lower_case": lower_cases()}, indent=1, ensure_ascii=False)
+        + "\n",
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

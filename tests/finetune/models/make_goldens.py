@@ -19,11 +19,32 @@ from safetensors.torch import load_file, save_file
 HERE = pathlib.Path(__file__).parent / "golden"
 RANK, SCALE, NEW_TOKENS = 2, 1.5, 8
 
-DECODER = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-               num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+DECODER = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 GEMMA = DECODER | dict(head_dim=8, num_key_value_heads=1)
-T5 = dict(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
-          relative_attention_max_distance=12, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+T5 = dict(
+    vocab_size=48,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_layers=2,
+    num_heads=4,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+    decoder_start_token_id=0,
+    pad_token_id=0,
+    eos_token_id=1,
+)
 
 
 def rope(kind: str, **more) -> dict:
@@ -35,15 +56,29 @@ LLAMA3 = rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, o
 MODELS = {
     "llama": ("Llama", DECODER | dict(tie_word_embeddings=False)),
     "llama_tied_llama3": ("Llama", DECODER | dict(tie_word_embeddings=True, eos_token_id=[2, 21]) | LLAMA3),
-    "llama_linear_biases": ("Llama", DECODER | dict(num_key_value_heads=4, head_dim=6, attention_bias=True,
-                                                    mlp_bias=True) | rope("linear", factor=3.0)),
+    "llama_linear_biases": (
+        "Llama",
+        DECODER
+        | dict(num_key_value_heads=4, head_dim=6, attention_bias=True, mlp_bias=True)
+        | rope("linear", factor=3.0),
+    ),
     "llama_dynamic": ("Llama", DECODER | dict(max_position_embeddings=7) | rope("dynamic", factor=2.0)),
     "gemma": ("Gemma", GEMMA),
-    "gemma2": ("Gemma2", GEMMA | dict(sliding_window=4, query_pre_attn_scalar=12, attn_logit_softcapping=2.0,
-                                      final_logit_softcapping=3.0)),
-    "gemma2_uncapped": ("Gemma2", GEMMA | dict(sliding_window=4, attn_logit_softcapping=None,
-                                               final_logit_softcapping=None,
-                                               layer_types=["full_attention", "sliding_attention"])),
+    "gemma2": (
+        "Gemma2",
+        GEMMA
+        | dict(sliding_window=4, query_pre_attn_scalar=12, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    ),
+    "gemma2_uncapped": (
+        "Gemma2",
+        GEMMA
+        | dict(
+            sliding_window=4,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+    ),
     "t5": ("T5", T5 | dict(feed_forward_proj="relu", num_decoder_layers=3)),
     "t5_gated": ("T5", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "mt5": ("MT5", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, eos_token_id=21)),
@@ -51,11 +86,22 @@ MODELS = {
 
 # A few layers of every kind: attention, feed-forward, cross-attention, first and last.
 ADAPTED = {
-    "decoder": ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.gate_proj",
-                "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"],
-    "t5": ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo",
-           "decoder.block.0.layer.0.SelfAttention.k", "decoder.block.0.layer.1.EncDecAttention.v",
-           "decoder.block.1.layer.1.EncDecAttention.q", "decoder.block.1.layer.2.DenseReluDense.wo"],
+    "decoder": [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.down_proj",
+    ],
+    "t5": [
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "encoder.block.1.layer.1.DenseReluDense.wo",
+        "decoder.block.0.layer.0.SelfAttention.k",
+        "decoder.block.0.layer.1.EncDecAttention.v",
+        "decoder.block.1.layer.1.EncDecAttention.q",
+        "decoder.block.1.layer.2.DenseReluDense.wo",
+    ],
 }
 
 
@@ -107,8 +153,12 @@ def padded(length: int, paddings: list[int], side: str) -> torch.Tensor:
 
 
 def logits_of(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    names = {"tokens": "input_ids", "mask": "attention_mask", "target": "decoder_input_ids",
-             "target_mask": "decoder_attention_mask"}
+    names = {
+        "tokens": "input_ids",
+        "mask": "attention_mask",
+        "target": "decoder_input_ids",
+        "target_mask": "decoder_attention_mask",
+    }
     return model(use_cache=False, **{names[name]: value.long() for name, value in inputs.items()}).logits
 
 
@@ -134,8 +184,9 @@ def make(name: str, kind: str, options: dict) -> None:
     tokens = torch.randint(3, 48, (3, 9), generator=generator)
     inputs = {"tokens": tokens}
     if t5:
-        inputs["target"] = torch.cat([torch.zeros(3, 1, dtype=torch.long),
-                                      torch.randint(3, 48, (3, 6), generator=generator)], 1)
+        inputs["target"] = torch.cat(
+            [torch.zeros(3, 1, dtype=torch.long), torch.randint(3, 48, (3, 6), generator=generator)], 1
+        )
     with torch.no_grad():
         result |= inputs | {"logits": logits_of(model, inputs)}
         for side in ("left", "right"):
@@ -147,9 +198,15 @@ def make(name: str, kind: str, options: dict) -> None:
         mask = result["left.mask"]
         if name != "llama_dynamic":
             # transformers' cache knows no decoder that is deeper than its encoder.
-            made = model.generate(input_ids=tokens, attention_mask=mask.long(), do_sample=False, num_beams=1,
-                                  max_new_tokens=NEW_TOKENS, use_cache=not options.get("num_decoder_layers"))
-            result["generated"] = made[:, 1:] if t5 else made[:, tokens.size(1):]
+            made = model.generate(
+                input_ids=tokens,
+                attention_mask=mask.long(),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=NEW_TOKENS,
+                use_cache=not options.get("num_decoder_layers"),
+            )
+            result["generated"] = made[:, 1:] if t5 else made[:, tokens.size(1) :]
 
     factors = inject(model, ADAPTED["t5" if t5 else "decoder"], generator)
     logits = logits_of(model, inputs | {"mask": result["left.mask"]})
@@ -161,8 +218,12 @@ def make(name: str, kind: str, options: dict) -> None:
     for (key, factor), gradient in zip(factors.items(), gradients):
         result |= {"factor." + key: factor.detach(), "gradient." + key: gradient}
     save_file({key: value.contiguous() for key, value in result.items()}, folder / "expected.safetensors")
-    print(name, f"logits' deviation {result['logits'].std().item():.3f}", "generated",
-          result.get("generated", torch.zeros(0)).tolist())
+    print(
+        name,
+        f"logits' deviation {result['logits'].std().item():.3f}",
+        "generated",
+        result.get("generated", torch.zeros(0)).tolist(),
+    )
 
 
 def make_sharded() -> None:

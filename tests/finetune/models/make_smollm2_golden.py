@@ -32,9 +32,11 @@ def main(folder: str, text: str) -> None:
         begin = time.perf_counter()
         made = model.generate(tokens[:, :PROMPT], do_sample=False, max_new_tokens=NEW_TOKENS)[:, PROMPT:]
         generating = time.perf_counter() - begin
-    print(f"{tokens.size(1)} tokens, perplexity {losses.mean().exp():.5f}; read {tokens.size(1) / seconds:.0f} and "
-          f"wrote {made.size(1) / generating:.1f} tokens/s\n{tokenizer.decode(tokens[0, :PROMPT])!r} goes on\n"
-          f"{tokenizer.decode(made[0])!r}")
+    print(
+        f"{tokens.size(1)} tokens, perplexity {losses.mean().exp():.5f}; read {tokens.size(1) / seconds:.0f} and "
+        f"wrote {made.size(1) / generating:.1f} tokens/s\n{tokenizer.decode(tokens[0, :PROMPT])!r} goes on\n"
+        f"{tokenizer.decode(made[0])!r}"
+    )
     out = pathlib.Path(__file__).parent / "golden" / "smollm2_expected.safetensors"
     save_file({"tokens": tokens, "losses": losses, "generated": made}, out)
 

@@ -2,7 +2,7 @@
 """prepare_tasks.py and decode_tokens.py: what each published form becomes, and what happens to malformed records.
 
 The tokenizer is a tiny one of single bytes with a few merges, made here, so that ids are turned back into exactly the
-text they came from. """
+text they came from."""
 
 import contextlib
 import io
@@ -18,7 +18,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "support"))
 
 import python_packages  # noqa: E402
 
-python_packages.need(["tokenizers"], os.environ.get("FINETUNE_PYTHON"), "name a Python that has it with FINETUNE_PYTHON")
+python_packages.need(
+    ["tokenizers"], os.environ.get("FINETUNE_PYTHON"), "name a Python that has it with FINETUNE_PYTHON"
+)
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
@@ -34,13 +36,15 @@ BEGIN, END, PAD = 0, 1, 2
 def make_model(folder: pathlib.Path, encoder_decoder: bool) -> None:
     folder.mkdir()
     vocabulary = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġy", "~Ġ"]
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(vocabulary)},
-                                     [("Ġ", "y"), ("~", "Ġ")]))
+    tokenizer = Tokenizer(
+        models.BPE({token: number for number, token in enumerate(vocabulary)}, [("Ġ", "y"), ("~", "Ġ")])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>" if encoder_decoder else "<s> $A", special_tokens=[("<s>", BEGIN), ("</s>", END)])
+        single="$A </s>" if encoder_decoder else "<s> $A", special_tokens=[("<s>", BEGIN), ("</s>", END)]
+    )
     tokenizer.enable_padding(length=7)  # a file's own settings must not matter
     tokenizer.enable_truncation(5)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -52,22 +56,51 @@ def lines(*records) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-HELLASWAG = {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
-             "ctx": "A man is sitting on a roof. he", "split": "val", "split_type": "indomain", "label": 3,
-             "endings": ["is using wrap.", "is ripping level tiles off.", "holds a rubik's cube.",
-                         "starts pulling up roofing on a roof."]}
-ARC = {"id": "Mercury_1", "question": {"stem": "Which is a gas?", "choices": [
-    {"text": "iron", "label": "A"}, {"text": "Helium (₂)", "label": "B"}]}, "answerKey": "B"}
+HELLASWAG = {
+    "ind": 24,
+    "activity_label": "Roof shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "ctx": "A man is sitting on a roof. he",
+    "split": "val",
+    "split_type": "indomain",
+    "label": 3,
+    "endings": [
+        "is using wrap.",
+        "is ripping level tiles off.",
+        "holds a rubik's cube.",
+        "starts pulling up roofing on a roof.",
+    ],
+}
+ARC = {
+    "id": "Mercury_1",
+    "question": {
+        "stem": "Which is a gas?",
+        "choices": [{"text": "iron", "label": "A"}, {"text": "Helium (₂)", "label": "B"}],
+    },
+    "answerKey": "B",
+}
 BOOLQ = {"question": "is ice colder than steam", "title": "Ice", "answer": True, "passage": "Ice is cold."}
 PIQA = {"goal": "Open a jar", "sol1": "Turn the lid.", "sol2": "Sing to it."}
-WINOGRANDE = {"qID": "1-1", "sentence": "Ann gave Sue a hat because _ was cold .", "option1": "Ann", "option2": "Sue",
-              "answer": "2"}
+WINOGRANDE = {
+    "qID": "1-1",
+    "sentence": "Ann gave Sue a hat because _ was cold .",
+    "option1": "Ann",
+    "option2": "Sue",
+    "answer": "2",
+}
 GSM8K = {"question": "How many is 2000 + 1?", "answer": "2000 + 1 = <<2000+1=2001>>2001\n#### 2,001"}
 ALPACA = {"instruction": "Name a colour.", "input": "", "output": "Red."}
-SUPER_NI = {"Definition": ["Say the opposite"], "Positive Examples": [
-    {"input": "hot", "output": "cold", "explanation": ""}, {"input": "up!", "output": "down"},
-    {"input": "in", "output": "out"}], "Negative Examples": [],
-    "Instances": [{"id": "a", "input": "wet", "output": ["dry", "arid "]}, {"input": "big", "output": ["small"]}]}
+SUPER_NI = {
+    "Definition": ["Say the opposite"],
+    "Positive Examples": [
+        {"input": "hot", "output": "cold", "explanation": ""},
+        {"input": "up!", "output": "down"},
+        {"input": "in", "output": "out"},
+    ],
+    "Negative Examples": [],
+    "Instances": [{"id": "a", "input": "wet", "output": ["dry", "arid "]}, {"input": "big", "output": ["small"]}],
+}
 
 
 class Case(unittest.TestCase):
@@ -103,8 +136,9 @@ class Case(unittest.TestCase):
         source, out = self.path / "in.json", self.path / "out.jsonl"
         source.write_bytes(content if isinstance(content, bytes) else content.encode())
         out.unlink(missing_ok=True)
-        code, said = self.run_main(prepare_tasks.main, form, str(source), "--model", str(self.path / model), "--out",
-                                   str(out), *arguments)
+        code, said = self.run_main(
+            prepare_tasks.main, form, str(source), "--model", str(self.path / model), "--out", str(out), *arguments
+        )
         if code is not None:
             self.assertFalse(out.exists(), "a refused file leaves no output")
             raise prepare_tasks.Malformed(str(code).replace(str(self.path) + "/", ""))
@@ -123,8 +157,9 @@ class Case(unittest.TestCase):
 class Choices(Case):
     def check(self, form: str, record: dict, prompt: str, choices: list[str], answer: int, *arguments: str):
         header, (made,), _ = self.prepare(form, lines(record), "--for", "evaluate", *arguments)
-        self.assertEqual(header, {"format": prepare_tasks.FORMAT, "task": form, "kind": "choices",
-                                  "encoder_decoder": False})
+        self.assertEqual(
+            header, {"format": prepare_tasks.FORMAT, "task": form, "kind": "choices", "encoder_decoder": False}
+        )
         self.assertEqual([self.decode(ids) for ids in made["prompts"]], ["<s>" + prompt])
         self.assertEqual([self.decode(ids) for ids in made["choices"]], [" " + choice for choice in choices])
         self.assertEqual(made["characters"], [len(choice) for choice in choices])
@@ -135,11 +170,19 @@ class Choices(Case):
         self.assertEqual(trained["completion"], made["choices"][answer] + [END])
 
     def test_hellaswag_begins_with_the_activity_and_a_capital(self):
-        self.check("hellaswag", HELLASWAG, "Roof shingle removal: A man is sitting on a roof. He", HELLASWAG["endings"], 3)
+        self.check(
+            "hellaswag", HELLASWAG, "Roof shingle removal: A man is sitting on a roof. He", HELLASWAG["endings"], 3
+        )
 
     def test_hellaswag_loses_the_brackets_of_wikihow(self):
-        record = {**HELLASWAG, "activity_label": "Health", "ctx_a": "How to rest [title] Lie down. [step] Do it. [step] Sleep.",
-                  "ctx_b": "", "endings": ["[substeps] Sleep.  Now.", "b"], "label": "0"}
+        record = {
+            **HELLASWAG,
+            "activity_label": "Health",
+            "ctx_a": "How to rest [title] Lie down. [step] Do it. [step] Sleep.",
+            "ctx_b": "",
+            "endings": ["[substeps] Sleep.  Now.", "b"],
+            "label": "0",
+        }
         self.check("hellaswag", record, "Health: How to rest. Lie down. Do it. Sleep.", [" Sleep. Now.", "b"], 0)
 
     def test_arc_as_published_and_in_columns(self):
@@ -163,24 +206,36 @@ class Choices(Case):
     def test_piqa_with_its_labels_beside_it(self):
         labels = self.path / "labels.lst"
         labels.write_text("1\n")
-        self.check("piqa", PIQA, "Question: Open a jar\nAnswer:", ["Turn the lid.", "Sing to it."], 1, "--labels",
-                   str(labels))
+        self.check(
+            "piqa", PIQA, "Question: Open a jar\nAnswer:", ["Turn the lid.", "Sing to it."], 1, "--labels", str(labels)
+        )
         labels.write_text("1\n0\n")
-        self.assertIn("labels.lst: has 2 labels for the 1 records", self.refusal("piqa", lines(PIQA), "--labels",
-                                                                                str(labels)))
+        self.assertIn(
+            "labels.lst: has 2 labels for the 1 records", self.refusal("piqa", lines(PIQA), "--labels", str(labels))
+        )
         self.assertIn("in.json:1: has no 'label'; name the file", self.refusal("piqa", lines(PIQA)))
 
     def test_labels_stay_with_their_records_when_one_is_left_out(self):
         labels = self.path / "labels.lst"
         labels.write_text("1\n0\n1\n")
-        _, made, _ = self.prepare("piqa", lines(PIQA) + "broken\n\n" + lines(PIQA), "--labels", str(labels), "--for",
-                                  "evaluate", "--malformed", "skip")
+        _, made, _ = self.prepare(
+            "piqa",
+            lines(PIQA) + "broken\n\n" + lines(PIQA),
+            "--labels",
+            str(labels),
+            "--for",
+            "evaluate",
+            "--malformed",
+            "skip",
+        )
         self.assertEqual([record["answer"] for record in made], [1, 1])
 
     def test_winogrande_puts_the_options_into_the_prompt(self):
         _, (made,), _ = self.prepare("winogrande", lines(WINOGRANDE), "--for", "evaluate")
-        self.assertEqual([self.decode(ids) for ids in made["prompts"]],
-                         ["<s>Ann gave Sue a hat because Ann", "<s>Ann gave Sue a hat because Sue"])
+        self.assertEqual(
+            [self.decode(ids) for ids in made["prompts"]],
+            ["<s>Ann gave Sue a hat because Ann", "<s>Ann gave Sue a hat because Sue"],
+        )
         self.assertEqual([self.decode(ids) for ids in made["choices"]], [" was cold ."] * 2)
         self.assertEqual(made["answer"], 1)
         _, (trained,), _ = self.prepare("winogrande", lines(WINOGRANDE))
@@ -203,16 +258,26 @@ class Texts(Case):
             header, (without, with_input), _ = self.prepare("alpaca", content)
             self.assertEqual(header["kind"], "text")
             start = "Below is an instruction that describes a task"
-            end = ("Write a response that appropriately completes the request.\n\n"
-                   "### Instruction:\nName a colour.\n\n{}### Response:")
+            end = (
+                "Write a response that appropriately completes the request.\n\n"
+                "### Instruction:\nName a colour.\n\n{}### Response:"
+            )
             self.check(without, start + ". " + end.format(""), "Red.", ["Red."])
-            self.check(with_input, start + ", paired with an input that provides further context. "
-                       + end.format("### Input:\nof a tomato\n\n"), "Red.", ["Red."])
+            self.check(
+                with_input,
+                start
+                + ", paired with an input that provides further context. "
+                + end.format("### Input:\nof a tomato\n\n"),
+                "Red.",
+                ["Red."],
+            )
 
     def test_super_ni_has_tk_instructs_layout(self):
         _, made, _ = self.prepare("super_ni", json.dumps(SUPER_NI))
-        examples = (" Positive Example 1 -\nInput: hot.\n Output: cold.\n\n"
-                    " Positive Example 2 -\nInput: up!\n Output: down.\n\n")
+        examples = (
+            " Positive Example 1 -\nInput: hot.\n Output: cold.\n\n"
+            " Positive Example 2 -\nInput: up!\n Output: down.\n\n"
+        )
         end = "Now complete the following example -\nInput: {}.\nOutput:"
         self.check(made[0], "Definition: Say the opposite.\n\n" + examples + end.format("wet"), " dry", ["dry", "arid"])
         self.check(made[1], "Definition: Say the opposite.\n\n" + examples + end.format("big"), " small", ["small"])
@@ -258,8 +323,7 @@ class Tokens(Case):
         record = {**PIQA, "sol1": "No.", "label": 0}
         _, (whole,), _ = self.prepare("piqa", lines(record), "--for", "evaluate")
         longest = max(map(len, whole["choices"]))
-        _, (cut,), said = self.prepare("piqa", lines(record), "--for", "evaluate", "--max-length",
-                                       str(longest + 4))
+        _, (cut,), said = self.prepare("piqa", lines(record), "--for", "evaluate", "--max-length", str(longest + 4))
         self.assertEqual(cut["prompts"], [[BEGIN, *whole["prompts"][0][-3:]]])
         self.assertIn(" 1 prompts shortened", said)
 
@@ -269,8 +333,10 @@ class Tokens(Case):
         self.assertIn(" 0 prompts", self.prepare("gsm8k", lines(GSM8K), "--max-length", str(most), model="t5")[2])
 
     def test_a_completion_that_leaves_no_prompt_is_malformed(self):
-        self.assertRegex(self.refusal("gsm8k", lines(GSM8K), "--max-length", "10"),
-                         r"in\.json:1: has a continuation of \d+ tokens, for which --max-length 10")
+        self.assertRegex(
+            self.refusal("gsm8k", lines(GSM8K), "--max-length", "10"),
+            r"in\.json:1: has a continuation of \d+ tokens, for which --max-length 10",
+        )
 
     def test_the_end_token_is_the_configs_first_or_the_one_named(self):
         self.assertEqual(self.prepare("alpaca", lines(ALPACA))[1][0]["completion"][-1], END)
@@ -280,8 +346,13 @@ class Tokens(Case):
     def test_generation_configs_end_token_counts_first(self):
         config = {"model_type": "llama", "eos_token_id": [END, 9]}
         with tempfile.TemporaryDirectory() as name:
-            for generation, end in [({"eos_token_id": [PAD, END]}, PAD), ({"eos_token_id": PAD}, PAD),
-                                    ({"eos_token_id": None}, END), ({}, END), ({"eos_token_id": []}, END)]:
+            for generation, end in [
+                ({"eos_token_id": [PAD, END]}, PAD),
+                ({"eos_token_id": PAD}, PAD),
+                ({"eos_token_id": None}, END),
+                ({}, END),
+                ({"eos_token_id": []}, END),
+            ]:
                 (pathlib.Path(name) / "generation_config.json").write_text(json.dumps(generation))
                 self.assertEqual(prepare_tasks.end_token(name, config), end, generation)
             (pathlib.Path(name) / "generation_config.json").write_text("[")
@@ -300,8 +371,15 @@ class Tokens(Case):
         ids, out = self.path / "ids", self.path / "texts"
         texts = ["a\nb\u2028", "", "é"]
         ids.write_text("".join(" ".join(map(str, self.tokenizer.encode(text).ids)) + "\n" for text in texts))
-        code, _ = self.run_main(decode_tokens.main, "--tokenizer", str(self.path / "t5/tokenizer.json"), "--input",
-                                str(ids), "--output", str(out))
+        code, _ = self.run_main(
+            decode_tokens.main,
+            "--tokenizer",
+            str(self.path / "t5/tokenizer.json"),
+            "--input",
+            str(ids),
+            "--output",
+            str(out),
+        )
         self.assertEqual(code, 0)
         self.assertEqual([json.loads(line) for line in out.read_text().split("\n")[:-1]], texts)
 
@@ -316,7 +394,11 @@ class MalformedRecords(Case):
             ("hellaswag", {**HELLASWAG, "endings": ["a", 3]}, "has something else than a text in 'endings'"),
             ("hellaswag", {**HELLASWAG, "endings": []}, "has nothing in 'endings'"),
             ("hellaswag", without(HELLASWAG, "ctx_b"), "has no text 'ctx_b'"),
-            ("hellaswag", {**HELLASWAG, "endings": ["a", "[x]"], "label": 0}, "has nothing but brackets in one of the 'endings'"),
+            (
+                "hellaswag",
+                {**HELLASWAG, "endings": ["a", "[x]"], "label": 0},
+                "has nothing but brackets in one of the 'endings'",
+            ),
             ("arc", {**ARC, "answerKey": "E"}, "has the answer 'E' and the labels ['A', 'B'] for 2 choices"),
             ("arc", {**ARC, "question": 7}, "has 7 for 'question' where a text is expected"),
             ("openbookqa", without(ARC, "answerKey"), "has no 'answerKey'"),
@@ -325,15 +407,23 @@ class MalformedRecords(Case):
             ("piqa", {**PIQA, "label": 2}, "has 2 for 'label'"),
             ("winogrande", {**WINOGRANDE, "sentence": "no blank"}, "has a 'sentence' without '_'"),
             ("winogrande", {**WINOGRANDE, "answer": ""}, "has nothing in 'answer'"),
-            ("winogrande", {**WINOGRANDE, "answer": "3"}, "where \"1\" or \"2\" is expected"),
+            ("winogrande", {**WINOGRANDE, "answer": "3"}, 'where "1" or "2" is expected'),
             ("gsm8k", {**GSM8K, "answer": "2001"}, "without '#### ' and a number"),
             ("alpaca", without(ALPACA, "output"), "has no 'output'"),
             ("alpaca", {**ALPACA, "input": ["a"]}, "has [\"a\"] for 'input'"),
             ("alpaca", {**ALPACA, "output": "\ud800"}, "has half a character in 'output'"),
             ("gsm8k", 7, "is no JSON object"),
         ]
-        good = {"hellaswag": HELLASWAG, "arc": ARC, "openbookqa": ARC, "boolq": BOOLQ, "piqa": {**PIQA, "label": 0},
-                "winogrande": WINOGRANDE, "gsm8k": GSM8K, "alpaca": ALPACA}
+        good = {
+            "hellaswag": HELLASWAG,
+            "arc": ARC,
+            "openbookqa": ARC,
+            "boolq": BOOLQ,
+            "piqa": {**PIQA, "label": 0},
+            "winogrande": WINOGRANDE,
+            "gsm8k": GSM8K,
+            "alpaca": ALPACA,
+        }
         for form, record, expected in cases:
             with self.subTest(form=form, expected=expected):
                 content = lines(good[form], record, good[form])
@@ -346,7 +436,7 @@ class MalformedRecords(Case):
                 self.assertIn("1 records left out", said)
 
     def test_a_line_that_is_no_json_or_no_utf8(self):
-        for broken in (b"{\"question\": \"a", b"{\"question\": \"\xff\"}", b"[" * 100000):
+        for broken in (b'{"question": "a', b'{"question": "\xff"}', b"[" * 100000):
             message = self.refusal("gsm8k", lines(GSM8K).encode() + b"\n" + broken + b"\n")
             self.assertIn("in.json:3: is no JSON", message)
 

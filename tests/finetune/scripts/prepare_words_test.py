@@ -18,7 +18,7 @@ import prepare_words  # noqa: E402
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by  \n"
 NOUNS = [
     '00000001 26 n 02 life 0 living 0 001 @ 00000002 n 0000 | the state of being alive; "he risked his life"; "oh"  ',
-    '00000002 26 n 02 natural_state 0 condition 1 000 | how a thing is  ',
+    "00000002 26 n 02 natural_state 0 condition 1 000 | how a thing is  ",
     '00000003 13 n 01 soup 0 000 | (cooking) liquid food; usually hot; "we had soup"  ',
     '00000004 03 n 01 entity 0 000 | whatever there is; "an entity of its own"  ',
     '00000005 05 n 01 Dog 0 000 | an animal; "dogs bark"  ',
@@ -28,11 +28,17 @@ VERBS = [
 ]
 ADJECTIVES = [
     '00000001 00 a 02 good 0 fine(a) 0 001 ! 00000002 a 0101 | as it should be; "a good meal"  ',
-    '00000002 00 a 01 bad 0 001 ! 00000001 a 0101 | not as it should be  ',
-    '00000003 00 s 01 huge 0 001 & 00000001 a 0000 | very large  ',
+    "00000002 00 a 01 bad 0 001 ! 00000001 a 0101 | not as it should be  ",
+    "00000003 00 s 01 huge 0 001 & 00000001 a 0000 | very large  ",
 ]
-COUNTS = {"life%1:26:00::": 3, "living%1:26:00::": 1, "soup%1:13:00::": 2, "walk%2:38:00::": 9, "good%3:00:00::": 5,
-          "bad%3:00:00::": 4}
+COUNTS = {
+    "life%1:26:00::": 3,
+    "living%1:26:00::": 1,
+    "soup%1:13:00::": 2,
+    "walk%2:38:00::": 9,
+    "good%3:00:00::": 5,
+    "bad%3:00:00::": 4,
+}
 
 
 def make_wordnet(folder: pathlib.Path, nouns=NOUNS, counts=COUNTS) -> None:
@@ -101,9 +107,15 @@ class PrepareWords(unittest.TestCase):
 
     def test_what_a_sense_is_asked_depends_on_what_it_has(self):
         # Without a sentence it is asked for its kind; without relations for its other words, the common ones first.
-        make_wordnet(self.path, [NOUNS[0].split("; \"")[0], NOUNS[1],
-                                 "00000006 06 n 03 box 0 case 0 chest 0 000 | a made thing to put things into"],
-                     {**COUNTS, "chest%1:06:00::": 1, "box%1:06:00::": 2})
+        make_wordnet(
+            self.path,
+            [
+                NOUNS[0].split('; "')[0],
+                NOUNS[1],
+                "00000006 06 n 03 box 0 case 0 chest 0 000 | a made thing to put things into",
+            ],
+            {**COUNTS, "chest%1:06:00::": 1, "box%1:06:00::": 2},
+        )
         found = self.instructions(self.run_script())
         self.assertEqual(found["broader"], [("life (the state of being alive)", ["natural state", "condition"])])
         self.assertEqual(found["same"], [("box (a made thing to put things into)", ["chest", "case"])])
@@ -114,16 +126,24 @@ class PrepareWords(unittest.TestCase):
 
     def test_the_parts_have_no_word_sentence_or_definition_in_common(self):
         nouns = [f'{n:08d} 26 n 01 w{n // 3}x 0 000 | meaning {n}; "here w{n // 3}x stands {n}"' for n in range(600)]
-        make_wordnet(self.path, [noun.replace(f"w{n // 3}x", "w" + "abcdefghij"[n // 3 % 10] * (n // 30 + 1))
-                                 for n, noun in enumerate(nouns)],
-                     {"w" + letter * count + "%1:26:00::": 1 for letter in "abcdefghij" for count in range(1, 21)})
+        make_wordnet(
+            self.path,
+            [
+                noun.replace(f"w{n // 3}x", "w" + "abcdefghij"[n // 3 % 10] * (n // 30 + 1))
+                for n, noun in enumerate(nouns)
+            ],
+            {"w" + letter * count + "%1:26:00::": 1 for letter in "abcdefghij" for count in range(1, 21)},
+        )
         files = self.run_script("out", "--most", "1000")
         parts = {}
         for name in ("train", "validation", "test"):
             kinds = [json.loads(line)["question"].split('"') for line in files[f"kinds.{name}.jsonl"].splitlines()]
             tasks = json.loads(files[f"instructions.{name}/define.json"])["Instances"]
-            parts[name] = ({kind[3] for kind in kinds} | {task["input"].split('"')[1] for task in tasks},
-                           {kind[1] for kind in kinds}, {task["output"][0] for task in tasks})
+            parts[name] = (
+                {kind[3] for kind in kinds} | {task["input"].split('"')[1] for task in tasks},
+                {kind[1] for kind in kinds},
+                {task["output"][0] for task in tasks},
+            )
             self.assertTrue(all(parts[name]), name)
         for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
             for ours, theirs in zip(parts[one], parts[other]):
@@ -132,8 +152,11 @@ class PrepareWords(unittest.TestCase):
         self.assertAlmostEqual(len(parts["test"][0]) / 200, 0.15, delta=0.08)
 
     def test_a_sentence_or_definition_of_two_senses_is_asked_about_once(self):
-        make_wordnet(self.path, [f'0000000{n} 26 n 01 {word} 0 000 | a thing; "ice and snow"'
-                                 for n, word in enumerate(("ice", "snow"))], {"ice%1:26:00::": 1, "snow%1:26:00::": 1})
+        make_wordnet(
+            self.path,
+            [f'0000000{n} 26 n 01 {word} 0 000 | a thing; "ice and snow"' for n, word in enumerate(("ice", "snow"))],
+            {"ice%1:26:00::": 1, "snow%1:26:00::": 1},
+        )
         files = self.run_script()
         self.assertEqual(len(set(self.kinds(files)) & {"ice", "snow"}), 1)
         self.assertEqual(len(self.instructions(files)["define"]), 1)

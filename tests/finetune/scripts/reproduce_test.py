@@ -21,7 +21,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "support"))
 
 import python_packages  # noqa: E402
 
-python_packages.need(["tokenizers"], os.environ.get("FINETUNE_PYTHON"), "name a Python that has it with FINETUNE_PYTHON")
+python_packages.need(
+    ["tokenizers"], os.environ.get("FINETUNE_PYTHON"), "name a Python that has it with FINETUNE_PYTHON"
+)
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
@@ -54,10 +56,16 @@ def write(path: pathlib.Path, text: str) -> None:
 
 def make_arc(data: pathlib.Path) -> None:
     for name, count in (("Train", 24), ("Dev", 6), ("Test", 6)):
-        records = [{"question": {"stem": f"what is {n} and 1?",
-                                 "choices": [{"text": str(n + more), "label": label}
-                                             for more, label in enumerate("ABCD")]}, "answerKey": "B"}
-                   for n in range(count)]
+        records = [
+            {
+                "question": {
+                    "stem": f"what is {n} and 1?",
+                    "choices": [{"text": str(n + more), "label": label} for more, label in enumerate("ABCD")],
+                },
+                "answerKey": "B",
+            }
+            for n in range(count)
+        ]
         write(data / f"arc/ARC-Challenge-{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -65,8 +73,11 @@ def make_super_ni(data: pathlib.Path) -> None:
     for part, tasks in (("train", ("one", "two")), ("test", ("three",))):
         write(data / f"natural-instructions/splits/default/{part}_tasks.txt", "\n".join(tasks) + "\n")
         for task in tasks:
-            content = {"Definition": ["repeat it"], "Positive Examples": [],
-                       "Instances": [{"input": f"{task} {n}", "output": [f"{task} {n}"]} for n in range(3)]}
+            content = {
+                "Definition": ["repeat it"],
+                "Positive Examples": [],
+                "Instances": [{"input": f"{task} {n}", "output": [f"{task} {n}"]} for n in range(3)],
+            }
             write(data / f"natural-instructions/tasks/{task}.json", json.dumps(content))
 
 
@@ -79,8 +90,9 @@ class Reproduce(unittest.TestCase):
         write(self.path / "without/matplotlib.py", "raise ImportError('not in this test')\n")
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = str(self.path / "without")
-        self.addCleanup(lambda: os.environ.pop("PYTHONPATH") if before is None
-                        else os.environ.__setitem__("PYTHONPATH", before))
+        self.addCleanup(
+            lambda: os.environ.pop("PYTHONPATH") if before is None else os.environ.__setitem__("PYTHONPATH", before)
+        )
 
     def run_script(self, setting: str, *more: str) -> tuple[str, list[list[str]]]:
         """What it prints, and the commands it gave."""
@@ -92,9 +104,23 @@ class Reproduce(unittest.TestCase):
             run(self, *words)
 
         arguments = sys.argv
-        sys.argv = ["reproduce", setting, "--model", str(self.path / "model"), "--data", str(self.path / "data"),
-                    "--out", str(self.path / "out"), "--finetune", FINETUNE, "--python", sys.executable,
-                    "--device", os.environ.get("LORA_RITE_TEST_DEVICE", "cpu"), *more]
+        sys.argv = [
+            "reproduce",
+            setting,
+            "--model",
+            str(self.path / "model"),
+            "--data",
+            str(self.path / "data"),
+            "--out",
+            str(self.path / "out"),
+            "--finetune",
+            FINETUNE,
+            "--python",
+            sys.executable,
+            "--device",
+            os.environ.get("LORA_RITE_TEST_DEVICE", "cpu"),
+            *more,
+        ]
         reproduce.Commands.run = listed
         out = io.StringIO()
         try:
@@ -108,23 +134,48 @@ class Reproduce(unittest.TestCase):
     def test_gemma_chooses_a_rate_and_goes_on(self):
         make_model(self.path / "model", "gemma")
         make_arc(self.path / "data")
-        arguments = ("gemma-2b", "--any-model", "--tasks", "arc_challenge", "--optimizers", "rite,adam", "--rates",
-                     "rite=1e-9,3e-2", "--rates", "adam=1e-2", "--seeds", "2", "--steps", "4", "--batch", "8",
-                     "--micro-batch", "4", "--rank", "2", "--threads", "1", "--dtype", "float32")
+        arguments = (
+            "gemma-2b",
+            "--any-model",
+            "--tasks",
+            "arc_challenge",
+            "--optimizers",
+            "rite,adam",
+            "--rates",
+            "rite=1e-9,3e-2",
+            "--rates",
+            "adam=1e-2",
+            "--seeds",
+            "2",
+            "--steps",
+            "4",
+            "--batch",
+            "8",
+            "--micro-batch",
+            "4",
+            "--rank",
+            "2",
+            "--threads",
+            "1",
+            "--dtype",
+            "float32",
+        )
         text, commands = self.run_script(*arguments)
         trained = [command for command in commands if command[1] == "train"]
         self.assertEqual(len(trained), 5)  # 2 rates and another seed, 1 rate and another seed
         # At a rate of nearly nothing nothing is learned.
-        self.assertEqual([command[command.index("--lr") + 1] for command in trained],
-                         ["1e-9", "3e-2", "3e-2", "1e-2", "1e-2"])
+        self.assertEqual(
+            [command[command.index("--lr") + 1] for command in trained], ["1e-9", "3e-2", "3e-2", "1e-2", "1e-2"]
+        )
         self.assertIn("--max-grad-norm", trained[-1])
         self.assertNotIn("--max-grad-norm", trained[0])
         self.assertIn("arc_challenge: a run takes about", text)
         self.assertIn("base weights", text)
 
         results = json.loads((self.path / "out/results.json").read_text())
-        self.assertEqual([(result["optimizer"], result["rate"]) for result in results],
-                         [("rite", "3e-2"), ("adam", "1e-2")])
+        self.assertEqual(
+            [(result["optimizer"], result["rate"]) for result in results], [("rite", "3e-2"), ("adam", "1e-2")]
+        )
         for result in results:
             self.assertEqual([test["examples"] for test in result["tests"]], [6, 6])
         table = (self.path / "out/table.md").read_text()
@@ -147,15 +198,36 @@ class Reproduce(unittest.TestCase):
     def test_mt5_follows_instructions(self):
         make_model(self.path / "model", "mt5")
         make_super_ni(self.path / "data")
-        text, commands = self.run_script("mt5-xxl", "--any-model", "--tasks", "super_ni", "--optimizers", "rite",
-                                         "--rates", "rite=1e-2", "--seeds", "1", "--steps", "3", "--batch", "2",
-                                         "--rank", "2", "--generate", "4", "--threads", "1")
+        text, commands = self.run_script(
+            "mt5-xxl",
+            "--any-model",
+            "--tasks",
+            "super_ni",
+            "--optimizers",
+            "rite",
+            "--rates",
+            "rite=1e-2",
+            "--seeds",
+            "1",
+            "--steps",
+            "3",
+            "--batch",
+            "2",
+            "--rank",
+            "2",
+            "--generate",
+            "4",
+            "--threads",
+            "1",
+        )
         self.assertEqual(len(commands), 4)  # two files, one run, one measurement
         results = json.loads((self.path / "out/results.json").read_text())
         self.assertEqual(results[0]["tests"][0]["examples"], 3)
         self.assertIn("| super_ni | rouge_l | rite | 1e-2 | ", text)
-        records = {part: (self.path / f"out/data/super_ni.{part}.jsonl").read_text().splitlines()[1:]
-                   for part in ("train", "validation", "test")}
+        records = {
+            part: (self.path / f"out/data/super_ni.{part}.jsonl").read_text().splitlines()[1:]
+            for part in ("train", "validation", "test")
+        }
         self.assertEqual([len(lines) for lines in records.values()], [3, 3, 3])
         self.assertEqual(set(records["train"]) & set(records["validation"]), set())
 
@@ -167,8 +239,13 @@ class Reproduce(unittest.TestCase):
         rates = sum(len(grid.split(",")) for grid in reproduce.RATES.values())
         self.assertEqual(sum(command[1] == "train" for command in commands), rates + 2 * len(reproduce.RATES))
         train = next(command for command in commands if command[1] == "train")
-        for option, value in {"--rank": "16", "--batch": "64", "--micro-batch": "4", "--dtype": "bfloat16",
-                              "--target-modules": "q_proj,k_proj,v_proj,up_proj,down_proj"}.items():
+        for option, value in {
+            "--rank": "16",
+            "--batch": "64",
+            "--micro-batch": "4",
+            "--dtype": "bfloat16",
+            "--target-modules": "q_proj,k_proj,v_proj,up_proj,down_proj",
+        }.items():
             self.assertEqual(train[train.index(option) + 1], value)
         self.assertFalse((self.path / "out").exists())
 
