@@ -3,6 +3,8 @@
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 import time
 import unittest
 
@@ -20,6 +22,12 @@ class Package(unittest.TestCase):
     def test_versions(self):
         header = (REPOSITORY / "include/lora_rite/version.hpp").read_text(encoding="utf-8")
         self.assertEqual(lora_rite.__version__, ".".join(re.findall(r"VERSION_\w+ (\d+)", header)))
+
+    def test_another_torch_than_it_was_built_for_is_refused(self):
+        code = "import torch; torch.__version__ = '2.99.0'; import lora_rite"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        sentence = rf"ImportError: lora_rite was built for torch {_native.torch_version}, and torch 2\.99\.0 is here, "
+        self.assertRegex(result.stderr.strip().splitlines()[-1], sentence)
 
     def test_the_stubs_have_what_the_native_module_has(self):
         stub = pathlib.Path(_native.__file__).with_name("_native.pyi")
