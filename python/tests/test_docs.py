@@ -26,7 +26,7 @@ def batches(count):
 
 class Documents(unittest.TestCase):
     def test_every_block_of_python_runs(self):
-        documents = [REPOSITORY / name for name in ("README.md", "docs/python.md", "python/README.md")]
+        documents = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("**/*.md"), REPOSITORY / "python/README.md"]
         count = 0
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.filterwarnings("error", ".*max_grad_norm")
