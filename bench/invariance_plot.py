@@ -12,16 +12,60 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 INK, FACTOR_A, FACTOR_B = "#333333", "#0b5fa5", "#f28e2b"
-NAMES = {"rite": "LoRA-RITE", "rite-qr": "LoRA-RITE, QR", "scaled-gd": "scaled gradient descent", "adam": "Adam",
-         "adamw": "AdamW", "adagrad": "Adagrad", "rmsprop": "RMSprop", "sgd": "SGD", "shampoo": "Shampoo",
-         "lamb": "LAMB", "lora+": "LoRA+", "scaled-adam": "scaled Adam", "muon": "Muon", "soap": "SOAP",
-         "polora": "PoLoRA", "lora-muon": "LoRA-Muon", "lora-tsd": "LoRA-TSD", "altlora": "AltLoRA"}
-COLORS = {"rite": "#0b5fa5", "rite-qr": "#76b7e5", "scaled-gd": "#2a9d5c", "adam": "#f28e2b", "adamw": "#f7c27f",
-          "adagrad": "#c9a227", "rmsprop": "#8c564b", "sgd": "#333333", "shampoo": "#b07aa1", "lamb": "#d62728",
-          "lora+": "#e377c2", "scaled-adam": "#17a2a2", "muon": "#7f7f7f", "soap": "#bcbd22",
-          "polora": "#7b4ab8", "lora-muon": "#a6d854", "lora-tsd": "#1b7837", "altlora": "#5e3c1f"}
-MARKERS = {"rite": "o", "rite-qr": ".", "scaled-gd": "s", "lamb": "v", "muon": "D", "sgd": "x", "soap": "^",
-           "shampoo": "P", "polora": "*", "lora-muon": "<", "lora-tsd": ">", "altlora": "p"}
+NAMES = {
+    "rite": "LoRA-RITE",
+    "rite-qr": "LoRA-RITE, QR",
+    "scaled-gd": "scaled gradient descent",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+    "sgd": "SGD",
+    "shampoo": "Shampoo",
+    "lamb": "LAMB",
+    "lora+": "LoRA+",
+    "scaled-adam": "scaled Adam",
+    "muon": "Muon",
+    "soap": "SOAP",
+    "polora": "PoLoRA",
+    "lora-muon": "LoRA-Muon",
+    "lora-tsd": "LoRA-TSD",
+    "altlora": "AltLoRA",
+}
+COLORS = {
+    "rite": "#0b5fa5",
+    "rite-qr": "#76b7e5",
+    "scaled-gd": "#2a9d5c",
+    "adam": "#f28e2b",
+    "adamw": "#f7c27f",
+    "adagrad": "#c9a227",
+    "rmsprop": "#8c564b",
+    "sgd": "#333333",
+    "shampoo": "#b07aa1",
+    "lamb": "#d62728",
+    "lora+": "#e377c2",
+    "scaled-adam": "#17a2a2",
+    "muon": "#7f7f7f",
+    "soap": "#bcbd22",
+    "polora": "#7b4ab8",
+    "lora-muon": "#a6d854",
+    "lora-tsd": "#1b7837",
+    "altlora": "#5e3c1f",
+}
+MARKERS = {
+    "rite": "o",
+    "rite-qr": ".",
+    "scaled-gd": "s",
+    "lamb": "v",
+    "muon": "D",
+    "sgd": "x",
+    "soap": "^",
+    "shampoo": "P",
+    "polora": "*",
+    "lora-muon": "<",
+    "lora-tsd": ">",
+    "altlora": "p",
+}
 ROUND_OFF = {"double": 2.0**-53, "float": 2.0**-24}
 INFINITE = 1e8  # where infinite differences are drawn
 
@@ -48,14 +92,29 @@ def draw_invariance(rows: list[dict], picture: str) -> None:
         for panel, (kind, title) in zip(axes[line], kinds.items()):
             for optimizer in optimizers:
                 # By the number 1, or a diagonal T with κ = 1, nothing is changed.
-                points = [(row["magnitude"], min(row["after_all_steps"], INFINITE)) for row in rows
-                          if (row["optimizer"], row["kind"], row["dtype"]) == (optimizer, kind, dtype)
-                          and (kind == "general" or row["magnitude"] > 1)]
-                panel.plot(*zip(*points), label=NAMES[optimizer], linewidth=1.5, markersize=5, color=COLORS[optimizer],
-                           marker=MARKERS.get(optimizer, "o"))
+                points = [
+                    (row["magnitude"], min(row["after_all_steps"], INFINITE))
+                    for row in rows
+                    if (row["optimizer"], row["kind"], row["dtype"]) == (optimizer, kind, dtype)
+                    and (kind == "general" or row["magnitude"] > 1)
+                ]
+                panel.plot(
+                    *zip(*points),
+                    label=NAMES[optimizer],
+                    linewidth=1.5,
+                    markersize=5,
+                    color=COLORS[optimizer],
+                    marker=MARKERS.get(optimizer, "o"),
+                )
             ends = [1, 1e6]
-            panel.plot(ends, [round_off * (1 if kind == "scaling" else x) for x in ends], color=INK, linestyle="--",
-                       linewidth=1, label="unit round-off × κ(T)")
+            panel.plot(
+                ends,
+                [round_off * (1 if kind == "scaling" else x) for x in ends],
+                color=INK,
+                linestyle="--",
+                linewidth=1,
+                label="unit round-off × κ(T)",
+            )
             panel.set_xscale("log")
             panel.set_yscale("log")
             panel.set_yticks(places, names)
@@ -64,10 +123,19 @@ def draw_invariance(rows: list[dict], picture: str) -> None:
         axes[line][0].set_ylabel("difference of ΔW after 20 steps ÷ way of ΔW")
         rotation = axes[line][3]
         for place, optimizer in enumerate(optimizers):
-            differences = [min(row["after_all_steps"], INFINITE) for row in rows
-                           if (row["optimizer"], row["kind"], row["dtype"]) == (optimizer, "rotation", dtype)]
-            rotation.plot(differences, [place], linestyle="none", markersize=6, color=COLORS[optimizer],
-                          marker=MARKERS.get(optimizer, "o"))
+            differences = [
+                min(row["after_all_steps"], INFINITE)
+                for row in rows
+                if (row["optimizer"], row["kind"], row["dtype"]) == (optimizer, "rotation", dtype)
+            ]
+            rotation.plot(
+                differences,
+                [place],
+                linestyle="none",
+                markersize=6,
+                color=COLORS[optimizer],
+                marker=MARKERS.get(optimizer, "o"),
+            )
         rotation.axvline(round_off, color=INK, linestyle="--", linewidth=1)
         rotation.set_yticks(range(len(optimizers)), [NAMES[optimizer] for optimizer in optimizers], fontsize=9)
         rotation.invert_yaxis()
@@ -95,12 +163,14 @@ def draw_feature_learning(rows: list[dict], picture: str) -> None:
     settings = list(dict.fromkeys((row["optimizer"], row["exponent"]) for row in rows))
     starts = {"random_a": "A random, B = 0", "random_b": "B random, A = 0"}
     contributions = {"of_a": ("B ΔA x", FACTOR_A, "o"), "of_b": ("ΔB A x", FACTOR_B, "s")}
-    figure, axes = plt.subplots(len(starts), len(settings), figsize=(13, 6.4), sharex=True, sharey=True,
-                                layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(starts), len(settings), figsize=(13, 6.4), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
     for line, (start, words) in enumerate(starts.items()):
         for panel, (optimizer, exponent) in zip(axes[line], settings):
-            chosen = [row for row in rows if (row["start"], row["optimizer"], row["exponent"]) ==
-                      (start, optimizer, exponent)]
+            chosen = [
+                row for row in rows if (row["start"], row["optimizer"], row["exponent"]) == (start, optimizer, exponent)
+            ]
             widths = [row["width"] for row in chosen]
             slopes = []
             for key, (label, color, marker) in contributions.items():
@@ -129,8 +199,17 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = sys.argv[1]
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
-                         "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK})
+    plt.rcParams.update(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": INK,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    )
     draw_invariance(load(folder, "invariance.csv"), os.path.join(folder, "invariance.png"))
     draw_feature_learning(load(folder, "feature_learning.csv"), os.path.join(folder, "feature_learning.png"))
 

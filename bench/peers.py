@@ -4,13 +4,15 @@
     peers.py --threads 2 --json peers.json 24x1024x1024x16 ...
 
 A case is PAIRSxINxOUTxRANK. `LoRARite` of the package pytorch_optimizer follows the authors' code; torch.optim.AdamW
-runs as it comes, by lists of tensors and fused; lora_rite.LoraRite is this library's (python/), left out where it is
-not installed. All step copies of the same tensors by turns.
+runs as it comes, by lists of tensors and fused; lora_rite.LoraRite is this library's (python/), as it comes and its C++
+alone, and left out where it is not installed. All step copies of the same tensors by turns, in another order every
+round: who comes before leaves more or less in the caches.
 """
 
 import argparse
 import importlib.util
 import json
+import random
 import statistics
 import time
 
@@ -41,9 +43,9 @@ CONTENDERS = {
 if importlib.util.find_spec("lora_rite"):
     import lora_rite
 
-    CONTENDERS["lora_rite.LoraRite"] = lambda factors: lora_rite.LoraRite(
-        list(zip(factors[::2], factors[1::2])), lr=1e-4
-    )
+    ours = lambda factors: lora_rite.LoraRite(list(zip(factors[::2], factors[1::2])), lr=1e-4)
+    CONTENDERS["lora_rite.LoraRite"] = ours
+    CONTENDERS["lora_rite.LoraRite(C++)"] = lambda factors: ours(factors)._native
 else:
     print("lora_rite.LoraRite is left out: the package is not installed (pip install ./python)")
 
@@ -59,8 +61,10 @@ def median_steps(optimizers: dict[str, torch.optim.Optimizer], seconds: float) -
     for optimizer in optimizers.values():
         optimizer.step()
     end = time.perf_counter() + seconds
+    order, shuffle = list(optimizers.items()), random.Random(0).shuffle
     while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
-        for name, optimizer in optimizers.items():
+        shuffle(order)
+        for name, optimizer in order:
             wait()
             start = time.perf_counter()
             optimizer.step()

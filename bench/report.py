@@ -15,8 +15,12 @@ import matplotlib.pyplot as plt
 
 INK, RITE, ADAMW, FUSED = "#333333", "#0b5fa5", "#f28e2b", "#9a9a9a"
 COLORS = {"rite": RITE, "adamw": ADAMW, "fused_adamw": FUSED, "adam": "#c9a227"}
-LABELS = {"rite": "LoRA-RITE", "adamw": "torch::optim::AdamW", "fused_adamw": "at::_fused_adamw_",
-          "adam": "torch::optim::Adam"}
+LABELS = {
+    "rite": "LoRA-RITE",
+    "adamw": "torch::optim::AdamW",
+    "fused_adamw": "at::_fused_adamw_",
+    "adam": "torch::optim::Adam",
+}
 
 
 def load(folder: str, name: str) -> list[dict]:
@@ -72,34 +76,68 @@ def milliseconds(microseconds: float) -> str:
 
 def passes_limit(limits: list[dict], threads: int, rank: int, parameters: int) -> float:
     """Microseconds that the passes over the rows take at the machine's limits, nothing else counted."""
-    passes = [max(r["memory_limit"], r["arithmetic_limit"]) for r in limits
-              if r["threads"] == threads and r["rank"] == rank and r["factor"] == "A"]
+    passes = [
+        max(r["memory_limit"], r["arithmetic_limit"])
+        for r in limits
+        if r["threads"] == threads and r["rank"] == rank and r["factor"] == "A"
+    ]
     return 1e-3 * parameters * sum(passes)
 
 
 def targets(times: Times, suite: str, peers: list[dict], limits: list[dict]) -> str:
-    rows = [["pairs × (in, out) × r", "LoRA-RITE ms", "AdamW ms", "fused AdamW ms", "÷ AdamW", "target",
-             "passes at the limit ÷ AdamW", "÷ Adam", "÷ fused", "pytorch_optimizer.LoRARite ms", "times faster"]]
+    rows = [
+        [
+            "pairs × (in, out) × r",
+            "LoRA-RITE ms",
+            "AdamW ms",
+            "fused AdamW ms",
+            "÷ AdamW",
+            "target",
+            "passes at the limit ÷ AdamW",
+            "÷ Adam",
+            "÷ fused",
+            "pytorch_optimizer.LoRARite ms",
+            "times faster",
+        ]
+    ]
     for case in times.cases(suite):
         run = times.of(suite, case)
         rite = run["rite"]["median_us"]
         peer = [p["median_us"] for p in peers if p["case"] == case and p["contender"].endswith("LoRARite")]
         target = run["rite"]["target"] if suite == "targets" else 0
         limit = passes_limit(limits, run["rite"]["threads"], shape_of(case)[3], run["rite"]["parameters"])
-        rows.append([words(case), milliseconds(rite), milliseconds(run["adamw"]["median_us"]),
-                     milliseconds(run["fused_adamw"]["median_us"]), f"{rite / run['adamw']['median_us']:.2f}",
-                     f"{target:g}" if target else "", f"{limit / run['adamw']['median_us']:.2f}",
-                     f"{rite / run['adam']['median_us']:.2f}",
-                     f"{rite / run['fused_adamw']['median_us']:.1f}",
-                     milliseconds(statistics.mean(peer)) if peer else "",
-                     f"{statistics.mean(peer) / rite:.0f}" if peer else ""])
+        rows.append(
+            [
+                words(case),
+                milliseconds(rite),
+                milliseconds(run["adamw"]["median_us"]),
+                milliseconds(run["fused_adamw"]["median_us"]),
+                f"{rite / run['adamw']['median_us']:.2f}",
+                f"{target:g}" if target else "",
+                f"{limit / run['adamw']['median_us']:.2f}",
+                f"{rite / run['adam']['median_us']:.2f}",
+                f"{rite / run['fused_adamw']['median_us']:.1f}",
+                milliseconds(statistics.mean(peer)) if peer else "",
+                f"{statistics.mean(peer) / rite:.0f}" if peer else "",
+            ]
+        )
     return markdown(rows)
 
 
 def in_python(times: Times, suite: str, peers: list[dict]) -> str:
     """The Python package beside what Python users have; empty where it was not installed."""
-    rows = [["pairs × (in, out) × r", "lora_rite.LoraRite ms", "÷ the step in C++", "AdamW ms", "AdamW(foreach) ms",
-             "AdamW(fused) ms", "pytorch_optimizer.LoRARite ms", "times faster"]]
+    rows = [
+        [
+            "pairs × (in, out) × r",
+            "lora_rite.LoraRite ms",
+            "÷ the step in C++",
+            "AdamW ms",
+            "AdamW(foreach) ms",
+            "AdamW(fused) ms",
+            "pytorch_optimizer.LoRARite ms",
+            "times faster",
+        ]
+    ]
     for case in times.cases(suite):
         found: dict[str, list[float]] = {}
         for p in peers:
@@ -109,22 +147,47 @@ def in_python(times: Times, suite: str, peers: list[dict]) -> str:
             return ""
         of = {name: statistics.mean(times) for name, times in found.items()}
         ours, peer = of["lora_rite.LoraRite"], of["pytorch_optimizer.LoRARite"]
-        rows.append([words(case), milliseconds(ours), f"{ours / times.of(suite, case)['rite']['median_us']:.2f}",
-                     *(milliseconds(of["torch.optim.AdamW" + how]) for how in ("", "(foreach)", "(fused)")),
-                     milliseconds(peer), f"{peer / ours:.0f}"])
+        rows.append(
+            [
+                words(case),
+                milliseconds(ours),
+                f"{ours / times.of(suite, case)['rite']['median_us']:.2f}",
+                *(milliseconds(of["torch.optim.AdamW" + how]) for how in ("", "(foreach)", "(fused)")),
+                milliseconds(peer),
+                f"{peer / ours:.0f}",
+            ]
+        )
     return "## In Python, two threads\n\n" + markdown(rows)
 
 
 def scaling(times: Times, suite: str, variable: str) -> str:
-    rows = [[variable, "factors' elements", "LoRA-RITE ms", "ns an element", "AdamW ms", "ns an element",
-             "operator calls a step", "AdamW's"]]
+    rows = [
+        [
+            variable,
+            "factors' elements",
+            "LoRA-RITE ms",
+            "ns an element",
+            "AdamW ms",
+            "ns an element",
+            "operator calls a step",
+            "AdamW's",
+        ]
+    ]
     for case in times.cases(suite):
         run = times.of(suite, case)
         rite, adamw = run["rite"], run["adamw"]
-        rows.append([words(case), f"{rite['parameters']:,}", milliseconds(rite["median_us"]),
-                     f"{1e3 * rite['median_us'] / rite['parameters']:.1f}", milliseconds(adamw["median_us"]),
-                     f"{1e3 * adamw['median_us'] / adamw['parameters']:.1f}", str(rite["operator_calls"]),
-                     str(adamw["operator_calls"])])
+        rows.append(
+            [
+                words(case),
+                f"{rite['parameters']:,}",
+                milliseconds(rite["median_us"]),
+                f"{1e3 * rite['median_us'] / rite['parameters']:.1f}",
+                milliseconds(adamw["median_us"]),
+                f"{1e3 * adamw['median_us'] / adamw['parameters']:.1f}",
+                str(rite["operator_calls"]),
+                str(adamw["operator_calls"]),
+            ]
+        )
     return markdown(rows)
 
 
@@ -136,8 +199,9 @@ def variants(times: Times) -> str:
             if name in ("adam", "adamw"):
                 continue
             label = name.replace("rite", "LoRA-RITE") + ("" if case == "variants" else f", {result['dtype']}")
-            rows.append([label, milliseconds(result["median_us"]),
-                         f"{result['median_us'] / run['adamw']['median_us']:.2f}"])
+            rows.append(
+                [label, milliseconds(result["median_us"]), f"{result['median_us'] / run['adamw']['median_us']:.2f}"]
+            )
     return markdown(rows)
 
 
@@ -145,21 +209,44 @@ def optimizers(times: Times) -> str:
     rows = [["optimizer", "ms", "÷ AdamW", "operator calls"]]
     run = times.of("optimizers", "optimizers")
     for name, result in sorted(run.items(), key=lambda item: item[1]["median_us"]):
-        rows.append([name, milliseconds(result["median_us"]), f"{result['median_us'] / run['adamw']['median_us']:.2f}",
-                     str(result["operator_calls"])])
+        rows.append(
+            [
+                name,
+                milliseconds(result["median_us"]),
+                f"{result['median_us'] / run['adamw']['median_us']:.2f}",
+                str(result["operator_calls"]),
+            ]
+        )
     return markdown(rows)
 
 
 def memory(results: list[dict]) -> str:
-    rows = [["pairs × (in, out) × r", "factors MB", "LoRA-RITE's state MB", "AdamW's MB", "ratio",
-             "peak of a step MB", "AdamW's MB"]]
+    rows = [
+        [
+            "pairs × (in, out) × r",
+            "factors MB",
+            "LoRA-RITE's state MB",
+            "AdamW's MB",
+            "ratio",
+            "peak of a step MB",
+            "AdamW's MB",
+        ]
+    ]
     for case in dict.fromkeys(r["case"] for r in results):
         run = {r["contender"]: r for r in results if r["case"] == case}
         rite, adamw = run["rite"], run["adamw"]
         mb = lambda value: f"{value / 1e6:.1f}"
-        rows.append([words(case), mb(rite["factor_bytes"]), mb(rite["state_bytes"]), mb(adamw["state_bytes"]),
-                     f"{rite['state_bytes'] / adamw['state_bytes']:.2f}", mb(rite["peak_bytes"]),
-                     mb(adamw["peak_bytes"])])
+        rows.append(
+            [
+                words(case),
+                mb(rite["factor_bytes"]),
+                mb(rite["state_bytes"]),
+                mb(adamw["state_bytes"]),
+                f"{rite['state_bytes'] / adamw['state_bytes']:.2f}",
+                mb(rite["peak_bytes"]),
+                mb(adamw["peak_bytes"]),
+            ]
+        )
     return markdown(rows)
 
 
@@ -179,12 +266,32 @@ def memory_of_others(results: list[dict]) -> str:
 
 
 def roofline(results: list[dict]) -> str:
-    rows = [["threads", "rank", "factor", "pass", "ns an element", "memory's limit", "arithmetic's limit",
-             "times the limit"]]
+    rows = [
+        [
+            "threads",
+            "rank",
+            "factor",
+            "pass",
+            "ns an element",
+            "memory's limit",
+            "arithmetic's limit",
+            "times the limit",
+        ]
+    ]
     for r in results:
         limit = max(r["memory_limit"], r["arithmetic_limit"])
-        rows.append([str(r["threads"]), str(r["rank"]), r["factor"], r["pass"], f"{r['nanoseconds']:.2f}",
-                     f"{r['memory_limit']:.2f}", f"{r['arithmetic_limit']:.2f}", f"{r['nanoseconds'] / limit:.1f}"])
+        rows.append(
+            [
+                str(r["threads"]),
+                str(r["rank"]),
+                r["factor"],
+                r["pass"],
+                f"{r['nanoseconds']:.2f}",
+                f"{r['memory_limit']:.2f}",
+                f"{r['arithmetic_limit']:.2f}",
+                f"{r['nanoseconds'] / limit:.1f}",
+            ]
+        )
     return markdown(rows)
 
 
@@ -220,16 +327,24 @@ def draw_targets(times: Times, path: str) -> None:
 
 
 def draw_scaling(times: Times, path: str) -> None:
-    panels = [("pairs", 0, "pairs of 256 × 256, r = 8"), ("width", 1, "in = out, 8 pairs, r = 16"),
-              ("ranks", 3, "rank, 32 pairs of 1024 × 1024")]
+    panels = [
+        ("pairs", 0, "pairs of 256 × 256, r = 8"),
+        ("width", 1, "in = out, 8 pairs, r = 16"),
+        ("ranks", 3, "rank, 32 pairs of 1024 × 1024"),
+    ]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
     for panel, (suite, index, title) in zip(axes, panels):
         cases = times.cases(suite)
         for contender in ("adamw", "fused_adamw", "rite"):
             runs = [times.of(suite, case).get(contender) for case in cases]
-            panel.plot([shape_of(case)[index] for case in cases],
-                       [1e3 * run["median_us"] / run["parameters"] for run in runs], color=COLORS[contender],
-                       marker="o", markersize=4, label=LABELS[contender])
+            panel.plot(
+                [shape_of(case)[index] for case in cases],
+                [1e3 * run["median_us"] / run["parameters"] for run in runs],
+                color=COLORS[contender],
+                marker="o",
+                markersize=4,
+                label=LABELS[contender],
+            )
         panel.set_xscale("log", base=2 if suite != "pairs" else 10)
         panel.set_yscale("log")
         panel.set_xlabel(title, color=INK)
@@ -254,21 +369,35 @@ def main() -> None:
         "# Benchmarks",
         f"Written by `scripts/bench` on {date.today().isoformat()}: {machine()}, medians of interleaved rounds in one "
         "process; `-O2` without `-march`. Peers in Python ran before and after, means of both.",
-        "## A step, two threads", "The passes at the limit: what the passes over the rows would cost if they ran at the "
+        "## A step, two threads",
+        "The passes at the limit: what the passes over the rows would cost if they ran at the "
         "rate of the library's own double matrix product, or at the memory's bandwidth, and the r×r part were free "
         "(last table).",
-        "![Ratios to AdamW](targets.png)", targets(times, "targets", peers, limits),
-        in_python(times, "targets", peers), "## One thread", targets(times, "one-thread", [], limits),
-        "## Ranks", scaling(times, "ranks", "pairs × (in, out) × r"),
-        "## Number of pairs", "![Time of an element](scaling.png)", scaling(times, "pairs", "pairs × (in, out) × r"),
-        "## Width", scaling(times, "width", "pairs × (in, out) × r"),
-        "## Variants, 24 × (1024, 1024) × 16", variants(times),
-        "## Other optimizers, 24 × (1024, 1024) × 16", "By their names in `make_optimizer`, with their own defaults.",
+        "![Ratios to AdamW](targets.png)",
+        targets(times, "targets", peers, limits),
+        in_python(times, "targets", peers),
+        "## One thread",
+        targets(times, "one-thread", [], limits),
+        "## Ranks",
+        scaling(times, "ranks", "pairs × (in, out) × r"),
+        "## Number of pairs",
+        "![Time of an element](scaling.png)",
+        scaling(times, "pairs", "pairs × (in, out) × r"),
+        "## Width",
+        scaling(times, "width", "pairs × (in, out) × r"),
+        "## Variants, 24 × (1024, 1024) × 16",
+        variants(times),
+        "## Other optimizers, 24 × (1024, 1024) × 16",
+        "By their names in `make_optimizer`, with their own defaults.",
         optimizers(times),
-        "## Memory", memory(load(folder, "memory.json")), memory_of_others(load(folder, "memory.json")),
-        "## How far from the machine's limits", "Limits: the bytes at the measured bandwidth, the operations at the rate "
-        "of the library's own matrix product.", roofline(limits),
-        "## Compile time", "A translation unit, `-O2`, medians of rounds of all.",
+        "## Memory",
+        memory(load(folder, "memory.json")),
+        memory_of_others(load(folder, "memory.json")),
+        "## How far from the machine's limits",
+        "Limits: the bytes at the measured bandwidth, the operations at the rate of the library's own matrix product.",
+        roofline(limits),
+        "## Compile time",
+        "A translation unit, `-O2`, medians of rounds of all.",
         compile_time(load(folder, "compile_time.json")),
     ]
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:
