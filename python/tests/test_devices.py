@@ -9,7 +9,7 @@ import zipfile
 import torch
 
 import toy
-from lora_rite import LoraRite
+from lora_rite import LoraRite, kernel_name
 
 
 def as_if_saved_on_a_gpu(saved):
@@ -51,6 +51,21 @@ class OtherDevices(unittest.TestCase):
         load(other)
         self.assertTrue(same_state(self.optimizer, other))
         self.assertEqual(toy.train(net, other, 2, first=3), toy.train(self.net, self.optimizer, 2, first=3))
+
+    @unittest.skipIf(kernel_name() == "none", "engine 'host' has no kernels here")
+    def test_states_of_the_engine_of_gpus_and_of_that_of_cpus_are_the_same(self):
+        for there, here in (("host", "device"), ("device", "host")):
+            with self.subTest(there):
+                net = toy.model()
+                optimizer = LoraRite(net, lr=1e-2, engine=there)
+                toy.train(net, optimizer, 3)
+                other_net = toy.model()
+                other_net.load_state_dict(net.state_dict())
+                other = LoraRite(other_net, lr=1e-2, engine=here)
+                other.load_state_dict(optimizer.state_dict())
+                self.assertTrue(same_state(optimizer, other))
+                for one, two in zip(toy.train(net, optimizer, 3, first=3), toy.train(other_net, other, 3, first=3)):
+                    self.assertAlmostEqual(one, two, places=5)
 
     def test_a_state_of_a_gpu_loads_on_a_cpu(self):
         file = io.BytesIO()
