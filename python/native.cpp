@@ -42,7 +42,7 @@ namespace {
 // --- Options -------------------------------------------------------------------------------------------------------
 
 /// The engines by their names in Python, in the order of `Engine`.
-constexpr std::array<const char*, 3> kEngines = {"automatic", "device", "host"};
+constexpr std::array<const char*, 4> kEngines = {"automatic", "device", "host", "cuda"};
 
 /// Calls f(name, value) for every option.
 template <class Function>
@@ -93,7 +93,7 @@ bool from_python(const py::handle& found, Value& value) {
 
 template <class Value>
 const char* expected_of() {
-  if (std::is_same_v<Value, Engine>) return "'automatic', 'device' or 'host'";
+  if (std::is_same_v<Value, Engine>) return "'automatic', 'device', 'host' or 'cuda'";
   if (std::is_same_v<Value, bool>) return "True or False";
   return std::is_same_v<Value, double> ? "a number" : "a pair of numbers";
 }

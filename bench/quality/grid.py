@@ -153,9 +153,17 @@ GRIDS = {
         ([Cell(task) for task in ("amazon", "tweets")], ("rite, rows, bounded", "rite, rows, exponent 1/4, bounded")),
     ],
     # beside the contenders of "full", whose runs are there already
-    "rivals": [([Cell(task, rank, start) for task in REGRESSIONS
-                 for rank, start in ((16, "usual"), (16, "lopsided"), (4, "usual"), (64, "usual"))], RIVALS),
-               ([Cell(task) for task in TEXTS], RIVALS)],
+    "rivals": [
+        (
+            [
+                Cell(task, rank, start)
+                for task in REGRESSIONS
+                for rank, start in ((16, "usual"), (16, "lopsided"), (4, "usual"), (64, "usual"))
+            ],
+            RIVALS,
+        ),
+        ([Cell(task) for task in TEXTS], RIVALS),
+    ],
 }
 
 

@@ -84,7 +84,7 @@ class Options(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, words):
                 LoraRite(net, **options)
         for options, words in (
-            ({"engine": "gpu"}, "engine is 'gpu', expected 'automatic', 'device' or 'host'"),
+            ({"engine": "gpu"}, "engine is 'gpu', expected 'automatic', 'device', 'host' or 'cuda'"),
             ({"escape": 1}, "escape is 1, expected True or False"),
             ({"betas": 0.9}, "betas is 0.9, expected a pair of numbers"),
             ({"others": {"betaz": 1}}, "others has 'betaz', expected some of lr, "),

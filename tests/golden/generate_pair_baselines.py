@@ -1,11 +1,12 @@
-"""Writes pair_baselines.json beside this file: what the rules of PoLora, LoraMuon, LoraTsd and AltLora do, by other means.
+"""Writes pair_baselines.json beside this file: what PoLora, LoraMuon, LoraTsd and AltLora do, by other means.
 
-Run by hand, with NumPy alone; the file is committed (NumPy 2.4 wrote it). No implementation of these that can be run as it
-is comes from a package registry, so this is a second one: one pair at a time, the weight's gradient and its projections
+Run by hand, with NumPy alone; the file is committed (NumPy 2.4 wrote it). No implementation of these that can be run as
+it is comes from a package registry, so this is a second one: one pair at a time, the weight's gradient and its projections
 as whole m × n matrices, and every polynomial applied to the singular values of an SVD instead of to matrices. What it
 has in common with the library are the papers' formulas and tables of coefficients. Beside it were run once, in float64
-and for 25 steps: the authors' AltLoRA (LucasXinYu/AltLoRA, without bias correction), a public LoRA-Muon (seruva19/mirai)
-and transcripts of public ports of PoLoRA and LoRA-TSD. They agreed to 2e-14, LoRA-TSD from B = 0 to 2e-10.
+and for 25 steps: the authors' AltLoRA (LucasXinYu/AltLoRA, without bias correction), a public LoRA-Muon
+(seruva19/mirai) and transcripts of public ports of PoLoRA and LoRA-TSD. They agreed to 2e-14, LoRA-TSD from
+B = 0 to 2e-10.
 """
 
 import json
@@ -28,6 +29,7 @@ def composed(polynomials):
         for a, b, c in polynomials:
             s = a * s + b * s**3 + c * s**5
         return s
+
     return apply
 
 
@@ -63,7 +65,8 @@ def top_vector(s, start, count):
 # --- PoLoRA ---------------------------------------------------------------------------------------------------------
 
 POLAR_EXPRESS = [
-    (8.31968561540051, -23.85945031896673, 17.53144504181025), (4.123266419055485, -2.980709974760902, 0.5520797360741728),
+    (8.31968561540051, -23.85945031896673, 17.53144504181025),
+    (4.123266419055485, -2.980709974760902, 0.5520797360741728),
     (3.9656114721772022, -2.941248486368672, 0.5589295013119786),
     (3.3312009004415994, -2.4980080275937966, 0.5111272954169234),
     (2.320007312889811, -1.6862169729967622, 0.42068027340235137),
@@ -104,7 +107,12 @@ class PoLora:
 
     def step(self, a, b, g_a, g_b):
         if self.state is None:
-            self.state = [np.zeros_like(a), np.zeros_like(b), np.full(a.shape[1], self.eps), np.full(b.shape[0], self.eps)]
+            self.state = [
+                np.zeros_like(a),
+                np.zeros_like(b),
+                np.full(a.shape[1], self.eps),
+                np.full(b.shape[0], self.eps),
+            ]
             self.tops = {}
         m_a, m_b, q, p = self.state
         beta1, beta2 = self.betas
@@ -119,20 +127,33 @@ class PoLora:
         q = beta2 * q + (1 - beta2) * np.diag(g_a.T @ root_b @ root_b @ g_a) / rank
         p = beta2 * p + (1 - beta2) * np.diag(g_b @ root_a @ root_a @ g_b.T) / rank
         self.state = [m_a, m_b, q, p]
-        return (a - rho * d_a / max(self.norm(d_a, "step a"), self.eps),
-                b - rho * d_b / max(self.norm(d_b, "step b"), self.eps))
+        return (
+            a - rho * d_a / max(self.norm(d_a, "step a"), self.eps),
+            b - rho * d_b / max(self.norm(d_b, "step b"), self.eps),
+        )
 
 
 # --- LoRA-Muon ------------------------------------------------------------------------------------------------------
 
-MSIGN = [(7.2086, -15.5131, 9.0178), (3.9623, -2.5813, 0.4542), (3.9466, -2.5765, 0.4544), (3.8991, -2.5671, 0.4566),
-         (3.7186, -2.5308, 0.4653), (3.1390, -2.3073, 0.4733), (2.1715, -1.5246, 0.3885), (1.8648, -1.2224, 0.3577)]
-ROOT = [(7.424865680309214, -18.39581635618996, 12.896720413604342),
-        (3.4877256051546017, -2.3300436563986993, 0.4404692168431095),
-        (2.7766085124882527, -2.070643152532662, 0.46302261050004967),
-        (1.9913142104341506, -1.373936700681269, 0.3875934979568538),
-        (1.8754637749479246, -1.2505152090010534, 0.37505152463617264),
-        (1.874999066623701, -1.2499981332141676, 0.37499906659046633), (1.875, -1.25, 0.375)]
+MSIGN = [
+    (7.2086, -15.5131, 9.0178),
+    (3.9623, -2.5813, 0.4542),
+    (3.9466, -2.5765, 0.4544),
+    (3.8991, -2.5671, 0.4566),
+    (3.7186, -2.5308, 0.4653),
+    (3.1390, -2.3073, 0.4733),
+    (2.1715, -1.5246, 0.3885),
+    (1.8648, -1.2224, 0.3577),
+]
+ROOT = [
+    (7.424865680309214, -18.39581635618996, 12.896720413604342),
+    (3.4877256051546017, -2.3300436563986993, 0.4404692168431095),
+    (2.7766085124882527, -2.070643152532662, 0.46302261050004967),
+    (1.9913142104341506, -1.373936700681269, 0.3875934979568538),
+    (1.8754637749479246, -1.2505152090010534, 0.37505152463617264),
+    (1.874999066623701, -1.2499981332141676, 0.37499906659046633),
+    (1.875, -1.25, 0.375),
+]
 
 
 class LoraMuon:
@@ -155,7 +176,10 @@ class LoraMuon:
         of_b, of_a = self.root(b.T @ b), self.root(a @ a.T)
         s = np.sqrt(1 - self.lr * self.decay)
         half = self.lr / 2 / s
-        return (s * a - half * of_b @ msign(of_b @ m_a, self.msign), s * b - half * msign(m_b @ of_a, self.msign) @ of_a)
+        return (
+            s * a - half * of_b @ msign(of_b @ m_a, self.msign),
+            s * b - half * msign(m_b @ of_a, self.msign) @ of_a,
+        )
 
 
 # --- LoRA-TSD -------------------------------------------------------------------------------------------------------
@@ -196,7 +220,13 @@ class LoraTsd:
 
 class AltLora:
     def __init__(self, lr, momentum=0.9, weight_decay=0.0, damping=1e-6, alternating=True):
-        self.lr, self.momentum, self.decay, self.damping, self.alternating = lr, momentum, weight_decay, damping, alternating
+        self.lr, self.momentum, self.decay, self.damping, self.alternating = (
+            lr,
+            momentum,
+            weight_decay,
+            damping,
+            alternating,
+        )
         self.m_a = self.m_b = None
         self.count = 0
 
@@ -243,17 +273,22 @@ def main():
     normal = lambda *shape: np.round(random.standard_normal(shape), 3)
     start = [(normal(rank, inner), normal(outer, rank) / 2) for inner, outer, rank in SHAPES]
     gradients = [[normal(outer, inner) for inner, outer, rank in SHAPES] for _ in range(STEPS)]
-    result = {"shapes": [{"a": [rank, inner], "b": [outer, rank]} for inner, outer, rank in SHAPES],
-              "start": [{"a": a.ravel().tolist(), "b": b.ravel().tolist()} for a, b in start],
-              "gradients": [[g.ravel().tolist() for g in step] for step in gradients], "cases": {}}
+    result = {
+        "shapes": [{"a": [rank, inner], "b": [outer, rank]} for inner, outer, rank in SHAPES],
+        "start": [{"a": a.ravel().tolist(), "b": b.ravel().tolist()} for a, b in start],
+        "gradients": [[g.ravel().tolist() for g in step] for step in gradients],
+        "cases": {},
+    }
     for name, make in CASES.items():
         pairs, optimizers = [(a, b.copy()) for a, b in start], [make() for _ in SHAPES]
         checkpoints = {"from_zero": name not in EXPANDING}
         if checkpoints["from_zero"]:
             pairs[-1][1][:] = 0
         for step in range(1, STEPS + 1):
-            pairs = [optimizer.step(a, b, b.T @ g, g @ a.T)
-                     for optimizer, (a, b), g in zip(optimizers, pairs, gradients[step - 1])]
+            pairs = [
+                optimizer.step(a, b, b.T @ g, g @ a.T)
+                for optimizer, (a, b), g in zip(optimizers, pairs, gradients[step - 1])
+            ]
             if step in CHECKPOINTS:
                 checkpoints[str(step)] = [{"a": a.ravel().tolist(), "b": b.ravel().tolist()} for a, b in pairs]
         result["cases"][name] = checkpoints

@@ -199,7 +199,8 @@ class LoraRite(torch.optim.Optimizer):
         balance: after each step scale A and B such that their norms agree, B A unchanged.
         maximize: ascend instead of descend.
         master_weights: keep a float copy of bfloat16 and half factors, so that steps below their resolution add up.
-        engine: "automatic", "device" (PyTorch's operators) or "host" (loops of our own, float factors on a CPU).
+        engine: "automatic", "device" (PyTorch's operators), "host" (loops of our own, float factors on a CPU) or "cuda"
+            (kernels of our own, where the package was built with them).
         capturable: a step that a CUDA graph can record.
         others: options of AdamW for the other parameters: lr, betas, eps, weight_decay, amsgrad, maximize. By default
             lr, weight_decay and maximize are those of the pairs, and the rest AdamW's.

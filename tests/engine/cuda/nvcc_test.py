@@ -1,6 +1,6 @@
 """Compiles Engine::Cuda's kernels for every architecture that is promised, and looks at what ptxas says of them.
 
-    nvcc_test.py ROOT OUT NVCC…    NVCC is a command, a launcher such as ccache in front of it
+nvcc_test.py ROOT OUT NVCC… # NVCC is a command, a launcher such as ccache in front of it
 """
 
 import re
@@ -10,11 +10,17 @@ from pathlib import Path
 
 ARCHITECTURES = ["80", "90", "120"]
 
-#Of each kernel : the most registers a thread, and the most bytes that are spilled.Two blocks of 256 threads, on whose
-#loads and sums a multiprocessor works in turn, have 128 registers each; at rank 64 there is one.
+# Of each kernel: the most registers a thread, and the most bytes that are spilled. Two blocks of 256 threads, on whose
+# loads and sums a multiprocessor works in turn, have 128 registers each; at rank 64 there is one.
 REGISTERS = 128
 REGISTERS_AT_64 = 168
-SPILLS = {"observe_tiles": 32, "apply_tiles": 32, "unmagnify_factors": 64, "decide_factors": 128, "remember_factors": 32}
+SPILLS = {
+    "observe_tiles": 32,
+    "apply_tiles": 32,
+    "unmagnify_factors": 64,
+    "decide_factors": 128,
+    "remember_factors": 32,
+}
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for.*?"
@@ -39,7 +45,7 @@ def check(architecture: str, said: str) -> list[str]:
             faults.append(f"{what}: {registers} registers")
         if spill > SPILLS[kernel["kernel"]]:
             faults.append(f"{what}: {spill} bytes spilled, expected at most {SPILLS[kernel['kernel']]}")
-#Five classes of ranks; one kernel of the five is compiled for two bases.
+    # Five classes of ranks; one kernel of the five is compiled for two bases.
     if kernels != 30:
         faults.append(f"sm_{architecture}: {kernels} kernels, expected 30")
     return faults
