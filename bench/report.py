@@ -254,14 +254,14 @@ def memory_of_others(results: list[dict]) -> str:
     others = [name for name in dict.fromkeys(r["contender"] for r in results) if name not in ("rite", "adamw")]
     if not others:
         return ""
-    rows = [["pairs × (in, out) × r"] + others]
+    rows = [["pairs × (in, out) × r", *others]]
     for case in dict.fromkeys(r["case"] for r in results):
         run = {r["contender"]: r for r in results if r["case"] == case}
         cells = []
         for name in others:
             state, peak = (run[name][which] / run[name]["factor_bytes"] for which in ("state_bytes", "peak_bytes"))
             cells.append(f"{state:.2f}, {peak:.2f}")
-        rows.append([words(case)] + cells)
+        rows.append([words(case), *cells])
     return "Of others that step pairs, ÷ the factors' bytes: the state, and the peak of a step.\n\n" + markdown(rows)
 
 

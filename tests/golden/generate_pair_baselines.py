@@ -1,11 +1,11 @@
 """Writes pair_baselines.json beside this file: what PoLora, LoraMuon, LoraTsd and AltLora do, by other means.
 
-Run by hand, with NumPy alone; the file is committed (NumPy 2.4 wrote it). No implementation of these that can be run as
-it is comes from a package registry, so this is a second one: one pair at a time, the weight's gradient and its projections
-as whole m × n matrices, and every polynomial applied to the singular values of an SVD instead of to matrices. What it
-has in common with the library are the papers' formulas and tables of coefficients. Beside it were run once, in float64
-and for 25 steps: the authors' AltLoRA (LucasXinYu/AltLoRA, without bias correction), a public LoRA-Muon
-(seruva19/mirai) and transcripts of public ports of PoLoRA and LoRA-TSD. They agreed to 2e-14, LoRA-TSD from
+Run by hand, with NumPy alone; the file is committed (NumPy 2.4 wrote it). No implementation of these that can be run
+as it is comes from a package registry, so this is a second one: one pair at a time, the weight's gradient and its
+projections as whole m × n matrices, and every polynomial applied to the singular values of an SVD instead of to
+matrices. What it has in common with the library are the papers' formulas and tables of coefficients. Beside it were
+run once, in float64 and for 25 steps: the authors' AltLoRA (LucasXinYu/AltLoRA, without bias correction), a public
+LoRA-Muon (seruva19/mirai) and transcripts of public ports of PoLoRA and LoRA-TSD. They agreed to 2e-14, LoRA-TSD from
 B = 0 to 2e-10.
 """
 

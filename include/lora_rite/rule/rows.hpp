@@ -73,7 +73,8 @@ LORA_RITE_FUNCTION auto norm_changed(const Number& known, const Number& now) {
 
 /// Do the weighted sums? |wᵀx| ≤ ‖w‖ ‖x‖ and ‖w‖ ≈ √n bound their round-off. `known_norm` is ‖x‖².
 template <class Number>
-LORA_RITE_FUNCTION auto weighted_sum_changed(const Number& known_norm, const Number& rows, const Number& known, const Number& now) {
+LORA_RITE_FUNCTION auto weighted_sum_changed(const Number& known_norm, const Number& rows, const Number& known,
+                                             const Number& now) {
   return at_least(now - known, known - now) > kSumRoundOff * square_root(known_norm * rows);
 }
 
