@@ -5,8 +5,8 @@ if(NOT LibTorch_HAS_CUDA)
     "with CUDA's libraries")
 endif()
 get_filename_component(_torch "${LibTorch_CONFIG_DIR}/../../.." ABSOLUTE)
-file(STRINGS "${_torch}/lib/libc10_cuda.so" _cudart REGEX "libcudart\\.so\\.[0-9]+" LIMIT_COUNT 1)
-string(REGEX MATCH "libcudart\\.so\\.([0-9]+)" _cudart "${_cudart}")
+file(STRINGS "${_torch}/lib/libc10_cuda.so" _cudart REGEX "libcudart[-0-9a-f]*\\.so\\.[0-9]+" LIMIT_COUNT 1)
+string(REGEX MATCH "libcudart[-0-9a-f]*\\.so\\.([0-9]+)" _cudart "${_cudart}") # -HASH in LibTorch's own archives
 set(_wanted "${CMAKE_MATCH_1}")
 
 include(CheckLanguage)
@@ -14,7 +14,7 @@ check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   message(FATAL_ERROR "LORA_RITE_BUILD_CUDA: no nvcc here, expected that of CUDA ${_wanted}, as LibTorch has it (CUDACXX names one)")
 endif()
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90) # cards with fast double precision: A100, H100, and what comes after them
 endif()
 enable_language(CUDA)
@@ -36,5 +36,7 @@ set_target_properties(lora_rite_cuda_kernels PROPERTIES POSITION_INDEPENDENT_COD
 add_library(lora_rite_cuda STATIC src/cuda/engine.cpp $<TARGET_OBJECTS:lora_rite_cuda_kernels>)
 add_library(lora_rite::cuda ALIAS lora_rite_cuda)
 set_target_properties(lora_rite_cuda PROPERTIES EXPORT_NAME cuda POSITION_INDEPENDENT_CODE ON)
-target_link_libraries(lora_rite_cuda PUBLIC lora_rite CUDA::cudart)
+# The static runtime: a shared one of another minor version could be found before LibTorch's own. Streams and memory are
+# common to all copies.
+target_link_libraries(lora_rite_cuda PUBLIC lora_rite CUDA::cudart_static)
 target_compile_definitions(lora_rite_cuda INTERFACE LORA_RITE_CUDA)

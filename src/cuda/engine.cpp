@@ -3,7 +3,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "kernels.hpp"
+#include "launches.hpp"
 #include "lora_rite/engine/cuda/cuda_group.hpp"
 #include "lora_rite/engine/cuda_engine.hpp"
 
@@ -21,7 +21,7 @@ const char* on(int device, const Launch& launch) {
 
 constexpr Kernels kGpuKernels = {
     /*on_gpu=*/true,
-    &gpu::refusal,
+    &gpu::takes,
     &gpu::spill,
     [](const Arguments& step, const AllPointers& pointers, int device) {
       return on(device, [&](gpu::Stream stream) { return gpu::observe(step, pointers, stream); });
@@ -36,7 +36,7 @@ constexpr Kernels kGpuKernels = {
       return on(device, [&](gpu::Stream stream) { return gpu::apply(step, pointers, stream); });
     },
     [](const Arguments& step, const AllPointers& pointers, int device) {
-      return on(device, [&](gpu::Stream stream) { return gpu::remember(step, pointers, device, stream); });
+      return on(device, [&](gpu::Stream stream) { return gpu::remember(step, pointers, stream); });
     },
 };
 

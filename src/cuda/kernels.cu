@@ -1,7 +1,7 @@
 // The kernels of Engine::Cuda for a GPU: blocks around the functions of engine/cuda, and their launches. No header of
 // LibTorch is included: nvcc compiles this by itself, for any of LibTorch's releases.
 
-#include "kernels.hpp"
+#include "launches.hpp"
 
 #include <cuda_runtime.h>
 
@@ -16,21 +16,19 @@
 namespace lora_rite::cuda {
 namespace {
 
-extern __shared__ double shared_memory[];
-
 /// Two blocks a multiprocessor, so that one loads while the other computes.
 template <int R>
 __global__ void __launch_bounds__(Tall<R>::kThreads, R <= 32 ? 2 : 1)
     observe_tiles(const __grid_constant__ Arguments step, const __grid_constant__ AllPointers pointers) {
   BlockTeam<Tall<R>::kThreads> team;
-  observe<R>(team, step, pointers, static_cast<int>(blockIdx.x), shared_memory);
+  observe<R>(team, step, pointers, static_cast<int>(blockIdx.x));
 }
 
 template <int R>
 __global__ void __launch_bounds__(Tall<R>::kThreads, R <= 32 ? 2 : 1)
     apply_tiles(const __grid_constant__ Arguments step, const __grid_constant__ AllPointers pointers) {
   BlockTeam<Tall<R>::kThreads> team;
-  apply<R>(team, step, pointers, static_cast<int>(blockIdx.x), shared_memory);
+  apply<R>(team, step, pointers, static_cast<int>(blockIdx.x));
 }
 
 template <int R>
@@ -42,7 +40,7 @@ __device__ void for_factors(const Set& set, int shared_matrices, const Function&
   BlockTeam<ActTwo<R>::kThreads> team;
   double* spill = set.spill + static_cast<int64_t>(blockIdx.x) * BlockPool<R>::global_size(shared_matrices);
   for (int factor = static_cast<int>(blockIdx.x); factor < set.factor_count; factor += static_cast<int>(gridDim.x)) {
-    BlockPool<R> pool(team, set.rank, shared_memory, shared_matrices, spill);
+    BlockPool<R> pool(team, set.rank, shared_matrices, spill);
     function(pool, factor);
   }
 }
@@ -63,12 +61,13 @@ __global__ void __launch_bounds__(ActTwo<R>::kThreads, 512 / ActTwo<R>::kThreads
                  [&](BlockPool<R>& pool, int factor) { decide(pool, step, pointers, factor); });
 }
 
+/// It makes no matrix, and needs no memory.
 template <int R>
 __global__ void __launch_bounds__(ActTwo<R>::kThreads, 512 / ActTwo<R>::kThreads)
-    remember_factors(const __grid_constant__ Arguments step, const __grid_constant__ AllPointers pointers,
-                     int shared_matrices) {
-  for_factors<R>(step.set, shared_matrices,
-                 [&](BlockPool<R>& pool, int factor) { remember(pool, step, pointers, factor); });
+    remember_factors(const __grid_constant__ Arguments step, const __grid_constant__ AllPointers pointers) {
+  BlockTeam<ActTwo<R>::kThreads> team;
+  BlockPool<R> pool(team, step.set.rank, 0, nullptr);
+  remember(pool, step, pointers, static_cast<int>(blockIdx.x));
 }
 
 /// f(constant of the smallest class of ranks that holds `rank`)
@@ -84,9 +83,12 @@ auto with_rank_class(int64_t rank, const Function& function) {
 /// What CUDA says, or null.
 const char* message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
+/// 0 if CUDA has no answer, whose error is forgotten.
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
+  if (cudaDeviceGetAttribute(&value, which, device) == cudaSuccess) return value;
+  cudaGetLastError();
+  return 0;
 }
 
 int64_t shared_bytes(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
@@ -112,7 +114,10 @@ const char* launch(Kernel kernel, int blocks, int threads, int64_t doubles, cuda
   // Above 48 KB a kernel must ask. It may do so again and again, also while a graph is recorded.
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return message_of(error);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // told here, and not once more by the next who asks
+    return message_of(error);
+  }
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), bytes, stream>>>(parameters...);
   return message_of(cudaGetLastError());
 }
@@ -141,15 +146,17 @@ const char* launch_factors(const Arguments& step, const AllPointers& pointers, i
 
 namespace gpu {
 
-const char* refusal(int device, int64_t rank) {
-  if (rank > 64) return "the rank is above 64";
-  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) return "its compute capability is below 8.0";
+bool takes(int device, int64_t rank) {
+  constexpr int kLargeParameters = 12010;  // CUDA 12.1: kernels with 32 KB of parameters
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver < kLargeParameters) return false;
   // All sums are double. Where those are 32 times as slow as float, ATen's operators are no worse.
-  if (attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, device) >= 32) return "its double precision is slow";
+  if (rank > 64 || attribute(cudaDevAttrComputeCapabilityMajor, device) < 8 ||
+      attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, device) >= 32)
+    return false;
   const int64_t needed = with_rank_class(
       rank, [](auto r) { return 8 * std::max<int64_t>(Tall<r()>::kShared, BlockPool<r()>::shared_size(0)); });
-  if (needed > shared_bytes(device)) return "its shared memory is too small";
-  return nullptr;
+  return needed <= shared_bytes(device);
 }
 
 int64_t spill(int device, int64_t rank, int64_t factors) {
@@ -178,8 +185,11 @@ const char* apply(const Arguments& step, const AllPointers& pointers, cudaStream
   return launch_tiles(step, pointers, stream, [](auto rank) { return &apply_tiles<rank()>; });
 }
 
-const char* remember(const Arguments& step, const AllPointers& pointers, int device, cudaStream_t stream) {
-  return launch_factors(step, pointers, device, stream, [](auto rank) { return &remember_factors<rank()>; });
+const char* remember(const Arguments& step, const AllPointers& pointers, cudaStream_t stream) {
+  return with_rank_class(step.set.rank, [&](auto rank) {
+    return launch(&remember_factors<rank()>, step.set.factor_count, ActTwo<rank()>::kThreads, 0, stream, step,
+                  pointers);
+  });
 }
 
 }  // namespace gpu

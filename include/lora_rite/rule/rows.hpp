@@ -13,7 +13,7 @@
 namespace lora_rite::rule {
 
 /// η of a side.
-inline double rate_of(Side side, const Hyperparameters& numbers) {
+LORA_RITE_FUNCTION inline double rate_of(Side side, const Hyperparameters& numbers) {
   return numbers.lr * (side == Side::A ? 1.0 : numbers.lr_ratio_b);
 }
 

@@ -30,7 +30,9 @@ struct Bench {
       : team(seed),
         shared(PoolType::shared_size(shared_matrices), std::numeric_limits<double>::quiet_NaN()),
         global(PoolType::global_size(shared_matrices), std::numeric_limits<double>::quiet_NaN()),
-        pool(team, rank, shared.data(), shared_matrices, global.data()) {}
+        pool(team, rank, shared_matrices, global.data()) {
+    team.share(shared.data());
+  }
 
   Matrix<PoolType> matrix(const Eigen::MatrixXd& x) {
     return matrix_of(pool, [&](int i, int j) { return x(i, j); });
@@ -88,6 +90,12 @@ std::vector<Eigen::MatrixXd> spectra(int rank) {
   Eigen::MatrixXd diagonal = Eigen::VectorXd::LinSpaced(rank, 1, 3).asDiagonal();
   diagonal(0, rank - 1) = diagonal(rank - 1, 0) = 1e-9;
   result.push_back(diagonal);
+  if (rank == 4) {  // a block whose squares are next to nothing
+    Eigen::MatrixXd apart = Eigen::MatrixXd::Zero(4, 4);
+    apart.topLeftCorner(2, 2) << 2, 0.3, 0.3, 2;
+    apart.bottomRightCorner(2, 2) << 1.5e-158, 0.7e-158, 0.7e-158, 1.5e-158;
+    result.push_back(apart);
+  }
   result.push_back(Eigen::MatrixXd::Zero(rank, rank));
   return result;
 }

@@ -292,9 +292,9 @@ TEST(CudaEngineTest, AResumedRunIsTheRunThatWentOn) {
 TEST(CudaEngineTest, StatesGoFromEngineToEngine) {
   const Emulation emulation;
   torch::manual_seed(57);
-  const std::vector<FactorPair> pairs = {random_pair("0", 8, 600, 90, torch::kFloat)};
+  const std::vector<FactorPair> pairs = {random_pair("0", 8, 1200, 90, torch::kFloat)};
   const auto other = clone_pairs(pairs);
-  const auto options = [](Engine engine) { return LoraRiteOptions(1e-2).engine(engine); };
+  const auto options = [](Engine engine) { return LoraRiteOptions(0.3).engine(engine); };
   LoraRite<> on_device(pairs, options(Engine::Device));
   LoraRite<> changing(other, options(Engine::Host));
   run_steps(on_device, pairs, 0, 3);
@@ -358,6 +358,76 @@ TEST(CudaEngineTest, NoticesEdits) {
     run_steps(on_device, other, 3, 5);
     EXPECT_LT(distance(pairs, other), 1e-6);
   }
+}
+
+/// A pair that rests in the first step after a load has the state that was loaded, and not what memory held.
+TEST(CudaEngineTest, APairMayRestInTheFirstStepAfterALoad) {
+  const Emulation emulation;
+  torch::manual_seed(65);
+  const std::vector<FactorPair> pairs = {random_pair("0", 8, 90, 70, torch::kFloat),
+                                         random_pair("1", 8, 90, 70, torch::kFloat)};
+  const auto options = LoraRiteOptions(3e-2).engine(Engine::Cuda).betas({0.9, 0.5});
+  LoraRite<> optimizer(pairs, options);
+  run_steps(optimizer, pairs, 0, 3);
+  const auto other = clone_pairs(pairs);
+  const std::string bytes = saved_bytes(optimizer);
+  const auto go_on = [](LoraRite<>& of, const std::vector<FactorPair>& its) {
+    set_gradients(its, 31);
+    for (const Side side : kSides) torch::Tensor(its[1].factor(side)).mutable_grad() = torch::Tensor();
+    of.step();
+    run_steps(of, its, 5, 8);
+  };
+  go_on(optimizer, pairs);
+  // The memory of the second optimizer holds what another run left there.
+  LoraRite<> resumed(other, options);
+  const auto start = clone_pairs(other);
+  run_steps(resumed, other, 10, 14);
+  {
+    torch::NoGradGuard no_grad;
+    for (size_t i = 0; i < other.size(); ++i)
+      for (const Side side : kSides) torch::Tensor(other[i].factor(side)).copy_(start[i].factor(side));
+  }
+  load_bytes(resumed, bytes);
+  go_on(resumed, other);
+  EXPECT_TRUE(equal_factors(pairs, other));
+}
+
+/// The bound on one factor's change is about its own faint directions, which its partner's option must not hide.
+TEST(CudaEngineTest, MasterCopiesCountForAFrozenPartner) {
+  const Emulation emulation;
+  torch::manual_seed(66);
+  const std::vector<FactorPair> pairs = {random_pair("0", 8, 70, 60, torch::kBFloat16)};
+  {
+    torch::NoGradGuard no_grad;
+    pairs[0].b.select(1, 0).mul_(1e-3);
+  }
+  const auto other = clone_pairs(pairs);
+  const auto options = LoraRiteOptions(1e-2).master_weights(true).max_relative_change(0.05);
+  LoraRite<> on_cuda(pairs, LoraRiteOptions(options).engine(Engine::Cuda));
+  LoraRite<> on_device(other, LoraRiteOptions(options).engine(Engine::Device));
+  for (int64_t step = 0; step < 4; ++step) {
+    set_gradients(pairs, 40 + static_cast<uint64_t>(step)), set_gradients(other, 40 + static_cast<uint64_t>(step));
+    drop_gradients({&pairs, &other}, [](size_t, Side side) { return side == Side::B; });
+    on_cuda.step(), on_device.step();
+  }
+  EXPECT_LT(distance(pairs, other), 1e-3);
+}
+
+/// An infinity in a factor that has no momentum yet, of a dtype whose sums are held at its largest number.
+TEST(CudaEngineTest, AnInfiniteFactorIsNoticed) {
+  const Emulation emulation;
+  const std::vector<FactorPair> pairs = {random_pair("0", 4, 20, 30, torch::kHalf)};
+  LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).engine(Engine::Cuda));
+  {
+    torch::NoGradGuard no_grad;
+    pairs[0].a.view(-1)[3] = INFINITY;
+  }
+  set_gradients(pairs, 1);
+  drop_gradients({&pairs}, [](size_t, Side side) { return side == Side::B; });
+  const auto before = clone_pairs(pairs);
+  optimizer.step();
+  EXPECT_EQ(optimizer.skipped_steps(), 1);
+  EXPECT_TRUE(torch::equal(before[0].b, pairs[0].b));
 }
 
 /// What is forgotten of a pair is forgotten of its tiles, too, though its factors are as they were.

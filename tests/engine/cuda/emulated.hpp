@@ -42,13 +42,14 @@ inline std::vector<double> poisoned(int64_t size) {
   return std::vector<double>(static_cast<size_t>(size), std::numeric_limits<double>::quiet_NaN());
 }
 
-/// f(team, tile, shared memory) for every tile.
+/// f(rank class, team, tile) for every tile.
 template <class Function>
 void for_tiles(const Set& set, const Function& function) {
   with_rank_class(set.rank, [&](auto rank) {
     run_blocks(set.tile_count, [&](HostTeam& team, int tile) {
       std::vector<double> shared = poisoned(Tall<rank()>::kShared);
-      function(rank, team, tile, shared.data());
+      team.share(shared.data());
+      function(rank, team, tile);
     });
   });
 }
@@ -74,7 +75,8 @@ int64_t for_factors(const Set& set, const Function& function) {
     run_blocks(set.factor_count, [&](HostTeam& team, int factor) {
       std::vector<double> shared = poisoned(PoolType::shared_size(kSharedMatrices));
       std::vector<double> global = poisoned(PoolType::global_size(kSharedMatrices));
-      PoolType pool(team, set.rank, shared.data(), kSharedMatrices, global.data());
+      team.share(shared.data());
+      PoolType pool(team, set.rank, kSharedMatrices, global.data());
       function(pool, factor);
       peak = std::max(peak, pool.matrices.peak());
       most = std::max(most, team.barriers());
@@ -85,12 +87,10 @@ int64_t for_factors(const Set& set, const Function& function) {
 
 inline constexpr Kernels kEmulated = {
     /*on_gpu=*/false,
-    [](int, int64_t rank) -> const char* { return rank <= 64 ? nullptr : "its rank is above 64"; },
+    [](int, int64_t rank) { return rank <= 64; },
     [](int, int64_t, int64_t) -> int64_t { return 0; },
     [](const Arguments& step, const AllPointers& pointers, int) -> const char* {
-      for_tiles(step.set, [&](auto rank, HostTeam& team, int tile, double* shared) {
-        observe<rank()>(team, step, pointers, tile, shared);
-      });
+      for_tiles(step.set, [&](auto rank, HostTeam& team, int tile) { observe<rank()>(team, step, pointers, tile); });
       return nullptr;
     },
     [](const Arguments& step, const AllPointers& pointers, int) -> const char* {
@@ -108,9 +108,7 @@ inline constexpr Kernels kEmulated = {
       return nullptr;
     },
     [](const Arguments& step, const AllPointers& pointers, int) -> const char* {
-      for_tiles(step.set, [&](auto rank, HostTeam& team, int tile, double* shared) {
-        apply<rank()>(team, step, pointers, tile, shared);
-      });
+      for_tiles(step.set, [&](auto rank, HostTeam& team, int tile) { apply<rank()>(team, step, pointers, tile); });
       return nullptr;
     },
     [](const Arguments& step, const AllPointers& pointers, int) -> const char* {

@@ -32,6 +32,9 @@ class HostTeam {
     }
   }
 
+  double* shared() const { return shared_; }
+  void share(double* memory) { shared_ = memory; }
+
   int64_t barriers() const { return barriers_; }
 
   /// A number for the order of blocks, too.
@@ -42,6 +45,7 @@ class HostTeam {
 
  private:
   uint64_t random_;
+  double* shared_ = nullptr;
   int64_t barriers_ = 0;
 };
 

@@ -19,16 +19,16 @@ struct Factor {
   int64_t rows;        ///< n
   int32_t first_tile;  ///< of this factor among all tiles
   int32_t tiles;
-  bool rank_first;  ///< element (i, j) at j·n + i (as in A), else at i·r + j
-  float* momentum;  ///< N, null before the first gradient
-  float* master;    ///< float copy of half-type factors, null if not wanted
+  int64_t rank_first;  ///< 1: element (i, j) at j·n + i (as in A), 0: at i·r + j
+  float* momentum;     ///< N, null before the first gradient
+  float* master;       ///< float copy of half-type factors, null if not wanted
   double *second_moment, *inverse_root, *escaped_mass, *step;
   double *previous_scale, *previous_rate;
   double *squared_sums, *weighted_sums;  ///< `PairState::column_sums` [r] each
   double *unmagnified_norm, *clip_factor;
 
   LORA_RITE_FUNCTION int64_t offset(int64_t row, int64_t column, int64_t rank) const {
-    return rank_first ? column * rows + row : row * rank + column;
+    return rank_first != 0 ? column * rows + row : row * rank + column;
   }
 };
 
@@ -57,6 +57,7 @@ struct Decided {
 struct Set {
   int32_t factor_count, tile_count, rank;
   Dtype dtype;
+  double factor_epsilon;  ///< of what is stepped: with master copies a half factor is known to float precision
   const Factor* factors;
   const int32_t* factor_of_tile;
   // Of each tile: XᵀX, XᵀN and column sums of what is stored, kept from step to step; GᵀG within a step.
@@ -90,10 +91,13 @@ struct Arguments {
   rule::Hyperparameters numbers;
   bool qr_basis;
   bool sums_unknown;          ///< the first step, or the first after a load: nothing is known of the tiles
-  const double* rates;        ///< η of A and of B
+  const double* rates;        ///< η of A and of B, on the device; null: those of `numbers`
   const double* clip_factor;  ///< c; unread before `decide`
   const bool* step_allowed;   ///< unread before `unmagnify`
   Alone alone;                ///< its pointers are null where others have a say
 };
+
+static_assert(kMostFactors % 2 == 0, "a pair is not divided");
+static_assert(sizeof(Arguments) + sizeof(AllPointers) + sizeof(int) <= 32764, "what a kernel takes of parameters");
 
 }  // namespace lora_rite::cuda

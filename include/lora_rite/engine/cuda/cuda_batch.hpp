@@ -33,7 +33,7 @@ class CudaBatch final : public device::DeviceBatch {
              factor.numel() > 0;
     };
     return rank_is_last && fits(pair.a) && fits(pair.b) &&
-           kernels.refusal(pair.a.get_device(), pair.a.size(0)) == nullptr;
+           kernels.takes(static_cast<int>(pair.a.get_device()), pair.a.size(0));
   }
 
   /// The kernels' name for its dtype.
@@ -102,7 +102,7 @@ class CudaBatch final : public device::DeviceBatch {
         };
         Factor factor = {};
         factor.rows = rows_of(side);
-        factor.rank_first = side == Side::A;
+        factor.rank_first = side == Side::A ? 1 : 0;
         factor.momentum = floats(state.momentum[side]);
         factor.master = floats(state.master[side]);
         factor.second_moment = doubles(state.moments.second_moment, number, square);

@@ -28,14 +28,16 @@ class Table {
  public:
   /// Returns whether they had changed.
   bool upload(const std::vector<T>& rows, at::Device device) {
-    static_assert(std::is_trivially_copyable_v<T>);
+    static_assert(std::has_unique_object_representations_v<T>, "compared by bytes");
     const size_t bytes = rows.size() * sizeof(T);
     if (bytes == known_.size() && std::memcmp(rows.data(), known_.data(), bytes) == 0) return false;
     const auto* begin = reinterpret_cast<const char*>(rows.data());
-    known_.assign(begin, begin + bytes);
-    const at::Tensor fresh = at::from_blob(known_.data(), {static_cast<int64_t>(bytes)}, at::kByte);
+    std::vector<char> copy(begin, begin + bytes);
+    known_.clear();  // should the copy fail
+    const at::Tensor fresh = at::from_blob(copy.data(), {static_cast<int64_t>(bytes)}, at::kByte);
     if (!tensor_.defined()) tensor_ = at::empty(fresh.sizes(), fresh.options().device(device));
     tensor_.copy_(fresh);
+    known_ = std::move(copy);
     return true;
   }
   const T* data() const { return static_cast<const T*>(tensor_.const_data_ptr()); }
@@ -82,7 +84,7 @@ class CudaGroup final : public engine::BatchGroup {
   at::Device device() const override { return batches_[0]->device(); }
 
   void upload_rates(const LoraRiteOptions& options) override {
-    rates_.upload({options.lr(), options.lr() * options.lr_ratio_b()}, device());
+    rates_.upload(rates_of(options), device());
     others_.upload_rates(options);
   }
 
@@ -118,6 +120,10 @@ class CudaGroup final : public engine::BatchGroup {
     Table<int32_t> tiles;
     Table<Factor> factors;
   };
+
+  static std::vector<double> rates_of(const LoraRiteOptions& options) {
+    return {options.lr(), options.lr() * options.lr_ratio_b()};
+  }
 
   /// These options are Engine::Device's.
   static bool needs_other_engine(const LoraRiteOptions& options) {
@@ -198,12 +204,14 @@ class CudaGroup final : public engine::BatchGroup {
         begin = factors.size();
         if (batch->take_restored()) group_->sums_known_ = false;
       }
-      lay_out(factors);
+      lay_out(factors, options.master_weights());
       return true;
     }
 
     void observe(const LoraRiteOptions& options) {
       numbers_ = hyperparameters(options);
+      if (options.capturable()) group_->rates_.upload(rates_of(options), group_->device());
+      rates_ = options.capturable() ? group_->rates_.tensor() : at::Tensor();
       sums_unknown_ = !group_->sums_known_;
       group_->sums_known_ = false;  // should anything go wrong
       launch(group_->kernels_.observe);
@@ -218,10 +226,9 @@ class CudaGroup final : public engine::BatchGroup {
       return decided_.select(1, 0).view({-1, 2}).sum(1);
     }
 
-    std::unique_ptr<engine::Plan> plan(const LoraRiteOptions& options, const at::Tensor& clip_factor,
+    std::unique_ptr<engine::Plan> plan(const LoraRiteOptions& /*options*/, const at::Tensor& clip_factor,
                                        const at::Tensor& /*step_allowed*/) override {
       clip_factor_ = clip_factor;
-      group_->upload_rates(options);
       launch(group_->kernels_.decide);
       return std::make_unique<Planned>(std::make_unique<Observed>(std::move(*this)));
     }
@@ -235,7 +242,6 @@ class CudaGroup final : public engine::BatchGroup {
                 static_cast<int32_t>(finite_.numel()), static_cast<int32_t>(decided_.size(0)),
                 options.clip_unmagnified_norm(),       reinterpret_cast<bool*>(verdict_.mutable_data_ptr<double>() + 1),
                 verdict_.mutable_data_ptr<double>(),   skipped.mutable_data_ptr<int64_t>()};
-      group_->upload_rates(options);
       launch(group_->kernels_.unmagnify);
       launch(group_->kernels_.decide);
     }
@@ -254,7 +260,7 @@ class CudaGroup final : public engine::BatchGroup {
 
    private:
     /// The memory of this step, and the tables of what is remembered.
-    void lay_out(std::vector<Factor>& factors) {
+    void lay_out(std::vector<Factor>& factors, bool master_weights) {
       Arena arena;
       sets_.reserve(group_->parts_.size());  // the arena writes to them
       const int64_t total = static_cast<int64_t>(factors.size());
@@ -276,6 +282,7 @@ class CudaGroup final : public engine::BatchGroup {
         }
         part.tiles.upload(part.factor_of_tile, group_->device());
         if (part.factors.upload(own, group_->device())) group_->sums_known_ = false;
+        set.factor_epsilon = epsilon_of(master_weights ? Dtype::Float : set.dtype);
         set.factor_of_tile = part.tiles.data();
         set.factors = part.factors.data();
         set.tile_finite = std::exchange(finite, finite + set.tile_count);
@@ -303,7 +310,7 @@ class CudaGroup final : public engine::BatchGroup {
                                 numbers_,
                                 std::is_same_v<Basis, QrBasis>,
                                 sums_unknown_,
-                                doubles(group_->rates_.tensor(), nullptr),
+                                doubles(rates_, nullptr),
                                 doubles(clip_factor_, alone_.clip_factor),
                                 allowed,
                                 alone_};
@@ -323,7 +330,7 @@ class CudaGroup final : public engine::BatchGroup {
     at::Tensor work_, finite_, decided_;
     rule::Hyperparameters numbers_;
     bool sums_unknown_ = false;
-    at::Tensor step_allowed_, clip_factor_;
+    at::Tensor rates_, step_allowed_, clip_factor_;
     at::Tensor verdict_;  ///< c, and behind it whether the step is allowed
     Alone alone_ = {};
   };
@@ -336,7 +343,7 @@ class CudaGroup final : public engine::BatchGroup {
   std::vector<int32_t> first_tiles_;  ///< of each factor, within its part
   at::Tensor sums_;                   ///< of the tiles, kept from step to step
   bool sums_known_ = false;
-  engine::DeviceNumbers rates_;  ///< of A and B [2]
+  engine::DeviceNumbers rates_;  ///< of A and B [2], for a recorded step
 };
 
 template <class Basis, const Kernels& kernels>

@@ -58,23 +58,18 @@ LORA_RITE_FUNCTION void store(const Matrix<Pool>& matrix, double* to) {
   pool.for_elements([&](int i, int j) { to[i * pool.rank() + j] = matrix.at(i, j); });
 }
 
-/// With a master copy a half factor is known to float precision.
-LORA_RITE_FUNCTION inline double factor_epsilon(const Set& set, const Factor& factor) {
-  return factor.master != nullptr ? epsilon_of(Dtype::Float) : epsilon_of(set.dtype);
-}
-
 }  // namespace detail
 
 /// `rule::Eigenvalues` that does not ask twice: the eigenvalues of V were found one step ago, when its root was taken.
-/// The run for eigenvalues alone does the same arithmetic, so a run that is resumed gets the same bits.
+/// What is not remembered is found by the same function, so a run that is resumed gets the same bits.
 template <class Pool>
 struct RememberedEigenvalues {
   const double* known;  ///< of V, ascending; the first is NaN if they are unknown
   double* found;        ///< of the next V
 
   LORA_RITE_FUNCTION Number escaping_mass(const Matrix<Pool>& second_moment, const Matrix<Pool>& transported) const {
-    if (!is_finite(known[0])) return rule::Eigenvalues::escaping_mass(second_moment, transported);
-    const Values<Pool> values = values_of(second_moment.pool(), [&](int i) { return known[i]; });
+    const Values<Pool> values = is_finite(known[0]) ? values_of(second_moment.pool(), [&](int i) { return known[i]; })
+                                                    : ascending(eigh(second_moment).values);
     return rule::Eigenvalues::escaping_mass(values, second_moment, transported);
   }
   LORA_RITE_FUNCTION Matrix<Pool> preconditioner(const Matrix<Pool>& second_moment, const Number& escaped_mass,
@@ -134,7 +129,7 @@ LORA_RITE_FUNCTION void unmagnify(Pool& pool, const Arguments& step, const AllPo
                                  ? detail::sum_of_tiles(pool, factor, set.tile_gradient_gram)
                                  : matrix_of(pool, [](int, int) { return 0.0; });
   statistics.steps = *partner.step;
-  const rule::Unmagnified<M> found = rule::unmagnify<Basis>(std::move(statistics), detail::factor_epsilon(set, factor));
+  const rule::Unmagnified<M> found = rule::unmagnify<Basis>(std::move(statistics), set.factor_epsilon);
   detail::store(found.inverse_root, set.inverse_root + number * square);
   detail::store(found.change, set.change + number * square);
   detail::store(found.magnified_gram, set.gradient_gram + number * square);
@@ -161,7 +156,9 @@ LORA_RITE_FUNCTION void decide(Pool& pool, const Arguments& step, const AllPoint
   }
   if (!verdict.allowed || !pointers.moves(number)) return;
   const bool has_gradient = pointers.at[number].gradient != nullptr;
-  const double rows = static_cast<double>(factor.rows), side_rate = step.rates[number & 1];
+  const Side side = number % 2 == 0 ? Side::A : Side::B;
+  const double side_rate = step.rates != nullptr ? step.rates[number % 2] : rule::rate_of(side, step.numbers);
+  const double rows = static_cast<double>(factor.rows);
   const rule::Moments<M> old = {M(pool, factor.second_moment), *factor.escaped_mass, M(pool, factor.inverse_root),
                                 *factor.step};
   const M root(pool, set.inverse_root + number * square);
@@ -234,7 +231,7 @@ LORA_RITE_FUNCTION void remember(Pool& pool, const Arguments& step, const AllPoi
   });
 }
 
-/// Threads and shared memory of act 2 at a rank.
+/// Threads of act 2 at a rank.
 template <int R>
 struct ActTwo {
   static constexpr int kThreads = R <= 8 ? 64 : R == 16 ? 128 : 256;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "lora_rite/engine/cuda/number.hpp"
 #include "lora_rite/engine/cuda/pool.hpp"
 #include "lora_rite/rule/vocabulary.hpp"
 
@@ -38,8 +39,8 @@ LORA_RITE_FUNCTION inline Angle angle_of(double app, double apq, double aqq) {
   constexpr double negligible = 1e-20;  // beside the largest element, which is about 1
   if (!(std::fabs(apq) > negligible)) return {1.0, 0.0};
   const double d = aqq - app;
-  const double h = 1 / std::sqrt(d * d + 4 * apq * apq);
-  const double squared = 0.5 + 0.5 * std::fabs(d) * h, inverse = 1 / std::sqrt(squared);
+  const double h = reciprocal_root(d * d + 4 * apq * apq);
+  const double squared = 0.5 + 0.5 * std::fabs(d) * h, inverse = reciprocal_root(squared);
   return {squared * inverse, (d < 0 ? -apq : apq) * h * inverse};
 }
 
@@ -61,7 +62,8 @@ LORA_RITE_OUT_OF_LINE LORA_RITE_FUNCTION void householder(Pool& pool, double* r,
     for (int i = k + 1; i < rank; ++i) rest += v[i] * v[i];
     const double head = v[k], norm = std::sqrt(head * head + rest);
     const double first = head < 0 ? head - norm : head + norm;
-    const double beta = rest == 0 ? 0.0 : 2 / (first * first + rest);
+    // What is so small beside the matrix, which was scaled to 1, is nothing, and its reciprocal would be infinite.
+    const double beta = rest > 1e-280 ? 2 / (first * first + rest) : 0.0;
     const auto element = [&](int i) { return i == k ? first : v[i]; };
     pool.for_each(2 * rank, [&](int e) {
       const int i = e < rank ? e : e - rank;

@@ -11,8 +11,8 @@ namespace lora_rite::cuda {
 /// null, or what CUDA has to say against it. `src/cuda` has those of a GPU.
 struct Kernels {
   bool on_gpu;  ///< for tensors on CUDA devices; else on the CPU, as the tests run them
-  /// Why factors of this rank cannot be stepped on this device; null: they can.
-  const char* (*refusal)(int device, int64_t rank);
+  /// Can factors of this rank be stepped on this device?
+  bool (*takes)(int device, int64_t rank);
   /// Doubles that act 2 needs as `Set::spill`.
   int64_t (*spill)(int device, int64_t rank, int64_t factors);
   const char* (*observe)(const Arguments&, const AllPointers&, int device);

@@ -9,6 +9,15 @@ namespace lora_rite::cuda {
 /// Neither NaN nor infinite.
 LORA_RITE_FUNCTION inline bool is_finite(double x) { return x - x == 0; }
 
+/// x^{-1/2}, which a GPU has an instruction to begin with.
+LORA_RITE_FUNCTION inline double reciprocal_root(double x) {
+#ifdef __CUDA_ARCH__
+  return ::rsqrt(x);
+#else
+  return 1 / std::sqrt(x);
+#endif
+}
+
 /// A double for the rule: argument-dependent lookup finds `choose`, `at_least` and the like of this namespace for it.
 /// All threads of a team have the same.
 struct Number {
@@ -33,7 +42,7 @@ LORA_RITE_FUNCTION inline Number operator>(Number a, double b) { return {a.value
 
 LORA_RITE_FUNCTION inline Number sqrt(Number x) { return {std::sqrt(x.value)}; }
 LORA_RITE_FUNCTION inline Number square_root(Number x) { return sqrt(x); }
-LORA_RITE_FUNCTION inline Number rsqrt(Number x) { return {1.0 / std::sqrt(x.value)}; }
+LORA_RITE_FUNCTION inline Number rsqrt(Number x) { return {reciprocal_root(x.value)}; }
 LORA_RITE_FUNCTION inline Number reciprocal(Number x) { return {1.0 / x.value}; }
 LORA_RITE_FUNCTION inline Number pow(double x, Number y) { return {std::pow(x, y.value)}; }
 LORA_RITE_FUNCTION inline Number pow(Number x, double y) { return {std::pow(x.value, y)}; }

@@ -79,9 +79,9 @@ class Pool {
   /// Doubles in global memory for the others.
   LORA_RITE_FUNCTION static constexpr int global_size(int matrices) { return (kMatrices - matrices) * kMatrix; }
 
-  /// `rank` is r. `shared` has shared_size(shared_matrices) doubles, `global` global_size(shared_matrices).
-  LORA_RITE_FUNCTION Pool(Team& team, int rank, double* shared, int shared_matrices, double* global)
-      : team_(team), rank_(rank), shared_(shared), global_(global), shared_matrices_(shared_matrices) {}
+  /// `rank` is r. team.shared() has shared_size(shared_matrices) doubles, `global` global_size(shared_matrices).
+  LORA_RITE_FUNCTION Pool(Team& team, int rank, int shared_matrices, double* global)
+      : team_(team), rank_(rank), global_(global), shared_matrices_(shared_matrices) {}
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
@@ -103,8 +103,8 @@ class Pool {
     });
   }
 
-  LORA_RITE_FUNCTION double* vector(int slot) const { return shared_ + slot * R; }
-  LORA_RITE_FUNCTION double* work(int which) const { return shared_ + kVectors * R + which * kMatrix; }
+  LORA_RITE_FUNCTION double* vector(int slot) const { return team_.shared() + slot * R; }
+  LORA_RITE_FUNCTION double* work(int which) const { return team_.shared() + kVectors * R + which * kMatrix; }
   LORA_RITE_FUNCTION double* matrix(int slot) const {
     return slot < shared_matrices_ ? work(kWork + slot) : global_ + (slot - shared_matrices_) * kMatrix;
   }
@@ -114,7 +114,6 @@ class Pool {
  private:
   Team& team_;
   int rank_;
-  double* shared_;
   double* global_;
   int shared_matrices_;
 };

@@ -6,6 +6,7 @@
 ///
 ///     team.for_each(n, f)                f(0) … f(n−1), shared out over the threads; then a barrier
 ///     Team::PerThread<T, n> x; x[i]      a T for each index of loops up to n, which lives from one loop to the next
+///     team.shared()                      memory that all threads share, of doubles
 ///
 /// Within a loop an index may only write what no other index of it reads or writes. What stands outside of the loops is
 /// done by every thread for itself and must be the same in all: it depends on arguments, and on memory that was written
@@ -29,6 +30,13 @@ class BlockTeam {
     T value{};
     __device__ T& operator[](int) { return value; }
   };
+
+  /// The launch says how much. By the symbol itself, for of a pointer that was stored the compiler forgets that it is
+  /// shared memory, and loads take longer.
+  __device__ static double* shared() {
+    extern __shared__ double shared_memory[];
+    return shared_memory;
+  }
 
   template <class Function>
   __device__ void for_each(int count, const Function& function) {

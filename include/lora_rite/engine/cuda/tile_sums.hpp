@@ -18,8 +18,9 @@ struct Tall {
   static constexpr int kPartial = 17;  ///< doubles for a thread's 16 sums, which then share no memory bank
   static constexpr int kStages = 3 * kStage > kThreads* kPartial ? 3 * kStage : kThreads* kPartial;
   static constexpr int kMaps = 2 * R * R;
+  static constexpr int kWeights = kStages + kMaps;  ///< where the rows' weights begin
   /// Doubles of shared memory: sums are put together where rows were staged.
-  static constexpr int kShared = kStages + kMaps;
+  static constexpr int kShared = kWeights + kTileRows;
 };
 
 /// The rows of a tile, from begin up to end.
@@ -31,13 +32,19 @@ LORA_RITE_FUNCTION inline Rows rows_of(const Factor& factor, int tile) {
   return {begin, begin + kTileRows < factor.rows ? begin + kTileRows : factor.rows};
 }
 
+/// `rule::column_weight` of a tile's rows, from row `begin` on.
+template <int R, class Team>
+LORA_RITE_FUNCTION void weigh_rows(Team& team, int64_t begin, double* weights) {
+  team.for_each(kTileRows, [&](int i) { weights[i] = rule::column_weight(begin + i); });
+}
+
 /// f(index) of the elements of rows from `first` on → to[i, j], zero where the tile or the rank ends. Consecutive
 /// threads read what lies together.
 template <int R, class Team, class Function>
 LORA_RITE_FUNCTION void stage(Team& team, const Factor& factor, int64_t first, int rank, double* to,
                               const Function& function) {
   using T = Tall<R>;
-  const bool rank_first = factor.rank_first;
+  const bool rank_first = factor.rank_first != 0;
   const int64_t left = factor.rows - first;
   team.for_each(T::kRows * R, [&](int e) {
     const int i = rank_first ? e % T::kRows : e / R, j = rank_first ? e / T::kRows : e % R;
@@ -112,13 +119,15 @@ class ColumnSums {
   static constexpr int kUnits = R * kGroups;
 
  public:
-  LORA_RITE_FUNCTION void add(Team& team, const double* x, int64_t first, Dtype dtype) {
+  /// `weights` are those of the staged rows, `stored` what an element is in memory.
+  template <class Function>
+  LORA_RITE_FUNCTION void add(Team& team, const double* x, const double* weights, const Function& stored) {
     team.for_each(kUnits, [&](int unit) {
       Both& sum = sums_[unit];
       for (int row = unit / R; row < T::kRows; row += kGroups) {
-        const double stored = rounded(x[row * T::kStride + unit % R], dtype);
-        sum.squares += stored * stored;
-        sum.weighted += rule::column_weight(first + row) * stored;
+        const double element = stored(x[row * T::kStride + unit % R]);
+        sum.squares += element * element;
+        sum.weighted += weights[row] * element;
       }
     });
   }
@@ -158,19 +167,22 @@ struct Stepped {
 /// XᵀX, XᵀN and the column sums of one tile as it lies in memory. The pass that moves the rows and the look for edits
 /// call this alike, so the same values give the same bits.
 template <int R, class Team>
-LORA_RITE_FUNCTION void sum_tile(Team& team, const Set& set, const Factor& factor, const Stepped& x, int tile,
-                                 double* shared) {
+LORA_RITE_FUNCTION void sum_tile(Team& team, const Set& set, const Factor& factor, const Stepped& x, int tile) {
   using T = Tall<R>;
+  double* const shared = team.shared();
   const int rank = set.rank;
   const auto [begin, end] = rows_of(factor, tile);
   ProductSum<R, Team, true> gram;
   ProductSum<R, Team, false> cross;
   ColumnSums<R, Team> columns;
-  double *of_x = shared, *of_n = shared + T::kStage;
+  double *of_x = shared, *of_n = shared + T::kStage, *weights = shared + T::kWeights;
+  const bool is_rounded = factor.master != nullptr;
+  weigh_rows<R>(team, begin, weights);
   for (int64_t first = begin; first < end; first += T::kRows) {
     stage<R>(team, factor, first, rank, of_x, [&](int64_t index) { return x.load(index); });
     gram.add(team, of_x, of_x);
-    columns.add(team, of_x, first, set.dtype);
+    columns.add(team, of_x, weights + (first - begin),
+                [&](double e) { return is_rounded ? rounded(e, set.dtype) : e; });
     if (factor.momentum == nullptr) continue;
     stage<R>(team, factor, first, rank, of_n,
              [&](int64_t index) { return static_cast<double>(factor.momentum[index]); });
