@@ -4,7 +4,7 @@
     prepare_tasks.py hellaswag hellaswag_val.jsonl --model MODEL --out val.jsonl --for evaluate
 
 Forms: super_ni and alpaca (instructions), hellaswag, arc, openbookqa, boolq, piqa, winogrande (choices), gsm8k (a
-number to find). docs/finetune.md has the prompt of each and what the file looks like. With `--for train` a question
+number to find). docs/tasks.md has the prompt of each and what the file looks like. With `--for train` a question
 with choices becomes its prompt and the right choice.
 
 A prompt and its continuation are encoded together and cut where the encoded prompt ends. A prompt that is too long

@@ -27,7 +27,7 @@ from whole_file import whole_file
 
 HERE = pathlib.Path(__file__).resolve().parent
 
-# --- Settings. Where each comes from is said in docs/finetune.md.
+# --- Settings. Where each comes from is said in docs/reproducing.md.
 
 
 @dataclasses.dataclass(frozen=True)
