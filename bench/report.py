@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a report of what scripts/bench measured: report.py FOLDER writes FOLDER/report.md and pictures beside it."""
+"""Makes a report of what scripts/bench measured: report.py FOLDER writes FOLDER/report.md and the pictures beside it."""
 
 import json
 import os
@@ -139,25 +139,21 @@ def in_python(times: Times, suite: str, peers: list[dict]) -> str:
         ]
     ]
     for case in times.cases(suite):
-        found: dict[str, list[float]] = {}
-        for p in peers:
-            if p["case"] == case:
-                found.setdefault(p["contender"], []).append(p["median_us"])
-        if "lora_rite.LoraRite" not in found:
+        of = lambda name: statistics.mean(p["median_us"] for p in peers if p["case"] == case and p["contender"] == name)
+        if not any(p["contender"] == "lora_rite.LoraRite" and p["case"] == case for p in peers):
             return ""
-        of = {name: statistics.mean(times) for name, times in found.items()}
-        ours, peer = of["lora_rite.LoraRite"], of["pytorch_optimizer.LoRARite"]
+        ours, peer = of("lora_rite.LoraRite"), of("pytorch_optimizer.LoRARite")
         rows.append(
             [
                 words(case),
                 milliseconds(ours),
                 f"{ours / times.of(suite, case)['rite']['median_us']:.2f}",
-                *(milliseconds(of["torch.optim.AdamW" + how]) for how in ("", "(foreach)", "(fused)")),
+                *(milliseconds(of("torch.optim.AdamW" + how)) for how in ("", "(foreach)", "(fused)")),
                 milliseconds(peer),
                 f"{peer / ours:.0f}",
             ]
         )
-    return "## In Python, two threads\n\n" + markdown(rows)
+    return markdown(rows)
 
 
 def scaling(times: Times, suite: str, variable: str) -> str:
@@ -295,6 +291,53 @@ def roofline(results: list[dict]) -> str:
     return markdown(rows)
 
 
+def between(values: list[float], form: str) -> str:
+    """The least and the greatest value, or the one that both are."""
+    ends = [format(value, form) for value in (min(values), max(values))]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def summary(times: Times, peers: list[dict], memory: list[dict]) -> str:
+    """What all the tables say, in five sentences at most, one a line."""
+    runs = {case: times.of("targets", case) for case in times.cases("targets")}
+    to = lambda contender, case: runs[case]["rite"]["median_us"] / runs[case][contender]["median_us"]
+    by_rank: dict[int, list[float]] = {}
+    for case in runs:
+        by_rank.setdefault(shape_of(case)[3], []).append(to("adamw", case))
+    ranks = ", ".join(f"{between(by_rank[rank], '.2f')} at rank {rank}" for rank in sorted(by_rank))
+    sentences = [
+        f"A step of LoRA-RITE ÷ one of `torch::optim::AdamW`, two threads: {ranks}.",
+        f"It takes {between([to('fused_adamw', case) for case in runs], '.1f')} times as long as one of ATen's "
+        "fused AdamW.",
+    ]
+    ours = {case: run["rite"]["median_us"] for case, run in runs.items()}
+    slower = [
+        statistics.mean(found) / ours[case]
+        for case in runs
+        if (found := [p["median_us"] for p in peers if p["case"] == case and p["contender"].endswith("LoRARite")])
+    ]
+    if slower:
+        sentences.append(f"`pytorch_optimizer.LoRARite` takes {between(slower, '.0f')} times as long as LoRA-RITE.")
+    many = [(shape_of(case)[0], times.of("pairs", case)) for case in times.cases("pairs")]
+    if many:
+        calls = between([run["rite"]["operator_calls"] for _, run in many], ".0f")
+        of_adamw = between([run["adamw"]["operator_calls"] / pairs for pairs, run in many], ".0f")
+        sentences.append(
+            f"A step makes {calls} operator calls for {many[0][0]:,} to {many[-1][0]:,} pairs of one shape; "
+            f"AdamW makes {of_adamw} for each pair."
+        )
+    states = {(r["case"], r["contender"]): r["state_bytes"] for r in memory}
+    shares = [states[case, "rite"] / states[case, "adamw"] for case, name in states if name == "rite"]
+    if shares:
+        sentences.append(f"LoRA-RITE's state takes {between(shares, '.2f')} of the memory of AdamW's.")
+    return "\n".join(sentences)
+
+
+def folded(title: str, *parts: str) -> str:
+    """A section that a reader opens; its heading stays one, for links."""
+    return "\n\n".join(["<details>", f"<summary>{title}</summary>", f"## {title}", *filter(None, parts), "</details>"])
+
+
 def compile_time(results: list[dict]) -> str:
     rows = [["translation unit", "CPU seconds", "÷ AdamW's"]]
     for r in results:
@@ -365,40 +408,48 @@ def main() -> None:
     limits = load(folder, "roofline.json")
     draw_targets(times, os.path.join(folder, "targets.png"))
     draw_scaling(times, os.path.join(folder, "scaling.png"))
+    of_memory = load(folder, "memory.json")
     text = [
         "# Benchmarks",
+        summary(times, peers, of_memory),
         f"Written by `scripts/bench` on {date.today().isoformat()}: {machine()}, medians of interleaved rounds in one "
         "process; `-O2` without `-march`. Peers in Python ran before and after, means of both.",
-        "## A step, two threads",
-        "The passes at the limit: what the passes over the rows would cost if they ran at the "
-        "rate of the library's own double matrix product, or at the memory's bandwidth, and the r×r part were free "
-        "(last table).",
         "![Ratios to AdamW](targets.png)",
-        targets(times, "targets", peers, limits),
-        in_python(times, "targets", peers),
-        "## One thread",
-        targets(times, "one-thread", [], limits),
-        "## Ranks",
-        scaling(times, "ranks", "pairs × (in, out) × r"),
-        "## Number of pairs",
         "![Time of an element](scaling.png)",
-        scaling(times, "pairs", "pairs × (in, out) × r"),
-        "## Width",
-        scaling(times, "width", "pairs × (in, out) × r"),
-        "## Variants, 24 × (1024, 1024) × 16",
-        variants(times),
-        "## Other optimizers, 24 × (1024, 1024) × 16",
-        "By their names in `make_optimizer`, with their own defaults.",
-        optimizers(times),
-        "## Memory",
-        memory(load(folder, "memory.json")),
-        memory_of_others(load(folder, "memory.json")),
-        "## How far from the machine's limits",
-        "Limits: the bytes at the measured bandwidth, the operations at the rate of the library's own matrix product.",
-        roofline(limits),
-        "## Compile time",
-        "A translation unit, `-O2`, medians of rounds of all.",
-        compile_time(load(folder, "compile_time.json")),
+        folded(
+            "A step, two threads",
+            "The passes at the limit: what the passes over the rows would cost if they ran at the "
+            "rate of the library's own double matrix product, or at the memory's bandwidth, and the r×r part were free "
+            "(last table).",
+            targets(times, "targets", peers, limits),
+        ),
+    ]
+    python = in_python(times, "targets", peers)
+    if python:
+        text.append(folded("In Python, two threads", python))
+    text += [
+        folded("One thread", targets(times, "one-thread", [], limits)),
+        folded("Ranks", scaling(times, "ranks", "pairs × (in, out) × r")),
+        folded("Number of pairs", scaling(times, "pairs", "pairs × (in, out) × r")),
+        folded("Width", scaling(times, "width", "pairs × (in, out) × r")),
+        folded("Variants, 24 × (1024, 1024) × 16", variants(times)),
+        folded(
+            "Other optimizers, 24 × (1024, 1024) × 16",
+            "By their names in `make_optimizer`, with their own defaults.",
+            optimizers(times),
+        ),
+        folded("Memory", memory(of_memory), memory_of_others(of_memory)),
+        folded(
+            "How far from the machine's limits",
+            "Limits: the bytes at the measured bandwidth, the operations at the rate "
+            "of the library's own matrix product.",
+            roofline(limits),
+        ),
+        folded(
+            "Compile time",
+            "A translation unit, `-O2`, medians of rounds of all.",
+            compile_time(load(folder, "compile_time.json")),
+        ),
     ]
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:
         file.write("\n\n".join(part for part in text if part) + "\n")
