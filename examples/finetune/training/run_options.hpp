@@ -89,8 +89,8 @@ inline std::vector<std::string> schedule_names() { return {"linear", "cosine", "
 /// The names that `init` may have.
 inline std::vector<std::string> init_names() { return {"kaiming", "gaussian", "orthogonal", "pissa"}; }
 
-/// Where one starts without a search: the rate that the one in the README found best on MiniLM for LoRA-RITE, and for
-/// all others that for Adam, which need not suit them.
+/// Where one starts without a search: the rate that the search in docs/internals/study.md found good on MiniLM for
+/// LoRA-RITE, and for all others that for Adam, which need not suit them.
 inline double default_lr(const std::string& optimizer) { return optimizer.rfind("rite", 0) == 0 ? 5e-4 : 2e-3; }
 
 }  // namespace finetune
