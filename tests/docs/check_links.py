@@ -1,4 +1,5 @@
-"""Every relative link in the documents leads somewhere: to a file or folder of the repository, and to a heading in it.
+"""Every relative link in the documents leads somewhere: to a file or folder of the repository, and to a heading in it. The
+index docs/README.md leads to every document of docs/.
 
     check_links.py REPOSITORY
 
@@ -52,10 +53,15 @@ def anchors(text: str) -> "set[str]":
     return found | set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
 
 
+def links(document: pathlib.Path) -> "list[str]":
+    """Where the links of a document lead, as they are written."""
+    return LINK.findall(CODE.sub("", without_code(document.read_text(encoding="utf-8"))))
+
+
 def faults(root: pathlib.Path, document: pathlib.Path) -> "list[str]":
     """What is wrong with the links of a document."""
-    text, result = document.read_text(encoding="utf-8"), []
-    for target in LINK.findall(CODE.sub("", without_code(text))):
+    result = []
+    for target in links(document):
         if re.match(r"[a-z][a-z0-9+.-]*:", target, re.IGNORECASE):
             continue
         path, _, anchor = target.partition("#")
@@ -69,11 +75,20 @@ def faults(root: pathlib.Path, document: pathlib.Path) -> "list[str]":
     return result
 
 
+def not_in_index(root: pathlib.Path) -> "list[str]":
+    """The documents of docs/ that its index does not lead to."""
+    index = root / "docs/README.md"
+    known = {(index.parent / target.partition("#")[0]).resolve() for target in links(index)}
+    missing = sorted(path for path in (root / "docs").rglob("*.md") if path not in known and path != index)
+    return [f"docs/README.md: does not lead to {path.relative_to(root)}" for path in missing]
+
+
 def main() -> int:
-    """Prints every link that leads nowhere."""
+    """Prints every link that leads nowhere, and every document that nothing leads to."""
     root = pathlib.Path(sys.argv[1]).resolve()
     found = documents(root)
     wrong = [f"{document.relative_to(root)}: {fault}" for document in found for fault in faults(root, document)]
+    wrong += not_in_index(root)
     print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
     print(f"{len(found)} documents")
     return bool(wrong)
