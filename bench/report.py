@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a report of what scripts/bench measured: report.py FOLDER writes FOLDER/report.md and the pictures beside it."""
+"""Makes a report of what scripts/bench measured: report.py FOLDER writes FOLDER/report.md and pictures beside it."""
 
 import json
 import os
@@ -139,9 +139,13 @@ def in_python(times: Times, suite: str, peers: list[dict]) -> str:
         ]
     ]
     for case in times.cases(suite):
-        of = lambda name: statistics.mean(p["median_us"] for p in peers if p["case"] == case and p["contender"] == name)
-        if not any(p["contender"] == "lora_rite.LoraRite" and p["case"] == case for p in peers):
+        here = [p for p in peers if p["case"] == case]
+        if not any(p["contender"] == "lora_rite.LoraRite" for p in here):
             return ""
+
+        def of(name, here=here):
+            return statistics.mean(p["median_us"] for p in here if p["contender"] == name)
+
         ours, peer = of("lora_rite.LoraRite"), of("pytorch_optimizer.LoRARite")
         rows.append(
             [

@@ -5,9 +5,9 @@
     pip install ./python peft transformers matplotlib       # into an environment with torch
     examples/python/two_starts.py --picture two-starts.png  # some minutes on two cores
 
-The usual start has A random and B = 0. The other one has TA, where T is a random matrix with singular values from 0.1 to
-10, another T for each layer. ΔW = BA = 0 in both. Data, seeds and the classifier's head are the same, nothing is dropped
-out. Each optimizer has the rate that it has in scripts/demo.
+The usual start has A random and B = 0. The other one has TA, where T is a random matrix with singular values from 0.1
+to 10, another T for each layer. ΔW = BA = 0 in both. Data, seeds and the classifier's head are the same, nothing is
+dropped out. Each optimizer has the rate that it has in scripts/demo.
 """
 
 import argparse
@@ -44,14 +44,18 @@ def batches(examples: list[tuple[int, str]], steps: int, size: int) -> list[tupl
     result = []
     for _ in range(steps):
         chosen = [examples[i] for i in torch.randint(len(examples), (size,), generator=generator).tolist()]
-        tokens = tokenizer([text for _, text in chosen], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        tokens = tokenizer(
+            [text for _, text in chosen], padding=True, truncation=True, max_length=64, return_tensors="pt"
+        )
         result.append((dict(tokens), torch.tensor([label for label, _ in chosen])))
     return result
 
 
 def well_mixed(rank: int, kappa: float, generator: torch.Generator) -> torch.Tensor:
     """A random matrix of condition number kappa, whose singular values are spread around 1."""
-    left, right = (torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.double)).Q for _ in range(2))
+    left, right = (
+        torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.double)).Q for _ in range(2)
+    )
     return left @ torch.diag(torch.logspace(-0.5, 0.5, rank, base=kappa, dtype=torch.double)) @ right
 
 
@@ -99,7 +103,11 @@ def train(optimizer: str, kappa: float, data: list, rank: int) -> list[float]:
 
 def smooth(losses: list[float], width: int = 9) -> list[float]:
     """Means over the steps around each."""
-    return [sum(part) / len(part) for i in range(len(losses)) for part in [losses[max(0, i - width // 2) : i + width // 2 + 1]]]
+    return [
+        sum(part) / len(part)
+        for i in range(len(losses))
+        for part in [losses[max(0, i - width // 2) : i + width // 2 + 1]]
+    ]
 
 
 def draw(runs: dict[str, tuple[list[float], list[float]]], picture: str) -> None:
@@ -108,7 +116,13 @@ def draw(runs: dict[str, tuple[list[float], list[float]]], picture: str) -> None
     from matplotlib import pyplot
 
     pyplot.rcParams.update(
-        {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.edgecolor": INK}
+        {
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": INK,
+            "axes.edgecolor": INK,
+        }
     )
     rows = {"height_ratios": [2.6, 1]}
     figure, axes = pyplot.subplots(
@@ -117,7 +131,14 @@ def draw(runs: dict[str, tuple[list[float], list[float]]], picture: str) -> None
     for column, (optimizer, (usual, other)) in enumerate(runs.items()):
         steps, above, below = range(1, len(usual) + 1), axes[0][column], axes[1][column]
         above.plot(steps, smooth(usual), color=USUAL, linewidth=1.8, zorder=3, label="usual start: A, B = 0")
-        above.plot(steps, smooth(other), color=OTHER, linewidth=6, alpha=0.7, label="same model: TA, B = 0 (T general, κ = 100)")
+        above.plot(
+            steps,
+            smooth(other),
+            color=OTHER,
+            linewidth=6,
+            alpha=0.7,
+            label="same model: TA, B = 0 (T general, κ = 100)",
+        )
         above.set_title(f"{optimizer}, learning rate {RATES[optimizer]:g}", fontweight="bold")
         gaps = [abs(first - second) for first, second in zip(usual, other)]
         below.semilogy(steps, [max(gap, 1e-9) for gap in gaps], color=INK, linewidth=1)
@@ -148,7 +169,9 @@ def main() -> None:
         runs[optimizer] = tuple(train(optimizer, kappa, data, options.rank) for kappa in (1, options.kappa))
         usual, other = (sum(losses[-20:]) / len(losses[-20:]) for losses in runs[optimizer])
         most = max(abs(first - second) for first, second in zip(*runs[optimizer]))
-        print(f"{optimizer}: mean loss of the last 20 steps {usual:.4f} and {other:.4f}; differences at most {most:.2g}")
+        print(
+            f"{optimizer}: mean loss of the last 20 steps {usual:.4f} and {other:.4f}; differences at most {most:.2g}"
+        )
     draw(runs, options.picture)
 
 

@@ -1,7 +1,7 @@
 """A recipe for Conan 2: the headers and CMake's package, from the checkout in which it lies.
 
-LibTorch is none of Conan's here: it is looked for in Torch_DIR, CMAKE_PREFIX_PATH and Python's torch, when this package is
-made and when it is used.
+LibTorch is none of Conan's here: it is looked for in Torch_DIR, CMAKE_PREFIX_PATH and Python's torch, when this package
+is made and when it is used.
 """
 
 import os
@@ -22,8 +22,8 @@ class LoraRite(ConanFile):
     topics = ("lora", "optimizer", "libtorch", "pytorch", "header-only")
     package_type = "header-library"
     settings = "os", "arch", "compiler", "build_type"
-    options = {"with_io": [True, False]}
-    default_options = {"with_io": True}
+    options = {"with_io": [True, False]}  # noqa: RUF012  Conan's form
+    default_options = {"with_io": True}  # noqa: RUF012
 
     @property
     def _checkout(self):
@@ -56,7 +56,7 @@ class LoraRite(ConanFile):
             toolchain.cache_variables[f"LORA_RITE_BUILD_{part}"] = False
         toolchain.cache_variables["LORA_RITE_INSTALL"] = True
         if "Torch_DIR" in os.environ:
-            toolchain.cache_variables["Torch_DIR"] = os.environ["Torch_DIR"]
+            toolchain.cache_variables["Torch_DIR"] = os.environ["TORCH_DIR"]
         toolchain.generate()
 
     def build(self):

@@ -1,10 +1,11 @@
-"""Every relative link in the documents leads somewhere: to a file or folder of the repository, and to a heading in it. The
-index docs/README.md leads to every document of docs/.
+"""Every relative link in the documents leads somewhere: to a file or folder of the repository, and to a heading in it.
+
+The index docs/README.md leads to every document of docs/.
 
     check_links.py REPOSITORY
 
-Looks at all Markdown files that git would keep, outside of folders that hold data. Anchors are formed as GitHub does: lower
-case, without punctuation, spaces as hyphens, and a number behind the second of two equal ones.
+Looks at all Markdown files that git would keep, outside of folders that hold data. Anchors are formed as GitHub does:
+lower case, without punctuation, spaces as hyphens, and a number behind the second of two equal ones.
 """
 
 import pathlib
@@ -42,7 +43,7 @@ def slug(heading: str) -> str:
 
 def anchors(text: str) -> "set[str]":
     """All anchors of a document."""
-    found: "set[str]" = set()
+    found: set[str] = set()
     for heading in HEADING.findall(without_code(text)):
         first = name = slug(heading)
         number = 0

@@ -2,8 +2,9 @@
 
     check_messages.py REPOSITORY
 
-A heading of the third level is a message in backticks, in which … stands for what varies. What stands between two … has to
-occur in the texts of one source file, in this order and not far apart: where the next piece follows it in the file's texts.
+A heading of the third level is a message in backticks, in which … stands for what varies. What stands between two … has
+to occur in the texts of one source file, in this order and not far apart: where the next piece follows it in the
+file's texts.
 """
 
 import pathlib
@@ -50,7 +51,12 @@ def main() -> int:
     root = pathlib.Path(sys.argv[1])
     page = root / "docs/troubleshooting.md"
     headings = re.findall(r"^### (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    files = [path for tree in TREES for path in sorted((root / tree).rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
+    files = [
+        path
+        for tree in TREES
+        for path in sorted((root / tree).rglob("*"))
+        if path.suffix in SUFFIXES and path.is_file()
+    ]
     texts = [texts_of(path) for path in files]
     wrong = [heading for heading in headings if not re.fullmatch(r"`[^`]+`", heading)]
     for heading in headings:

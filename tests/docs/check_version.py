@@ -1,4 +1,4 @@
-"""The version of version.hpp is that of CITATION.cff, of the packages, of the README's tag and of the newest entry of CHANGELOG.md.
+"""The version of version.hpp is that of CITATION.cff, the packages, the README's tag and CHANGELOG.md's newest entry.
 
 check_version.py REPOSITORY
 """
