@@ -20,7 +20,7 @@
 /// A folder that keeps the last checkpoints of a run, and finds the latest whole one. POSIX only.
 namespace lora_rite {
 
-/// The last checkpoints of one run in a folder, as step-<step>.ckpt.
+/// The last checkpoints of one run in a folder, as `step-100.ckpt` and so on.
 class CheckpointFolder {
  public:
   /// Keeps the last `keep` ≥ 1 checkpoints; c10::Error otherwise. The folder is made when something is saved.
