@@ -16,6 +16,7 @@
 namespace lora_rite {
 namespace {
 
+using testing::distance;
 using testing::equal_factors;
 using testing::load_bytes;
 using testing::random_pair;
@@ -50,17 +51,6 @@ void train(torch::optim::Optimizer& optimizer, const Pairs& pairs, int64_t first
     give_gradients(pairs, number);
     optimizer.step();
   }
-}
-
-double distance(const Pairs& left, const Pairs& right) {
-  double worst = 0;
-  for (size_t i = 0; i < left.size(); ++i)
-    for (const Side side : kSides) {
-      const torch::Tensor x = left[i].factor(side).to(torch::kCPU, torch::kDouble);
-      const torch::Tensor y = right[i].factor(side).to(torch::kCPU, torch::kDouble);
-      worst = std::max(worst, ((x - y).norm() / y.norm().clamp_min(1e-30)).item<double>());
-    }
-  return worst;
 }
 
 class CudaKernels : public ::testing::Test {

@@ -15,6 +15,7 @@ namespace lora_rite {
 namespace {
 
 using testing::clone_pairs;
+using testing::distance;
 using testing::equal_factors;
 using testing::error_of;
 using testing::load_bytes;
@@ -25,20 +26,6 @@ using testing::saved_bytes;
 using testing::set_gradients;
 
 LoraRiteOptions with_engine(LoraRiteOptions options, Engine engine) { return options.engine(engine); }
-
-/// Largest relative distance of two runs' factors, over all pairs.
-double distance(const std::vector<FactorPair>& left, const std::vector<FactorPair>& right) {
-  double worst = 0;
-  for (size_t i = 0; i < left.size(); ++i) {
-    for (const bool of_a : {true, false}) {
-      const torch::Tensor x = of_a ? left[i].a : left[i].b, y = of_a ? right[i].a : right[i].b;
-      const double size = y.norm().item<double>();
-      const double difference = (x - y).norm().item<double>();
-      worst = std::max(worst, std::isfinite(difference) ? difference / (size > 0 ? size : 1) : INFINITY);
-    }
-  }
-  return worst;
-}
 
 struct Setting {
   const char* name;

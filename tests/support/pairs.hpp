@@ -3,6 +3,8 @@
 #include <torch/torch.h>
 #include <lora_rite/lora_rite.hpp>
 
+#include <algorithm>
+#include <cmath>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -54,6 +56,20 @@ inline bool equal_factors(const std::vector<FactorPair>& left, const std::vector
     if (!torch::equal(left[i].a, right[i].a) || !torch::equal(left[i].b, right[i].b)) return false;
   }
   return left.size() == right.size();
+}
+
+/// Largest relative distance of two runs' factors, over all pairs; infinite where one is not finite.
+inline double distance(const std::vector<FactorPair>& left, const std::vector<FactorPair>& right) {
+  double worst = 0;
+  for (size_t i = 0; i < left.size(); ++i) {
+    for (const Side side : kSides) {
+      const torch::Tensor x = left[i].factor(side).to(torch::kCPU, torch::kDouble);
+      const torch::Tensor y = right[i].factor(side).to(torch::kCPU, torch::kDouble);
+      const double size = y.norm().item<double>(), difference = (x - y).norm().item<double>();
+      worst = std::max(worst, std::isfinite(difference) ? difference / (size > 0 ? size : 1) : INFINITY);
+    }
+  }
+  return worst;
 }
 
 /// The bytes that torch::save writes for a value.

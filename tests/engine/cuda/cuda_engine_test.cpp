@@ -14,6 +14,7 @@ namespace {
 
 using cuda::testing::Emulation;
 using testing::clone_pairs;
+using testing::distance;
 using testing::equal_factors;
 using testing::error_of;
 using testing::load_bytes;
@@ -22,19 +23,6 @@ using testing::random_pair;
 using testing::run_steps;
 using testing::saved_bytes;
 using testing::set_gradients;
-
-/// Largest relative distance of two runs' factors, over all pairs.
-double distance(const std::vector<FactorPair>& left, const std::vector<FactorPair>& right) {
-  double worst = 0;
-  for (size_t i = 0; i < left.size(); ++i) {
-    for (const Side side : kSides) {
-      const torch::Tensor x = left[i].factor(side).to(torch::kDouble), y = right[i].factor(side).to(torch::kDouble);
-      const double size = y.norm().item<double>(), difference = (x - y).norm().item<double>();
-      worst = std::max(worst, std::isfinite(difference) ? difference / (size > 0 ? size : 1) : INFINITY);
-    }
-  }
-  return worst;
-}
 
 /// Drops gradients alike in two runs.
 void drop_gradients(const std::vector<const std::vector<FactorPair>*>& runs,
