@@ -393,10 +393,10 @@ class Loops(unittest.TestCase):
 
     def test_two_processes_by_ddp_train_as_one_on_the_whole_batch(self):
         with socket.socket() as free:
-            free.bind(("localhost", 0))
+            free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         with tempfile.TemporaryDirectory() as folder:
-            environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+            environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
             here = [sys.executable, __file__, "--process-of-ddp", folder]
             processes = [subprocess.Popen(here, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
             self.assertEqual([process.wait(timeout=300) for process in processes], [0, 0])
