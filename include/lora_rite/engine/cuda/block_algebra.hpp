@@ -15,7 +15,7 @@ namespace lora_rite::cuda {
 template <class Pool>
 class Values {
  public:
-  LORA_RITE_FUNCTION Values() {}
+  Values() = default;
   LORA_RITE_FUNCTION explicit Values(Pool& pool) : pool_(&pool), slot_(pool.vectors.acquire(Pool::kVectors)) {}
   LORA_RITE_FUNCTION Values(const Values& other) : pool_(other.pool_), slot_(other.slot_) {
     if (pool_ != nullptr) pool_->vectors.share(slot_);
@@ -44,7 +44,7 @@ class Values {
 template <class Pool>
 class Matrix {
  public:
-  LORA_RITE_FUNCTION Matrix() {}
+  Matrix() = default;
   LORA_RITE_FUNCTION explicit Matrix(Pool& pool)
       : pool_(&pool), slot_(pool.matrices.acquire(Pool::kMatrices)), data_(pool.matrix(slot_)) {}
   /// A view of r×r numbers that lie row by row. Nobody may write to them while a matrix of this team lives.

@@ -53,7 +53,7 @@ class Arena {
   /// An array of `size` numbers, with the place where its address is to stand.
   template <class T>
   void add(T*& place, int64_t size) {
-    wanted_.push_back({reinterpret_cast<char**>(&place), total_});
+    wanted_.emplace_back(reinterpret_cast<char**>(&place), total_);
     total_ += (size * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
   }
   /// Asks for all of it.
@@ -293,7 +293,7 @@ class CudaGroup final : public engine::BatchGroup {
              {&set.gradient_gram, &set.projected_gram, &set.inverse_root, &set.change, &set.second_moment})
           arena.add(*matrices, all);
         arena.add(set.maps, 2 * all);
-        arena.add(set.next_eigenvalues, set.factor_count * set.rank);
+        arena.add(set.next_eigenvalues, int64_t{set.factor_count} * set.rank);
         arena.add(set.partner_edited, set.factor_count);
         arena.add(set.spill, group_->kernels_.spill(device_index(), set.rank, set.factor_count));
       }

@@ -18,21 +18,21 @@ namespace detail {
 /// The sum of r×r matrices, one of each tile of a factor.
 template <class Pool>
 LORA_RITE_FUNCTION Matrix<Pool> sum_of_tiles(Pool& pool, const Factor& factor, const double* of_tiles) {
-  const int rank = pool.rank();
+  const int64_t rank = pool.rank(), square = rank * rank;
   return matrix_of(pool, [&](int i, int j) {
-    const double* element = of_tiles + static_cast<int64_t>(factor.first_tile) * rank * rank + i * rank + j;
+    const double* element = of_tiles + factor.first_tile * square + i * rank + j;
     double sum = 0;
-    for (int tile = 0; tile < factor.tiles; ++tile) sum += element[static_cast<int64_t>(tile) * rank * rank];
+    for (int tile = 0; tile < factor.tiles; ++tile) sum += element[tile * square];
     return sum;
   });
 }
 
 /// A column's Σ x² or Σ w x over all tiles of a factor.
 LORA_RITE_FUNCTION inline double column_sum(const Set& set, const Factor& factor, int which, int column) {
-  const double* of_tiles =
-      set.tile_columns + static_cast<int64_t>(factor.first_tile) * 2 * set.rank + which * set.rank + column;
+  const int64_t rank = set.rank;
+  const double* of_tiles = set.tile_columns + 2 * rank * factor.first_tile + which * rank + column;
   double sum = 0;
-  for (int tile = 0; tile < factor.tiles; ++tile) sum += of_tiles[static_cast<int64_t>(tile) * 2 * set.rank];
+  for (int tile = 0; tile < factor.tiles; ++tile) sum += of_tiles[2 * rank * tile];
   return sum;
 }
 
@@ -179,7 +179,7 @@ LORA_RITE_FUNCTION void decide(Pool& pool, const Arguments& step, const AllPoint
       rule::decide(old, now, Number(rows), Number(verdict.clip_factor), Number(has_gradient ? 1.0 : 0.0),
                    Number(set.partner_edited[number] ? 1.0 : 0.0), epsilon_of(set.dtype), step.numbers, roots);
   detail::store(decision.moments.second_moment, set.second_moment + number * square);
-  double* maps = set.maps + 2 * number * square;
+  double* maps = set.maps + 2 * square * number;
   detail::store(matmul(decision.momentum_map, transpose(root)), maps);
   detail::store(matmul(decision.gradient_map, transpose(root)), maps + square);
   pool.for_each(1, [&](int) {
@@ -195,8 +195,7 @@ LORA_RITE_FUNCTION void decide(Pool& pool, const Arguments& step, const AllPoint
 template <class Pool>
 LORA_RITE_FUNCTION void remember(Pool& pool, const Arguments& step, const AllPointers& pointers, int number) {
   const Set& set = step.set;
-  const int rank = set.rank;
-  const int64_t square = static_cast<int64_t>(rank) * rank;
+  const int64_t rank = set.rank, square = rank * rank;
   const Factor& factor = set.factors[number];
   if (!*step.step_allowed) {
     if (step.alone.finite != nullptr && number == 0 && step.alone.decided == set.decided)
@@ -206,15 +205,16 @@ LORA_RITE_FUNCTION void remember(Pool& pool, const Arguments& step, const AllPoi
   const Decided decided = set.decided[number];
   if (pointers.moves(number)) {
     pool.for_elements([&](int i, int j) {
-      factor.second_moment[i * rank + j] = set.second_moment[number * square + i * rank + j];
-      factor.inverse_root[i * rank + j] = set.inverse_root[number * square + i * rank + j];
+      const int64_t element = i * rank + j;
+      factor.second_moment[element] = set.second_moment[number * square + element];
+      factor.inverse_root[element] = set.inverse_root[number * square + element];
     });
-    pool.for_each(rank, [&](int i) {
-      const int64_t place = static_cast<int64_t>(number) * rank + i;
+    pool.for_each(set.rank, [&](int i) {
+      const int64_t place = number * rank + i;
       set.eigenvalues[place] = set.next_eigenvalues[place];
     });
-    pool.for_each(2 * rank, [&](int i) {
-      const int which = i / rank, column = i % rank;
+    pool.for_each(2 * set.rank, [&](int i) {
+      const int which = i / set.rank, column = i % set.rank;
       (which == 0 ? factor.squared_sums : factor.weighted_sums)[column] =
           detail::column_sum(set, factor, which, column);
     });

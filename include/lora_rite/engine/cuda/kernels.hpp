@@ -78,7 +78,7 @@ LORA_RITE_FUNCTION void apply(Team& team, const Arguments& step, const AllPointe
   const bool has_gradient = at.gradient != nullptr;
   if (factor.momentum == nullptr) return;  // it has never had a gradient
   double *of_n = shared, *of_g = of_n + T::kStage, *of_x = of_g + T::kStage;
-  double *of_momentum = shared + T::kStages, *of_gradient = of_momentum + R * R;
+  double *of_momentum = shared + T::kStages, *of_gradient = of_momentum + T::kMaps / 2;
   const double* maps = set.maps + static_cast<int64_t>(number) * 2 * rank * rank;
   team.for_each(R * R, [&](int e) {
     const int i = e / R, j = e % R;

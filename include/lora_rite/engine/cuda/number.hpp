@@ -22,7 +22,7 @@ LORA_RITE_FUNCTION inline double reciprocal_root(double x) {
 /// All threads of a team have the same.
 struct Number {
   double value = 0;
-  LORA_RITE_FUNCTION Number() {}
+  Number() = default;
   LORA_RITE_FUNCTION Number(double x) : value(x) {}
 };
 

@@ -106,7 +106,7 @@ class Pool {
   LORA_RITE_FUNCTION double* vector(int slot) const { return team_.shared() + slot * R; }
   LORA_RITE_FUNCTION double* work(int which) const { return team_.shared() + kVectors * R + which * kMatrix; }
   LORA_RITE_FUNCTION double* matrix(int slot) const {
-    return slot < shared_matrices_ ? work(kWork + slot) : global_ + (slot - shared_matrices_) * kMatrix;
+    return slot < shared_matrices_ ? work(kWork + slot) : global_ + int64_t{slot - shared_matrices_} * kMatrix;
   }
 
   Slots matrices, vectors;

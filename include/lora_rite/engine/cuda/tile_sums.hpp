@@ -134,8 +134,10 @@ class ColumnSums {
 
   /// → to [2, r].
   LORA_RITE_FUNCTION void store(Team& team, int rank, double* shared, double* to) {
-    team.for_each(
-        kUnits, [&](int unit) { shared[2 * unit] = sums_[unit].squares, shared[2 * unit + 1] = sums_[unit].weighted; });
+    team.for_each(kUnits, [&](int unit) {
+      double* both = shared + int64_t{unit} * 2;
+      both[0] = sums_[unit].squares, both[1] = sums_[unit].weighted;
+    });
     team.for_each(2 * rank, [&](int number) {
       const int which = number / rank, column = number % rank;
       double sum = 0;
