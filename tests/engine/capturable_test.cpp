@@ -49,8 +49,8 @@ TEST(Capturable, PreconditionerDiffersByAShareOfTheConditionNumber) {
       for (const double scale : {1e-30, 1.0, 1e30}) {
         for (const double exponent : {0.5, 0.25}) {
           const auto numbers = hyperparameters(LoraRiteOptions().eps(0).preconditioner_exponent(exponent));
-          const auto exact = rule::Eigenvalues::preconditioner<at::Tensor>(v * scale, nothing, {}, numbers);
-          const auto found = device::ProductRoots::preconditioner(v * scale, nothing, {}, numbers);
+          const auto exact = rule::Eigenvalues::preconditioner<at::Tensor>(v * scale, nothing, nullptr, numbers);
+          const auto found = device::ProductRoots::preconditioner(v * scale, nothing, nullptr, numbers);
           const torch::Tensor error = torch::matmul(found, torch::linalg_inv(exact)) - identity_like(v);
           // Half the floor r ε tr(V) over the smallest eigenvalue, tr(V) ≤ r; and what the solvers leave.
           const double r = static_cast<double>(rank), epsilon = 2.3e-16;
@@ -131,17 +131,18 @@ TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
 
 TEST(Capturable, NothingToScaleGivesZeroAndNoNaN) {
   const torch::Tensor zero = torch::zeros({2, 4, 4}, torch::kDouble), none = torch::zeros({2, 1, 1}, torch::kDouble);
-  const std::optional<rule::RoundOff<at::Tensor>> round_off = rule::RoundOff<at::Tensor>{zero, zero, none};
+  const rule::RoundOff<at::Tensor> round_off = {zero, zero, none};
   EXPECT_TRUE(torch::equal(device::PivotedCholesky::inverse_root(zero, 1e-13), zero));
   for (const double exponent : {0.5, 0.25}) {
     const auto numbers = hyperparameters(LoraRiteOptions().eps(0).preconditioner_exponent(exponent));
-    EXPECT_TRUE(torch::equal(device::ProductRoots::preconditioner(zero, none, {}, numbers), zero)) << exponent;
-    EXPECT_TRUE(torch::equal(device::ProductRoots::preconditioner(zero, none, round_off, numbers), zero)) << exponent;
+    EXPECT_TRUE(torch::equal(device::ProductRoots::preconditioner(zero, none, nullptr, numbers), zero)) << exponent;
+    EXPECT_TRUE(torch::equal(device::ProductRoots::preconditioner(zero, none, &round_off, numbers), zero)) << exponent;
   }
   for (const double exponent : {0.5, 0.25, 0.0}) {
     const auto numbers = hyperparameters(LoraRiteOptions().eps(0).preconditioner_exponent(exponent));
-    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner<at::Tensor>(zero, none, {}, numbers), zero)) << exponent;
-    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner(zero, none, round_off, numbers), zero)) << exponent;
+    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner<at::Tensor>(zero, none, nullptr, numbers), zero))
+        << exponent;
+    EXPECT_TRUE(torch::equal(rule::Eigenvalues::preconditioner(zero, none, &round_off, numbers), zero)) << exponent;
   }
 }
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <utility>
 
 #include "lora_rite/rule/basis.hpp"
@@ -105,13 +104,11 @@ LORA_RITE_FUNCTION Decision<Matrix> decide(const Moments<Matrix>& old, const Unm
   Matrix second_moment = transported * beta2 + symmetrized(now.gradient_gram) * fresh;
 
   // `magnified_gram` is GᵀG here: only doubles have coordinates C, and their rounding is not looked at.
-  // Constructed whole, for std::optional's emplace is no device code in C++17.
-  const double squared = gradient_epsilon * gradient_epsilon;
-  const auto round_off = is_coarse(gradient_epsilon)
-                             ? std::optional<RoundOff<Matrix>>(RoundOff<Matrix>{
-                                   now.magnified_gram, now.inverse_root, clip_factor * clip_factor * squared / rows})
-                             : std::nullopt;
-  Matrix adaptive = roots.preconditioner(second_moment, escaped_mass, round_off, numbers);
+  const bool coarse = is_coarse(gradient_epsilon);
+  Scalar<Matrix> scale{};
+  if (coarse) scale = clip_factor * clip_factor * (gradient_epsilon * gradient_epsilon) / rows;
+  const RoundOff<Matrix> round_off = {now.magnified_gram, now.inverse_root, scale};
+  Matrix adaptive = roots.preconditioner(second_moment, escaped_mass, coarse ? &round_off : nullptr, numbers);
   Matrix row_map;
   if (numbers.row_equilibration) row_map = matmul(now.inverse_root, adaptive) * clip_factor;
   if (now.damping.defined()) adaptive = matmul(adaptive, now.damping);

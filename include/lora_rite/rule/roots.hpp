@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <optional>
 
 #include "lora_rite/rule/hyperparameters.hpp"
 #include "lora_rite/rule/types.hpp"
@@ -55,21 +54,20 @@ struct Eigenvalues {
 
   /// H = W^{-2p} w^{2p−1} with W = (V + ρI)^{1/2} + εI, and w the same of V's mean eigenvalue; W^{-1} for p = 1/2. V is
   /// positive semi-definite, so eigenvalues below the solver's round-off are raised to it: none is negative, and no
-  /// direction blows up.
+  /// direction blows up. `round_off` is null where rounding does not matter. (A pointer, for std::optional checks
+  /// itself by a function that a GPU does not have.)
   ///
   /// A faint direction is an eigenvector v of V with an eigenvalue λ near ‖E v‖². It tells less of the gradient than of
   /// how it was rounded. Its share of H is (1 − ‖E v‖² / λ)⁺: it rests where there is nothing but round-off.
   template <class Matrix>
   LORA_RITE_FUNCTION static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass,
-                                                  const std::optional<RoundOff<Matrix>>& round_off,
-                                                  const Hyperparameters& numbers) {
+                                                  const RoundOff<Matrix>* round_off, const Hyperparameters& numbers) {
     return preconditioner(eigh(second_moment), second_moment, escaped_mass, round_off, numbers);
   }
   /// The same with V's spectrum.
   template <class Spectrum, class Matrix>
   LORA_RITE_FUNCTION static Matrix preconditioner(const Spectrum& spectrum, const Matrix& second_moment,
-                                                  const Scalar<Matrix>& escaped_mass,
-                                                  const std::optional<RoundOff<Matrix>>& round_off,
+                                                  const Scalar<Matrix>& escaped_mass, const RoundOff<Matrix>* round_off,
                                                   const Hyperparameters& numbers) {
     const double floor = static_cast<double>(rank_of(second_moment)) * std::numeric_limits<double>::epsilon();
     const double power = 2 * numbers.preconditioner_exponent;

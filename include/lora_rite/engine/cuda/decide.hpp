@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <optional>
 #include <utility>
 
 #include "lora_rite/engine/cuda/arguments.hpp"
@@ -73,7 +72,7 @@ struct RememberedEigenvalues {
     return rule::Eigenvalues::escaping_mass(values, second_moment, transported);
   }
   LORA_RITE_FUNCTION Matrix<Pool> preconditioner(const Matrix<Pool>& second_moment, const Number& escaped_mass,
-                                                 const std::optional<rule::RoundOff<Matrix<Pool>>>& round_off,
+                                                 const rule::RoundOff<Matrix<Pool>>* round_off,
                                                  const rule::Hyperparameters& numbers) const {
     const auto spectrum = eigh(second_moment);
     const Values<Pool> values = ascending(spectrum.values);

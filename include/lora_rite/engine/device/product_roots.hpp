@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -61,8 +60,7 @@ struct ProductRoots {
   /// of (1 − ‖E v‖² / λ)⁺, f being kFaintest · tr V. Behind H stands (V + fI)^{-1} V: what round-off made of the
   /// product outside of V's column space was magnified by H.
   static at::Tensor preconditioner(const at::Tensor& second_moment, const at::Tensor& escaped_mass,
-                                   const std::optional<rule::RoundOff<at::Tensor>>& round_off,
-                                   const rule::Hyperparameters& numbers) {
+                                   const rule::RoundOff<at::Tensor>* round_off, const rule::Hyperparameters& numbers) {
     const double rank = static_cast<double>(rank_of(second_moment));
     const double floor = round_off ? kFaintest : rank * std::numeric_limits<double>::epsilon();
     const at::Tensor identity = identity_like(second_moment);

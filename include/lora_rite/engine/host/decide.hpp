@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <utility>
 
 #include "lora_rite/engine/host/pairs.hpp"
@@ -92,8 +91,7 @@ struct RememberedEigenvalues {
     return rule::Eigenvalues::escaping_mass(known, second_moment, transported);
   }
   LaneMatrix preconditioner(const LaneMatrix& second_moment, const Lanes& escaped_mass,
-                            const std::optional<rule::RoundOff<LaneMatrix>>& round_off,
-                            const rule::Hyperparameters& numbers) const {
+                            const rule::RoundOff<LaneMatrix>* round_off, const rule::Hyperparameters& numbers) const {
     auto spectrum = eigh(second_moment);
     LaneMatrix result = rule::Eigenvalues::preconditioner(spectrum, second_moment, escaped_mass, round_off, numbers);
     found = ascending(std::move(spectrum.values));
