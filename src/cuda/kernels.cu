@@ -7,10 +7,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "lora_rite/engine/cuda/decide.hpp"
 #include "lora_rite/engine/cuda/kernels.hpp"
+#include "lora_rite/engine/cuda/rank_class.hpp"
 #include "lora_rite/engine/cuda/team.hpp"
 
 namespace lora_rite::cuda {
@@ -68,16 +68,6 @@ __global__ void __launch_bounds__(ActTwo<R>::kThreads, 512 / ActTwo<R>::kThreads
   BlockTeam<ActTwo<R>::kThreads> team;
   BlockPool<R> pool(team, step.set.rank, 0, nullptr);
   remember(pool, step, pointers, static_cast<int>(blockIdx.x));
-}
-
-/// f(constant of the smallest class of ranks that holds `rank`)
-template <class Function>
-auto with_rank_class(int64_t rank, const Function& function) {
-  if (rank <= 4) return function(std::integral_constant<int, 4>());
-  if (rank <= 8) return function(std::integral_constant<int, 8>());
-  if (rank <= 16) return function(std::integral_constant<int, 16>());
-  if (rank <= 32) return function(std::integral_constant<int, 32>());
-  return function(std::integral_constant<int, 64>());
 }
 
 /// What CUDA says, or null.
@@ -151,7 +141,7 @@ bool takes(int device, int64_t rank) {
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver < kLargeParameters) return false;
   // All sums are double. Where those are 32 times as slow as float, ATen's operators are no worse.
-  if (rank > 64 || attribute(cudaDevAttrComputeCapabilityMajor, device) < 8 ||
+  if (rank > kMostRank || attribute(cudaDevAttrComputeCapabilityMajor, device) < 8 ||
       attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, device) >= 32)
     return false;
   const int64_t needed = with_rank_class(

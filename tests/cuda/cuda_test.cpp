@@ -10,6 +10,7 @@
 #include <lora_rite/grad_scaler.hpp>
 #include <sstream>
 
+#include "cuda/support.hpp"
 #include "support/pairs.hpp"
 #include "support/temporary_folder.hpp"
 
@@ -24,43 +25,14 @@ namespace {
 
 using testing::clone_pairs;
 using testing::equal_factors;
+using testing::give_gradients;
+using testing::on;
+using testing::Pairs;
 using testing::random_pair;
 using testing::run_steps;
 using testing::set_gradients;
 using testing::TemporaryFolder;
-
-using Pairs = std::vector<FactorPair>;
-
-Pairs on(torch::Device device, const Pairs& pairs) {
-  Pairs copies;
-  for (const auto& pair : pairs) {
-    copies.push_back({pair.name, pair.a.detach().clone().to(device).requires_grad_(),
-                      pair.b.detach().clone().to(device).requires_grad_()});
-  }
-  return copies;
-}
-
-/// The gradients of set_gradients, wherever the factors are: drawn on the CPU, so that they are the same everywhere.
-void give_gradients(const Pairs& pairs, int64_t number, double scale = 1) {
-  torch::manual_seed(static_cast<uint64_t>(1000 + number));
-  for (const auto& pair : pairs) {
-    for (torch::Tensor factor : {pair.a, pair.b}) {
-      const torch::Tensor drawn = (scale * torch::randn(factor.sizes(), torch::kDouble)).to(factor.scalar_type());
-      if (factor.grad().defined()) {
-        factor.mutable_grad().copy_(drawn);  // a recorded step reads it where it lay
-      } else {
-        factor.mutable_grad() = drawn.to(factor.device());
-      }
-    }
-  }
-}
-
-void train(torch::optim::Optimizer& optimizer, const Pairs& pairs, int64_t first, int64_t last) {
-  for (int64_t number = first; number < last; ++number) {
-    give_gradients(pairs, number);
-    optimizer.step();
-  }
-}
+using testing::train;
 
 torch::Tensor product(const FactorPair& pair) {
   return torch::matmul(pair.b.detach().cpu().to(torch::kDouble), pair.a.detach().cpu().to(torch::kDouble));

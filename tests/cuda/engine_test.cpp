@@ -6,6 +6,7 @@
 
 #include <lora_rite/lora_rite.hpp>
 
+#include "cuda/support.hpp"
 #include "support/pairs.hpp"
 
 #ifdef LORA_RITE_HAS_CUDA_GRAPHS
@@ -18,40 +19,13 @@ namespace {
 
 using testing::distance;
 using testing::equal_factors;
+using testing::give_gradients;
 using testing::load_bytes;
+using testing::on;
+using testing::Pairs;
 using testing::random_pair;
 using testing::saved_bytes;
-
-using Pairs = std::vector<FactorPair>;
-
-Pairs there(const Pairs& pairs) {
-  Pairs copies;
-  for (const auto& pair : pairs)
-    copies.push_back({pair.name, pair.a.detach().clone().to(torch::kCUDA).requires_grad_(),
-                      pair.b.detach().clone().to(torch::kCUDA).requires_grad_()});
-  return copies;
-}
-
-void give_gradients(const Pairs& pairs, int64_t number) {
-  torch::manual_seed(static_cast<uint64_t>(1000 + number));
-  for (const auto& pair : pairs) {
-    for (torch::Tensor factor : {pair.a, pair.b}) {
-      const torch::Tensor drawn = torch::randn(factor.sizes(), torch::kDouble).to(factor.scalar_type());
-      if (factor.grad().defined()) {
-        factor.mutable_grad().copy_(drawn);  // a recorded step reads it where it lay
-      } else {
-        factor.mutable_grad() = drawn.to(factor.device());
-      }
-    }
-  }
-}
-
-void train(torch::optim::Optimizer& optimizer, const Pairs& pairs, int64_t first, int64_t last) {
-  for (int64_t number = first; number < last; ++number) {
-    give_gradients(pairs, number);
-    optimizer.step();
-  }
-}
+using testing::train;
 
 class CudaKernels : public ::testing::Test {
  protected:
@@ -66,7 +40,7 @@ TEST_F(CudaKernels, AgreeWithTheDeviceEngine) {
       torch::manual_seed(71);
       const Pairs start = {random_pair("0", rank, 2 * rank + 37, 3 * rank + 29, dtype),
                            random_pair("1", rank, 1100, 513, dtype), random_pair("2", rank, rank + 3, 700, dtype)};
-      const Pairs cuda = there(start), device = there(start);
+      const Pairs cuda = on(torch::kCUDA, start), device = on(torch::kCUDA, start);
       const auto options = LoraRiteOptions(1e-2).master_weights(true).max_relative_change(0.3);
       LoraRite<> on_cuda(cuda, LoraRiteOptions(options).engine(Engine::Cuda));
       LoraRite<> on_device(device, LoraRiteOptions(options).engine(Engine::Device));
@@ -80,13 +54,13 @@ TEST_F(CudaKernels, AgreeWithTheDeviceEngine) {
 TEST_F(CudaKernels, TwoRunsGiveTheSameBitsAndAResumedOne) {
   torch::manual_seed(72);
   const Pairs start = {random_pair("0", 16, 1100, 90, torch::kFloat), random_pair("1", 16, 40, 3000, torch::kFloat)};
-  const Pairs one = there(start), two = there(start);
+  const Pairs one = on(torch::kCUDA, start), two = on(torch::kCUDA, start);
   const auto options = LoraRiteOptions(1e-2).engine(Engine::Cuda);
   LoraRite<> first(one, options), second(two, options);
   train(first, one, 0, 4);
   train(second, two, 0, 4);
   EXPECT_TRUE(equal_factors(one, two));
-  const Pairs three = there(one);
+  const Pairs three = on(torch::kCUDA, one);
   LoraRite<> resumed(three, options);
   load_bytes(resumed, saved_bytes(first));
   train(first, one, 4, 7);
@@ -99,7 +73,7 @@ TEST_F(CudaKernels, AReplayIsAStep) {
   const c10::cuda::CUDAStreamGuard stream(c10::cuda::getStreamFromPool());
   torch::manual_seed(73);
   const Pairs start = {random_pair("0", 16, 700, 90, torch::kFloat), random_pair("1", 16, 40, 300, torch::kFloat)};
-  const Pairs recorded = there(start), usual = there(start);
+  const Pairs recorded = on(torch::kCUDA, start), usual = on(torch::kCUDA, start);
   const auto options = LoraRiteOptions(1e-2).engine(Engine::Cuda).capturable(true);
   LoraRite<> replayed(recorded, options), stepped(usual, options);
   train(replayed, recorded, 0, 3);

@@ -10,6 +10,7 @@
 #include "lora_rite/engine/cuda/cuda_group.hpp"
 #include "lora_rite/engine/cuda/decide.hpp"
 #include "lora_rite/engine/cuda/kernels.hpp"
+#include "lora_rite/engine/cuda/rank_class.hpp"
 
 /// The kernels of Engine::Cuda on a CPU: the source that nvcc compiles, threads and blocks in shuffled order, shared
 /// memory poisoned.
@@ -26,16 +27,6 @@ void run_blocks(int count, const Function& function) {
     HostTeam team(order.next());
     function(team, block);
   });
-}
-
-/// f(constant of the smallest class of ranks that holds `rank`)
-template <class Function>
-void with_rank_class(int rank, const Function& function) {
-  if (rank <= 4) return function(std::integral_constant<int, 4>());
-  if (rank <= 8) return function(std::integral_constant<int, 8>());
-  if (rank <= 16) return function(std::integral_constant<int, 16>());
-  if (rank <= 32) return function(std::integral_constant<int, 32>());
-  return function(std::integral_constant<int, 64>());
 }
 
 inline std::vector<double> poisoned(int64_t size) {
@@ -87,7 +78,7 @@ int64_t for_factors(const Set& set, const Function& function) {
 
 inline constexpr Kernels kEmulated = {
     /*on_gpu=*/false,
-    [](int, int64_t rank) { return rank <= 64; },
+    [](int, int64_t rank) { return rank <= kMostRank; },
     [](int, int64_t, int64_t) -> int64_t { return 0; },
     [](const Arguments& step, const AllPointers& pointers, int) -> const char* {
       for_tiles(step.set, [&](auto rank, HostTeam& team, int tile) { observe<rank()>(team, step, pointers, tile); });
