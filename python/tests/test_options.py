@@ -26,7 +26,7 @@ class Options(unittest.TestCase):
         header = (REPOSITORY / "include/lora_rite/options.hpp").read_text(encoding="utf-8")
         in_cpp = re.findall(r"TORCH_ARG\(\w+, (\w+)\)", header)
         self.assertEqual(set(in_cpp), set(_native.options))
-        documented = re.findall(r"^ {8}(\w+): ", LoraRite.__doc__, re.MULTILINE)
+        documented = re.findall(r"^ {4}(\w+): ", inspect.getdoc(LoraRite), re.MULTILINE)
         self.assertEqual(documented, list(inspect.signature(LoraRite).parameters))
 
     def test_every_option_reaches_cpp_from_the_constructor_and_from_param_groups(self):
