@@ -29,9 +29,9 @@ struct FactorDiagnostics {
 
 /// How one pair stands.
 struct PairDiagnostics {
-  std::string name;
-  FactorDiagnostics a;
-  FactorDiagnostics b;
+  std::string name;           ///< the FactorPair's
+  FactorDiagnostics a;        ///< of A, whose partner is B
+  FactorDiagnostics b;        ///< of B, whose partner is A
   double clip_factor = 1;     ///< c of the last step, one for all pairs of a group
   int64_t skipped_steps = 0;  ///< steps skipped so far because a gradient (or a factor) was not finite
 };

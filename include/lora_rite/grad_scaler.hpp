@@ -44,6 +44,7 @@ class GradScaler {
   GradScaler(const GradScaler&) = delete;
   GradScaler& operator=(const GradScaler&) = delete;
 
+  /// As the constructor was told.
   bool is_enabled() const { return enabled_; }
 
   /// `output` times the scale. The first call puts the scale on the device of `output`.
@@ -153,9 +154,12 @@ class GradScaler {
   /// Iterations without an infinity or NaN since the scale last changed by itself. Reads from the device.
   int64_t growth_tracker() const { return enabled_ ? settings().growth_tracker : 0; }
 
+  ///@{
+  /// As the constructor was told, or as the last `load` found it.
   double growth_factor() const { return settings_.growth_factor; }
   double backoff_factor() const { return settings_.backoff_factor; }
   int64_t growth_interval() const { return settings_.growth_interval; }
+  ///@}
 
   /// Writes the scale, the count of good iterations, the factors and the interval, to be called after `update`; nothing
   /// for a disabled scaler. Reads from the device.

@@ -148,8 +148,11 @@ class LoraRiteBase : public torch::optim::Optimizer {
   /// Without groups yet. With `parts` the factors are what one of several processes holds of them: how many rows there
   /// are in all, and so whether the rank fits, is known in the first step only.
   LoraRiteBase(const engine::BasisFunctions& basis, const LoraRiteOptions& defaults, bool parts);
+  ///@{
+  /// What is left of the other one can be destroyed or assigned to, nothing else.
   LoraRiteBase(LoraRiteBase&&) noexcept;
   LoraRiteBase& operator=(LoraRiteBase&&) noexcept;
+  ///@}
 
   /// All factor pairs of a module in one group, and its other trainable parameters, if any, in a second one.
   void add_module(const torch::nn::Module& module, const LoraRiteOptions& options,
@@ -190,11 +193,13 @@ class LoraRiteBase : public torch::optim::Optimizer {
 
   /// Are the groups what they were when they were added, their options of this optimizer's class?
   void check_groups() const;
+  /// Those of other parameters among them.
   size_t group_count() const;
   /// Of a group of other parameters.
   bool ascends(size_t group) const;
   /// Empty for a group of other parameters.
   const std::vector<FactorPair>& pairs_of(size_t group) const;
+  /// What messages call a pair: by its name, or by its place if it has none.
   std::string label_of(size_t group, size_t pair) const;
   /// The state of a pair that this process keeps.
   PairState pick(size_t group, size_t pair) const;

@@ -29,7 +29,7 @@ enum class Engine : int64_t {
 /// Symbols follow the paper (Yen et al., "LoRA Done RITE", ICLR 2025): a factor X (n×r) with gradient G has the
 /// partner Y; R is a root of YᵀY and Ḡ = G R⁺ is the unmagnified gradient.
 struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRiteOptions> {
-  using betas_t = std::tuple<double, double>;
+  using betas_t = std::tuple<double, double>;  ///< (β₁, β₂)
 
   LoraRiteOptions() = default;
   /// Implicit, as those of torch::optim are: `LoraRite<>(pairs, 1e-3)`.
@@ -86,13 +86,19 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(bool, capturable) = false;
 
  public:
+  ///@{
+  /// `lr`, for LibTorch's schedulers.
   double get_lr() const override { return lr(); }
   void set_lr(const double value) override { lr(value); }
+  ///@}
 
+  /// Writes every option that a checkpoint keeps under its name.
   void serialize(torch::serialize::OutputArchive& archive) const override {
     for_each_saved(*this, [&](const char* name, const auto& value) { archive.write(name, c10::IValue(value)); });
   }
 
+  /// Takes over what the other one wrote. An option that the archive lacks stays as it is: it is newer than the
+  /// archive. Throws c10::Error naming an option of another type; ranges are not checked here.
   void serialize(torch::serialize::InputArchive& archive) override {
     for_each_saved(*this, [&](const char* name, auto& value) {
       using Value = std::decay_t<decltype(value)>;

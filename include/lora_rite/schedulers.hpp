@@ -48,6 +48,7 @@ class WarmupScheduler : public torch::optim::LRScheduler {
   /// Number of finished steps k.
   int64_t finished_steps() const { return static_cast<int64_t>(step_count_); }
 
+  /// Writes the number of finished steps and the base rates.
   void save(torch::serialize::OutputArchive& archive) const {
     archive.write("finished_steps", c10::IValue(finished_steps()));
     archive.write("base_lrs", c10::IValue(c10::List<double>(c10::ArrayRef<double>(base_lrs_))));
@@ -72,6 +73,7 @@ class WarmupScheduler : public torch::optim::LRScheduler {
   /// The factor after the warm-up, progress p in [0, 1]: from 1 to min_ratio.
   virtual double decay(double progress) const = 0;
 
+  /// As the constructor was told.
   double min_ratio() const { return min_ratio_; }
 
   /// To be called at the end of a derived constructor (a base one cannot call `decay`).
@@ -120,6 +122,7 @@ class WarmupScheduler : public torch::optim::LRScheduler {
 /// Warm-up, then a straight line down to min_ratio (default 0) at total_steps.
 class WarmupLinear : public WarmupScheduler {
  public:
+  /// As WarmupScheduler's. Sets the rates of step 0.
   WarmupLinear(torch::optim::Optimizer& optimizer, int64_t warmup_steps, int64_t total_steps, double min_ratio = 0)
       : WarmupScheduler(optimizer, warmup_steps, total_steps, min_ratio) {
     set_initial_rates();
@@ -132,6 +135,7 @@ class WarmupLinear : public WarmupScheduler {
 /// Warm-up, then half a cosine down to min_ratio (default 0) at total_steps (Loshchilov & Hutter 2017).
 class WarmupCosine : public WarmupScheduler {
  public:
+  /// As WarmupScheduler's. Sets the rates of step 0.
   WarmupCosine(torch::optim::Optimizer& optimizer, int64_t warmup_steps, int64_t total_steps, double min_ratio = 0)
       : WarmupScheduler(optimizer, warmup_steps, total_steps, min_ratio) {
     set_initial_rates();

@@ -7,8 +7,9 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of AltLora, whose formulas explain the symbols.
 struct AltLoraOptions : public BaselineOptions<AltLoraOptions> {
-  explicit AltLoraOptions(double lr = 1e-2) : lr_(lr) {}
+  explicit AltLoraOptions(double lr = 1e-2) : lr_(lr) {}  ///< all else by default
 
   TORCH_ARG(double, lr) = 1e-2;           ///< ≥ 0
   TORCH_ARG(double, momentum) = 0.9;      ///< β₁, in [0, 1)
@@ -19,12 +20,14 @@ struct AltLoraOptions : public BaselineOptions<AltLoraOptions> {
   TORCH_ARG(bool, alternating) = true;
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("momentum", momentum());
     check_at_least_zero("weight_decay", weight_decay());
     TORCH_CHECK(damping() > 0 && std::isfinite(damping()), "damping is ", damping(), ", expected a finite number > 0");
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());

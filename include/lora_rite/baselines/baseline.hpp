@@ -30,14 +30,16 @@ using spectral::norms;
 
 /// What is remembered of a parameter: the steps it made, and tensors by name.
 struct State : public torch::optim::OptimizerCloneableParamState<State> {
-  int64_t step = 0;
-  std::map<std::string, at::Tensor> tensors;
+  int64_t step = 0;                           ///< steps without a gradient do not count
+  std::map<std::string, at::Tensor> tensors;  ///< momenta and the like; slices of a batch's
 
+  /// Writes the number of steps, and a copy of each tensor as "tensor.<name>".
   void serialize(torch::serialize::OutputArchive& archive) const override {
     archive.write("step", c10::IValue(step));
     // A tensor here is a slice of a batch: without a copy the whole batch would be written with each.
     for (const auto& [name, tensor] : tensors) archive.write("tensor." + name, tensor.clone(), /*is_buffer=*/true);
   }
+  /// Takes over what the other one wrote; entries of other names are left alone.
   void serialize(torch::serialize::InputArchive& archive) override {
     const std::string prefix = "tensor.";
     for (const std::string& key : archive.keys()) {
@@ -56,14 +58,17 @@ struct State : public torch::optim::OptimizerCloneableParamState<State> {
 /// file. `Options::for_each_saved(options, function)` calls function(name, value) for every one of them.
 template <class Options>
 struct BaselineOptions : public torch::optim::OptimizerCloneableOptions<Options> {
+  /// `lr`, for LibTorch's schedulers.
   double get_lr() const override { return static_cast<const Options&>(*this).lr(); }
+  /// Sets `lr`.
   void set_lr(const double value) override { static_cast<Options&>(*this).lr(value); }
 
+  /// Writes every option under its name.
   void serialize(torch::serialize::OutputArchive& archive) const override {
     Options::for_each_saved(static_cast<const Options&>(*this),
                             [&](const char* name, const auto& value) { archive.write(name, c10::IValue(value)); });
   }
-  /// Throws c10::Error if one of them is missing: the file is another optimizer's.
+  /// Takes over what the other one wrote. Throws c10::Error if an option is missing: the file is another optimizer's.
   void serialize(torch::serialize::InputArchive& archive) override {
     Options::for_each_saved(static_cast<Options&>(*this), [&](const char* name, auto& value) {
       c10::IValue found;
@@ -108,8 +113,10 @@ class Batch {
     }
     return batch;
   }
+  /// The same in the parameters' shape.
   at::Tensor state(const std::string& name) { return state(name, gradient.sizes().slice(1)); }
 
+  /// A copy of the parameters [k, shape].
   at::Tensor parameter() const { return at::stack(parameters); }
 
   /// parameter ← parameter · keep − update [k, shape]
@@ -118,10 +125,10 @@ class Batch {
     at::_foreach_sub_(parameters, update.unbind(0));
   }
 
-  std::vector<at::Tensor> parameters;
-  at::Tensor gradient;  ///< [k, shape]
-  std::vector<State*> states;
-  int64_t step = 0;  ///< t, this one included
+  std::vector<at::Tensor> parameters;  ///< k of them
+  at::Tensor gradient;                 ///< [k, shape]
+  std::vector<State*> states;          ///< what is remembered of each parameter, never null
+  int64_t step = 0;                    ///< t, this one included
 };
 
 /// torch::optim::Optimizer over param groups, each stepped with options of its own.
@@ -135,6 +142,8 @@ class OverGroups : public torch::optim::Optimizer {
     lora_rite::detail::add_group(*this, group.params(), std::make_unique<Options>(options));
   }
 
+  /// One step of every group. Returns the loss of the closure, which it calls first with gradients enabled; undefined
+  /// without a closure. Throws c10::Error if an option is out of its range or a gradient is not dense.
   torch::Tensor step(LossClosure closure = nullptr) override {
     torch::Tensor loss = lora_rite::detail::loss_of(closure);
     at::NoGradGuard no_grad;
@@ -146,21 +155,27 @@ class OverGroups : public torch::optim::Optimizer {
     return loss;
   }
 
+  /// Writes the options of all groups and the states of their parameters.
   void save(torch::serialize::OutputArchive& archive) const override {
     torch::optim::serialize<State, Options>(archive, *this);
   }
+  /// Takes over what `save` wrote. Throws c10::Error if the archive is another optimizer's or its groups differ in
+  /// size.
   void load(torch::serialize::InputArchive& archive) override {
     torch::optim::serialize<State, Options>(archive, *this);
   }
 
  protected:
+  /// Each group by `add_param_group`.
   OverGroups(const std::vector<torch::optim::OptimizerParamGroup>& groups, const Options& defaults)
       : Optimizer(std::vector<torch::optim::OptimizerParamGroup>{}, std::make_unique<Options>(defaults)) {
     for (const auto& group : groups) add_param_group(group);
   }
 
+  /// One step of a group, whose options were checked.
   virtual void step_group(const torch::optim::OptimizerParamGroup& group, const Options& options) = 0;
 
+  /// What is remembered of a parameter, made when it is asked for first.
   State& state_of(const at::Tensor& parameter) {
     auto& state = state_[parameter.unsafeGetTensorImpl()];
     if (!state) state = std::make_unique<State>();
@@ -182,6 +197,7 @@ class OverGroups : public torch::optim::Optimizer {
     batch.gradient = at::stack(of_batch);
   }
 
+  /// Throws c10::Error unless the gradient of the group's parameter `index` is dense.
   static void check_dense(const at::Tensor& gradient, size_t index) {
     TORCH_CHECK(gradient.layout() == at::kStrided, "the gradient of parameter ", index, " has layout ",
                 gradient.layout(), ", expected a dense one");
@@ -204,6 +220,7 @@ class Baseline : public OverGroups<Options> {
   /// One step of a batch.
   virtual void update(const Options& options, Batch& batch) = 0;
 
+  /// Calls `update` for each batch of parameters that agree in shape, dtype, device and number of steps.
   void step_group(const torch::optim::OptimizerParamGroup& group, const Options& options) override {
     const std::vector<at::Tensor> gradients = this->gradients(group, options);
     std::map<std::string, std::vector<size_t>> batches;

@@ -7,16 +7,19 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of Lamb, whose formulas explain the symbols.
 struct LambOptions : public BaselineOptions<LambOptions> {
-  using betas_t = std::tuple<double, double>;
-  explicit LambOptions(double lr = 1e-3) : lr_(lr) {}
+  using betas_t = std::tuple<double, double>;          ///< (β₁, β₂)
+  explicit LambOptions(double lr = 1e-3) : lr_(lr) {}  ///< all else by default
 
   TORCH_ARG(double, lr) = 1e-3;  ///< ≥ 0
+  /// Decay rates (β₁, β₂) of the two moments, each in [0, 1).
   TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
   TORCH_ARG(double, eps) = 1e-6;          ///< ≥ 0
   TORCH_ARG(double, weight_decay) = 0.0;  ///< λ ≥ 0, inside the trust ratio; 0.01 in timm
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -24,6 +27,7 @@ struct LambOptions : public BaselineOptions<LambOptions> {
     check_at_least_zero("eps", eps());
     check_at_least_zero("weight_decay", weight_decay());
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());
@@ -38,8 +42,10 @@ struct LambOptions : public BaselineOptions<LambOptions> {
 /// is 1.
 class Lamb : public Baseline<LambOptions> {
  public:
+  /// Groups without options of their own have `defaults`. Throws c10::Error if an option is out of its range.
   explicit Lamb(const std::vector<torch::optim::OptimizerParamGroup>& groups, LambOptions defaults = LambOptions())
       : Baseline(groups, defaults) {}
+  /// The same for one group of these parameters.
   explicit Lamb(std::vector<torch::Tensor> parameters, LambOptions defaults = LambOptions())
       : Lamb({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults) {}
 

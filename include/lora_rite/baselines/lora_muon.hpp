@@ -7,8 +7,9 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of LoraMuon, whose formulas explain the symbols.
 struct LoraMuonOptions : public BaselineOptions<LoraMuonOptions> {
-  explicit LoraMuonOptions(double lr = 0.1) : lr_(lr) {}
+  explicit LoraMuonOptions(double lr = 0.1) : lr_(lr) {}  ///< all else by default
 
   TORCH_ARG(double, lr) = 0.1;            ///< η ≥ 0, half of which is ‖B dA‖₂ and half ‖dB A‖₂
   TORCH_ARG(double, momentum) = 0.9;      ///< β, in [0, 1)
@@ -19,6 +20,7 @@ struct LoraMuonOptions : public BaselineOptions<LoraMuonOptions> {
   TORCH_ARG(bool, exact) = false;         ///< polar factors and roots by decompositions in double instead
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("momentum", momentum());
@@ -29,6 +31,7 @@ struct LoraMuonOptions : public BaselineOptions<LoraMuonOptions> {
     TORCH_CHECK(steps() >= 1 && steps() <= 8, "steps is ", steps(), ", expected 1 to 8");
     TORCH_CHECK(root_steps() >= 1 && root_steps() <= 7, "root_steps is ", root_steps(), ", expected 1 to 7");
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());

@@ -9,8 +9,9 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of LoraTsd, whose formulas explain the symbols.
 struct LoraTsdOptions : public BaselineOptions<LoraTsdOptions> {
-  explicit LoraTsdOptions(double lr = 5e-3) : lr_(lr) {}
+  explicit LoraTsdOptions(double lr = 5e-3) : lr_(lr) {}  ///< all else by default
 
   TORCH_ARG(double, lr) = 5e-3;                ///< η ≥ 0, about ‖d(BA)‖₂ of a step
   TORCH_ARG(double, momentum) = 0.95;          ///< μ, in [0, 1)
@@ -21,6 +22,7 @@ struct LoraTsdOptions : public BaselineOptions<LoraTsdOptions> {
   TORCH_ARG(bool, exact) = false;              ///< polar factors by SVDs in double instead
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("momentum", momentum());
@@ -29,6 +31,7 @@ struct LoraTsdOptions : public BaselineOptions<LoraTsdOptions> {
     TORCH_CHECK(ridge() > 0 && std::isfinite(ridge()), "ridge is ", ridge(), ", expected a finite number > 0");
     TORCH_CHECK(balance_interval() >= 0, "balance_interval is ", balance_interval(), ", expected at least 0");
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());

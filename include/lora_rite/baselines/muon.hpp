@@ -8,8 +8,9 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of Muon, whose formulas explain the symbols.
 struct MuonOptions : public BaselineOptions<MuonOptions> {
-  explicit MuonOptions(double lr = 1e-3) : lr_(lr) {}
+  explicit MuonOptions(double lr = 1e-3) : lr_(lr) {}  ///< all else by default
 
   TORCH_ARG(double, lr) = 1e-3;           ///< ≥ 0
   TORCH_ARG(double, momentum) = 0.95;     ///< μ, in [0, 1)
@@ -18,12 +19,14 @@ struct MuonOptions : public BaselineOptions<MuonOptions> {
   TORCH_ARG(int64_t, steps) = 5;          ///< Newton–Schulz steps, ≥ 1
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("momentum", momentum());
     check_at_least_zero("weight_decay", weight_decay());
     TORCH_CHECK(steps() >= 1, "steps is ", steps(), ", expected at least 1");
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());
@@ -39,8 +42,10 @@ struct MuonOptions : public BaselineOptions<MuonOptions> {
 /// among them, but in the parameter's dtype instead of bfloat16.
 class Muon : public Baseline<MuonOptions> {
  public:
+  /// Groups without options of their own have `defaults`. Throws c10::Error if an option is out of its range.
   explicit Muon(const std::vector<torch::optim::OptimizerParamGroup>& groups, MuonOptions defaults = MuonOptions())
       : Baseline(groups, defaults) {}
+  /// The same for one group of these parameters.
   explicit Muon(std::vector<torch::Tensor> parameters, MuonOptions defaults = MuonOptions())
       : Muon({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults) {}
 

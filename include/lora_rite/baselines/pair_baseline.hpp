@@ -26,11 +26,14 @@ inline void check_alternating_factors(const std::vector<at::Tensor>& factors, co
 /// and Bᵀ, so that a rule is the same for both. Matrices of half types are in float.
 class FactorBatch : public Batch {
  public:
+  /// Of the factors A if `is_a`, else of the factors B.
   explicit FactorBatch(bool is_a) : is_a_(is_a) {}
 
+  /// x in the parameters' shape, [k, r, in…] of A or [k, out, r, …] of B, as matrices [k, r, d].
   at::Tensor matrix(const at::Tensor& x) const {
     return (is_a_ ? x : x.movedim(2, 1)).flatten(2).to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   }
+  /// The parameters as matrices [k, r, d].
   at::Tensor matrix() const { return matrix(parameter()); }
 
   /// The inverse of `matrix`, of the parameters' dtype.
@@ -65,6 +68,7 @@ class PairBaseline : public OverGroups<Options> {
   /// One step of a batch.
   virtual void update(const Options& options, FactorBatch& a, FactorBatch& b) = 0;
 
+  /// Calls `update` for each batch of pairs that agree in shapes, dtype, device and number of steps.
   void step_group(const torch::optim::OptimizerParamGroup& group, const Options& options) override {
     const std::vector<at::Tensor>& factors = group.params();
     check_alternating_factors(factors, name_);

@@ -9,9 +9,10 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of PoLora, whose formulas explain the symbols.
 struct PoLoraOptions : public BaselineOptions<PoLoraOptions> {
-  using betas_t = std::tuple<double, double>;
-  explicit PoLoraOptions(double lr = 1e-2) : lr_(lr) {}
+  using betas_t = std::tuple<double, double>;            ///< (β₁, β₂)
+  explicit PoLoraOptions(double lr = 1e-2) : lr_(lr) {}  ///< all else by default
 
   /// η ≥ 0, the bound on ‖d(BA)‖₂ of a step. 2e-4 in the authors' code; the paper's best rates are about 1e-2.
   TORCH_ARG(double, lr) = 1e-2;
@@ -23,6 +24,7 @@ struct PoLoraOptions : public BaselineOptions<PoLoraOptions> {
   TORCH_ARG(bool, exact) = false;  ///< polar factors, roots and norms by decompositions in double instead
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -32,6 +34,7 @@ struct PoLoraOptions : public BaselineOptions<PoLoraOptions> {
     TORCH_CHECK(steps() >= 1, "steps is ", steps(), ", expected at least 1");
     TORCH_CHECK(power_steps() >= 1, "power_steps is ", power_steps(), ", expected at least 1");
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());

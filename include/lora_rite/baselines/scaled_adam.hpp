@@ -10,17 +10,20 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of ScaledAdam, whose formulas explain the symbols.
 struct ScaledAdamOptions : public BaselineOptions<ScaledAdamOptions> {
-  using betas_t = std::tuple<double, double>;
-  explicit ScaledAdamOptions(double lr = 1e-3) : lr_(lr) {}
+  using betas_t = std::tuple<double, double>;                ///< (β₁, β₂)
+  explicit ScaledAdamOptions(double lr = 1e-3) : lr_(lr) {}  ///< all else by default
 
   TORCH_ARG(double, lr) = 1e-3;  ///< ≥ 0
+  /// Decay rates (β₁, β₂) of the two moments, each in [0, 1).
   TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
   TORCH_ARG(double, eps) = 1e-8;          ///< ≥ 0
   TORCH_ARG(double, weight_decay) = 0.0;  ///< ≥ 0, decoupled
   TORCH_ARG(double, damping) = 1e-6;      ///< δ > 0; PEFT's default is 1e-2, the authors' 1e-6
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -29,6 +32,7 @@ struct ScaledAdamOptions : public BaselineOptions<ScaledAdamOptions> {
     check_at_least_zero("weight_decay", weight_decay());
     TORCH_CHECK(damping() > 0 && std::isfinite(damping()), "damping is ", damping(), ", expected a finite number > 0");
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());

@@ -11,9 +11,10 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of Shampoo, whose formulas explain the symbols.
 struct ShampooOptions : public BaselineOptions<ShampooOptions> {
-  using betas_t = std::tuple<double, double>;
-  explicit ShampooOptions(double lr = 1e-3) : lr_(lr) {}
+  using betas_t = std::tuple<double, double>;             ///< (β₁, β₂)
+  explicit ShampooOptions(double lr = 1e-3) : lr_(lr) {}  ///< all else by default
 
   TORCH_ARG(double, lr) = 1e-3;  ///< ≥ 0
   /// β₁ of the filtered gradient in [0, 1), β₂ of the statistics in [0, 1]; 1 sums them, as the first paper does.
@@ -27,6 +28,7 @@ struct ShampooOptions : public BaselineOptions<ShampooOptions> {
   TORCH_ARG(double, graft_eps) = 1e-8;  ///< ≥ 0
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -40,6 +42,7 @@ struct ShampooOptions : public BaselineOptions<ShampooOptions> {
                 ", expected at least 1");
     TORCH_CHECK(interval() >= 1, "interval is ", interval(), ", expected at least 1");
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());
@@ -61,9 +64,11 @@ struct ShampooOptions : public BaselineOptions<ShampooOptions> {
 /// with the exponent −1/2; where both are, it is Adam's diagonal.
 class Shampoo : public Baseline<ShampooOptions> {
  public:
+  /// Groups without options of their own have `defaults`. Throws c10::Error if an option is out of its range.
   explicit Shampoo(const std::vector<torch::optim::OptimizerParamGroup>& groups,
                    ShampooOptions defaults = ShampooOptions())
       : Baseline(groups, defaults) {}
+  /// The same for one group of these parameters.
   explicit Shampoo(std::vector<torch::Tensor> parameters, ShampooOptions defaults = ShampooOptions())
       : Shampoo({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults) {}
 

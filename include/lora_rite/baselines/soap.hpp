@@ -9,11 +9,13 @@
 
 namespace lora_rite::baselines {
 
+/// Options of a param group of Soap, whose formulas explain the symbols.
 struct SoapOptions : public BaselineOptions<SoapOptions> {
-  using betas_t = std::tuple<double, double>;
-  explicit SoapOptions(double lr = 3e-3) : lr_(lr) {}
+  using betas_t = std::tuple<double, double>;          ///< (β₁, β₂)
+  explicit SoapOptions(double lr = 3e-3) : lr_(lr) {}  ///< all else by default
 
   TORCH_ARG(double, lr) = 3e-3;  ///< ≥ 0
+  /// Decay rates (β₁, β₂) of the two moments, each in [0, 1).
   TORCH_ARG(betas_t, betas) = std::make_tuple(0.95, 0.95);
   TORCH_ARG(double, shampoo_beta) = 0.95;             ///< of the statistics, in [0, 1)
   TORCH_ARG(double, eps) = 1e-8;                      ///< ≥ 0
@@ -22,6 +24,7 @@ struct SoapOptions : public BaselineOptions<SoapOptions> {
   TORCH_ARG(int64_t, interval) = 10;                  ///< steps between two corrections of the bases, ≥ 1
 
  public:
+  /// Throws c10::Error that names an option out of its range, what it is and what was expected.
   void check() const {
     check_at_least_zero("lr", lr());
     check_decay_rate("betas[0]", std::get<0>(betas()));
@@ -33,6 +36,7 @@ struct SoapOptions : public BaselineOptions<SoapOptions> {
                 ", expected at least 1");
     TORCH_CHECK(interval() >= 1, "interval is ", interval(), ", expected at least 1");
   }
+  /// Calls function(name, value) for every option that a checkpoint keeps.
   template <class Options, class Function>
   static void for_each_saved(Options& options, const Function& function) {
     function("lr", options.lr());
@@ -53,8 +57,10 @@ struct SoapOptions : public BaselineOptions<SoapOptions> {
 /// only starts the statistics, the moments count from the second one on, and weights decay after the step.
 class Soap : public Baseline<SoapOptions> {
  public:
+  /// Groups without options of their own have `defaults`. Throws c10::Error if an option is out of its range.
   explicit Soap(const std::vector<torch::optim::OptimizerParamGroup>& groups, SoapOptions defaults = SoapOptions())
       : Baseline(groups, defaults) {}
+  /// The same for one group of these parameters.
   explicit Soap(std::vector<torch::Tensor> parameters, SoapOptions defaults = SoapOptions())
       : Soap({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults) {}
 

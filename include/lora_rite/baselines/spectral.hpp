@@ -22,7 +22,10 @@ inline at::Tensor norms(const at::Tensor& batch) {
 
 /// p(x) = a x + b x³ + c x⁵
 struct Quintic {
+  ///@{
+  /// Of x, x³ and x⁵.
   double a, b, c;
+  ///@}
 };
 
 /// Applied one after the other.

@@ -190,11 +190,13 @@ class GradientAverager {
       torch::autograd::impl::set_post_acc_grad_hooks(parameters_[i], std::make_unique<Hook>(*this, i));
   }
 
+  ///@{
   /// The same for all parameters of an optimizer, or for factor pairs.
   GradientAverager(const torch::optim::Optimizer& optimizer, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
       : GradientAverager(detail::parameters_of(optimizer), std::move(group), bucket_bytes) {}
   GradientAverager(const std::vector<FactorPair>& pairs, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
       : GradientAverager(detail::leaves_of(pairs), std::move(group), bucket_bytes) {}
+  ///@}
 
   ~GradientAverager() {
     for (const at::Tensor& parameter : parameters_) torch::autograd::impl::set_post_acc_grad_hooks(parameter, nullptr);
@@ -205,6 +207,7 @@ class GradientAverager {
   /// While one exists, gradients are added up in this process only: for all but the last backward of a step.
   class Pause {
    public:
+    /// `averager` must outlive it. Several may exist at once.
     explicit Pause(GradientAverager& averager) : averager_(averager) { ++averager_.pauses_; }
     ~Pause() { --averager_.pauses_; }
     Pause(const Pause&) = delete;

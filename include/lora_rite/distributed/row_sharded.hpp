@@ -45,6 +45,7 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
   }
 
  protected:
+  /// That of the rows: 1 of A [r, in], 0 of B [out, r], or −1 where `sharding` does not divide the factor.
   PerSide<int64_t> divided_dimensions(const FactorPair& pair) const override {
     const RowSharding sharding = sharding_(pair);
     return {sharding.a ? 1 : -1, sharding.b ? 0 : -1};
@@ -61,6 +62,8 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
     }
   }
 
+  /// Collective: asks all processes for their rows of the groups that are new, and throws c10::Error if they do not
+  /// fit.
   void gather_rows() {
     for (size_t g = rows_.size(); g < this->group_count(); ++g) {
       const auto& pairs = this->pairs_of(g);

@@ -33,8 +33,8 @@ namespace lora_rite {
 /// "<module>.lora_A.weight" [r, in…] and "<module>.lora_B.weight" [out, r, …], for embeddings
 /// "<module>.lora_embedding_A" and "<module>.lora_embedding_B", and whatever else was trained.
 struct Adapter {
-  AdapterConfig config;
-  std::map<std::string, at::Tensor> tensors;
+  AdapterConfig config;                       ///< what adapter_config.json says
+  std::map<std::string, at::Tensor> tensors;  ///< what adapter_model.safetensors holds
 };
 
 namespace detail {

@@ -42,7 +42,7 @@ void visit_modules(torch::nn::Module& module, const std::string& name, std::set<
 /// A LoRA layer of a model; the pointer lives as long as the model holds the layer.
 struct NamedLoraLayer {
   std::string name;  ///< in the model; empty if the model is the layer
-  LoraLayer* layer;
+  LoraLayer* layer;  ///< never null
 };
 
 /// All LoRA layers of a model, with adapters or without, in the order of their registration.
@@ -142,8 +142,8 @@ inline std::vector<FactorPair> factor_pairs(const torch::nn::Module& model, cons
 
 /// How many parameters of a model are trained.
 struct TrainableParameters {
-  int64_t trainable = 0;
-  int64_t all = 0;
+  int64_t trainable = 0;  ///< elements of parameters that require gradients
+  int64_t all = 0;        ///< elements of all parameters
 
   /// Of a model without parameters 0.
   double percent() const { return all == 0 ? 0 : 100 * static_cast<double>(trainable) / static_cast<double>(all); }

@@ -42,10 +42,10 @@ namespace lora_rite::nn {
 
 /// One layer that inject_lora gave an adapter.
 struct InjectedLayer {
-  std::string name;
-  int64_t rank;
-  double alpha;
-  bool replaced;  ///< a plain layer was put into a LoRA layer; else it was one already
+  std::string name;  ///< in the model
+  int64_t rank;      ///< the config's, or a pattern's
+  double alpha;      ///< likewise
+  bool replaced;     ///< a plain layer was put into a LoRA layer; else it was one already
 };
 
 namespace detail {

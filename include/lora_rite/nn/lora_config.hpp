@@ -15,6 +15,7 @@
 
 namespace lora_rite::nn {
 
+/// Which modules are meant: nothing said, a pattern, or a list of names.
 using ModuleNames = lora_rite::ModuleNames;
 
 /// How the factors of an adapter start. All but Random and Pissa leave the layer's output as it was.
@@ -39,17 +40,19 @@ struct LoraConfig {
   double alpha = 8;         ///< ΔW = alpha / r · B A, finite
   double dropout = 0;       ///< on the adapter's input, in training only, 0 to 1; embeddings have none, as in PEFT
   bool use_rslora = false;  ///< ΔW = alpha / √r · B A instead
-  LoraInit init = LoraInit::Kaiming;
-  LoraBias bias = LoraBias::None;  ///< for inject_lora
+  LoraInit init = LoraInit::Kaiming;  ///< how the factors start
+  LoraBias bias = LoraBias::None;     ///< for inject_lora
 
   /// The modules that get an adapter; "all-linear" stands for every linear layer but the `output_heads`.
   ModuleNames target_modules;
   /// Those of them that get none.
   ModuleNames exclude_modules;
+  ///@{
   /// Other ranks and alphas: the first pattern counts that matches a module's name from its start or from behind one of
   /// its dots to its end.
   std::vector<std::pair<std::string, int64_t>> rank_pattern;
   std::vector<std::pair<std::string, double>> alpha_pattern;
+  ///@}
   /// With a list of target_modules: only in layers of these numbers (≥ 0), the first number in a module's name; all if
   /// empty.
   std::vector<int64_t> layers_to_transform;

@@ -34,6 +34,7 @@ LORA_RITE_FUNCTION auto pseudo_inverse_root(const Matrix& gram, const Spectrum& 
 /// The polar factor: R = S^{1/2}, so that U = Y R⁺ is the orthonormal matrix nearest to Y. It changes continuously with
 /// Y, which is why it is the default.
 struct PolarBasis {
+  /// What checkpoints call it.
   static constexpr const char* name() { return "polar"; }
 
   /// R⁺ = Q λ^{+1/2} Qᵀ. Eigenvalues that are round-off count as zero: `cutoff` and `share` say which.
@@ -49,6 +50,7 @@ struct PolarBasis {
 /// QR's R, the root of the paper and of its code. Here it comes from the r×r matrix λ^{1/2} Qᵀ = O R instead of the
 /// tall Y: the same R, with the signs that make its diagonal non-negative, also where Y is rank-deficient.
 struct QrBasis {
+  /// What checkpoints call it.
   static constexpr const char* name() { return "qr"; }
 
   /// R⁺ = Q λ^{+1/2} O. Eigenvalues that are round-off count as zero: `cutoff` and `share` say which.

@@ -9,6 +9,7 @@ namespace lora_rite {
 /// Which factor of a pair ΔW = BA. Where tensors or arrays have a dimension of size 2 for it, A comes first.
 enum class Side : uint8_t { A, B };
 
+/// Both, to loop over.
 inline constexpr std::array<Side, 2> kSides = {Side::A, Side::B};
 
 /// The side of the other factor of the pair: act 2 sees each gradient in the partner's basis.
@@ -23,11 +24,14 @@ constexpr const char* name_of(Side side) { return side == Side::A ? "a" : "b"; }
 /// Something of each factor.
 template <class T>
 struct PerSide {
-  T a{};
-  T b{};
+  T a{};  ///< of the factor A
+  T b{};  ///< of the factor B
 
+  ///@{
+  /// `a` or `b`.
   T& operator[](Side side) { return side == Side::A ? a : b; }
   const T& operator[](Side side) const { return side == Side::A ? a : b; }
+  ///@}
 };
 
 }  // namespace lora_rite

@@ -20,8 +20,8 @@ namespace lora_rite {
 
 /// The content of a safetensors file: tensors by name, and the free-form texts of its `__metadata__`.
 struct Safetensors {
-  std::map<std::string, at::Tensor> tensors;
-  std::map<std::string, std::string> metadata;
+  std::map<std::string, at::Tensor> tensors;    ///< by name
+  std::map<std::string, std::string> metadata;  ///< empty if the file has none
 };
 
 namespace detail {
@@ -40,8 +40,8 @@ inline void check_bools(const std::string& label, const std::string& name, const
 
 /// What a tensor of a file is.
 struct TensorInfo {
-  at::ScalarType dtype;
-  std::vector<int64_t> shape;
+  at::ScalarType dtype;        ///< kBFloat16 for the file's "BF16", and so on
+  std::vector<int64_t> shape;  ///< empty for a scalar
 };
 
 /// A safetensors file, mapped into memory: opening it reads the header alone, and a tensor's bytes are read when they

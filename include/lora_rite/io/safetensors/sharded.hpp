@@ -156,15 +156,15 @@ inline bool is_weight_file(const std::filesystem::path& path) {
 /// A safetensors file of a checkpoint, of which the header is read, and those of its tensors that belong to the
 /// checkpoint.
 struct CheckpointFile {
-  std::string name;  ///< in the checkpoint's folder
-  SafetensorsFile file;
-  std::vector<std::string> tensors;
+  std::string name;                  ///< in the checkpoint's folder
+  SafetensorsFile file;              ///< its tensors are not read yet
+  std::vector<std::string> tensors;  ///< names; the file may hold others
 };
 
 /// The files of a checkpoint.
 struct Checkpoint {
-  bool is_sharded = false;  ///< an index lists them
-  std::vector<CheckpointFile> files;
+  bool is_sharded = false;            ///< an index lists them
+  std::vector<CheckpointFile> files;  ///< at least one, in the order of their names
 };
 
 /// The files of a checkpoint in a folder, as Hugging Face's libraries write and read it: model.safetensors if it is

@@ -33,6 +33,7 @@ namespace lora_rite::nn {
 template <class Derived, class Base>
 class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
  public:
+  /// torch::nn::LinearImpl, …
   using BaseImpl = typename Base::ContainedType;
 
   /// Over an existing layer, whose parameters are shared.
@@ -45,6 +46,8 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
   /// The layer underneath: its weight, bias and options.
   const Base& base_layer() const { return base_layer_; }
 
+  /// What LoraLayer says, in the dtype of the base layer's output. Throws c10::Error while merged if a factor should
+  /// get a gradient.
   torch::Tensor forward(const torch::Tensor& input) {
     if (!enabled_ || active_.empty()) return base_layer_->forward(input);
     if (merge_wanted_) {
@@ -62,25 +65,30 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     return output.to(dtype);
   }
 
+  /// @copydoc lora_rite::nn::LoraLayer::merge
   void merge() override {
     merge_wanted_ = true;
     merged_layer_ = nullptr;
     merged_layer();
   }
 
+  /// @copydoc lora_rite::nn::LoraLayer::unmerge
   void unmerge() override {
     merge_wanted_ = false;
     merged_layer_ = nullptr;
   }
 
+  /// @copydoc lora_rite::nn::LoraLayer::merged
   bool merged() const override { return merge_wanted_; }
 
+  /// @copydoc lora_rite::nn::LoraLayer::delta_weight
   torch::Tensor delta_weight(const std::string& name) const override {
     torch::NoGradGuard no_grad;
     const LoraAdapter& found = adapter(name);
     return product(detail::widened(found.a), detail::widened(found.b)).mul(found.config.scale());
   }
 
+  /// @copydoc lora_rite::nn::LoraLayer::effective_weight
   torch::Tensor effective_weight() const override {
     torch::NoGradGuard no_grad;
     const torch::Tensor& weight = base_layer_->weight;
@@ -90,11 +98,13 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     return sum.to(weight.scalar_type());
   }
 
+  /// @copydoc lora_rite::nn::LoraLayer::merge_and_unload
   void merge_and_unload() override {
     set_base_weight(effective_weight());
     clear_adapters();
   }
 
+  /// @copydoc lora_rite::nn::LoraLayer::delete_adapter
   void delete_adapter(const std::string& which) override {
     const std::string name = which;  // which may be one of `active_`
     const LoraAdapter& found = adapter(name);
@@ -108,8 +118,10 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     register_all();
   }
 
+  /// @copydoc lora_rite::nn::LoraLayer::base_module
   torch::nn::Module& base_module() const override { return *base_layer_.ptr(); }
 
+  /// @copydoc lora_rite::nn::LoraLayer::prepare_adapter
   LoraAdapter prepare_adapter(const std::string& label, const std::string& name, const LoraConfig& config,
                               const std::optional<FactorValues>& factors = std::nullopt) const override {
     check_lora_config(label, config);
@@ -149,6 +161,7 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     return adapter;
   }
 
+  /// @copydoc lora_rite::nn::LoraLayer::attach_adapter
   void attach_adapter(const std::string& name, LoraAdapter adapter) override {
     if (adapter.initial_a.defined()) {
       // What the rounded factors hold, not what they were rounded from: W stays what it was up to its own round-off.
@@ -182,6 +195,7 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     return copy;
   }
 
+  /// The base layer as LibTorch prints it, and the rank and scale of each adapter.
   void pretty_print(std::ostream& stream) const override {
     stream << "lora_rite::nn::" << type_name() << '(';
     base_layer_->pretty_print(stream);

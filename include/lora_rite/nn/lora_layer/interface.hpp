@@ -22,13 +22,18 @@ struct LoraAdapter {
   LoraConfig config;  ///< with the rank and the alpha of this layer
   torch::Tensor a;    ///< [r, in...]
   torch::Tensor b;    ///< [out, r, ...]
+  ///@{
   /// LoraInit::Pissa only: the factors as they started, whose product the base weight lacks.
   torch::Tensor initial_a, initial_b;
+  ///@}
 };
 
 /// Values for the factors of a new adapter, from a file.
 struct FactorValues {
+  ///@{
+  /// In the shapes of LoraLayer::factor_shapes, of any floating dtype.
   torch::Tensor a, b;
+  ///@}
 };
 
 namespace detail {
@@ -75,6 +80,7 @@ class LoraLayer {
     return names;
   }
 
+  /// Also true of one that is not active.
   bool has_adapter(const std::string& name) const { return find(name) != nullptr; }
 
   /// Throws if there is no such adapter.
@@ -97,6 +103,7 @@ class LoraLayer {
     set_trainable();
   }
 
+  /// The adapters that take part, if enabled: what set_active was told, at first the one that was added first.
   const std::vector<std::string>& active() const { return active_; }
 
   /// Whether active adapters take part at all. While they do not, their factors are not trainable.
@@ -105,6 +112,7 @@ class LoraLayer {
     set_trainable();
   }
 
+  /// What enable_adapters was told; true at first, and after merge_and_unload.
   bool adapters_enabled() const { return enabled_; }
 
   /// From now on forward costs what the base layer costs: it uses `effective_weight()`, which is kept beside the base
@@ -117,6 +125,7 @@ class LoraLayer {
   /// Ends merge.
   virtual void unmerge() = 0;
 
+  /// Whether `merge` was called and not ended since.
   virtual bool merged() const = 0;
 
   /// ΔW = scale · B A of one adapter, in the shape of the base weight; in float if the factors are half or bfloat16.
@@ -151,12 +160,14 @@ class LoraLayer {
   virtual void attach_adapter(const std::string& name, LoraAdapter adapter) = 0;
 
  protected:
+  /// Null if there is no such adapter.
   const LoraAdapter* find(const std::string& name) const {
     const auto found =
         std::find_if(adapters_.begin(), adapters_.end(), [&](const auto& entry) { return entry.first == name; });
     return found == adapters_.end() ? nullptr : &found->second;
   }
 
+  /// Makes the factors of enabled, active adapters trainable, and no others.
   void set_trainable() {
     for (auto& [name, adapter] : adapters_) {
       const bool trainable = enabled_ && std::find(active_.begin(), active_.end(), name) != active_.end();
@@ -165,9 +176,9 @@ class LoraLayer {
     }
   }
 
-  std::vector<std::pair<std::string, LoraAdapter>> adapters_;
-  std::vector<std::string> active_;
-  bool enabled_ = true;
+  std::vector<std::pair<std::string, LoraAdapter>> adapters_;  ///< by name, in the order in which they were added
+  std::vector<std::string> active_;                            ///< names of those that take part
+  bool enabled_ = true;                                        ///< else the layer is its base layer
 };
 
 }  // namespace lora_rite::nn
