@@ -25,11 +25,10 @@ struct FactorPair {
   torch::Tensor a;   ///< [r, in...]: the rank in dimension 0, all others flattened to n = in
   torch::Tensor b;   ///< [out, r, ...]: the rank in dimension 1, all others flattened to n = out
 
-  ///@{
   /// `a` or `b`.
   torch::Tensor& factor(Side side) { return side == Side::A ? a : b; }
+  /// The same, to read.
   const torch::Tensor& factor(Side side) const { return side == Side::A ? a : b; }
-  ///@}
 };
 
 /// The pairs of E experts whose factors share two tensors, as PEFT has them for a parameter that holds all experts of a

@@ -154,12 +154,14 @@ class GradScaler {
   /// Iterations without an infinity or NaN since the scale last changed by itself. Reads from the device.
   int64_t growth_tracker() const { return enabled_ ? settings().growth_tracker : 0; }
 
-  ///@{
-  /// As the constructor was told, or as the last `load` found it.
+  /// What the scale is multiplied by when it grows.
   double growth_factor() const { return settings_.growth_factor; }
+
+  /// What the scale is multiplied by when it backs off.
   double backoff_factor() const { return settings_.backoff_factor; }
+
+  /// Iterations without an infinity or NaN until the scale grows.
   int64_t growth_interval() const { return settings_.growth_interval; }
-  ///@}
 
   /// Writes the scale, the count of good iterations, the factors and the interval, to be called after `update`; nothing
   /// for a disabled scaler. Reads from the device.

@@ -148,11 +148,10 @@ class LoraRiteBase : public torch::optim::Optimizer {
   /// Without groups yet. With `parts` the factors are what one of several processes holds of them: how many rows there
   /// are in all, and so whether the rank fits, is known in the first step only.
   LoraRiteBase(const engine::BasisFunctions& basis, const LoraRiteOptions& defaults, bool parts);
-  ///@{
   /// What is left of the other one can be destroyed or assigned to, nothing else.
   LoraRiteBase(LoraRiteBase&&) noexcept;
+  /// Likewise.
   LoraRiteBase& operator=(LoraRiteBase&&) noexcept;
-  ///@}
 
   /// All factor pairs of a module in one group, and its other trainable parameters, if any, in a second one.
   void add_module(const torch::nn::Module& module, const LoraRiteOptions& options,

@@ -86,18 +86,17 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(bool, capturable) = false;
 
  public:
-  ///@{
   /// `lr`, for LibTorch's schedulers.
   double get_lr() const override { return lr(); }
+  /// Sets `lr`.
   void set_lr(const double value) override { lr(value); }
-  ///@}
 
   /// Writes every option that a checkpoint keeps under its name.
   void serialize(torch::serialize::OutputArchive& archive) const override {
     for_each_saved(*this, [&](const char* name, const auto& value) { archive.write(name, c10::IValue(value)); });
   }
 
-  /// Takes over what the other one wrote. An option that the archive lacks stays as it is: it is newer than the
+  /// Takes over what `serialize` wrote. An option that the archive lacks stays as it is: it is newer than the
   /// archive. Throws c10::Error naming an option of another type; ranges are not checked here.
   void serialize(torch::serialize::InputArchive& archive) override {
     for_each_saved(*this, [&](const char* name, auto& value) {

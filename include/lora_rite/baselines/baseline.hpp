@@ -39,7 +39,7 @@ struct State : public torch::optim::OptimizerCloneableParamState<State> {
     // A tensor here is a slice of a batch: without a copy the whole batch would be written with each.
     for (const auto& [name, tensor] : tensors) archive.write("tensor." + name, tensor.clone(), /*is_buffer=*/true);
   }
-  /// Takes over what the other one wrote; entries of other names are left alone.
+  /// Takes over what `serialize` wrote; entries of other names are left alone.
   void serialize(torch::serialize::InputArchive& archive) override {
     const std::string prefix = "tensor.";
     for (const std::string& key : archive.keys()) {
@@ -68,7 +68,7 @@ struct BaselineOptions : public torch::optim::OptimizerCloneableOptions<Options>
     Options::for_each_saved(static_cast<const Options&>(*this),
                             [&](const char* name, const auto& value) { archive.write(name, c10::IValue(value)); });
   }
-  /// Takes over what the other one wrote. Throws c10::Error if an option is missing: the file is another optimizer's.
+  /// Takes over what `serialize` wrote. Throws c10::Error if an option is missing: the file is another optimizer's.
   void serialize(torch::serialize::InputArchive& archive) override {
     Options::for_each_saved(static_cast<Options&>(*this), [&](const char* name, auto& value) {
       c10::IValue found;

@@ -22,10 +22,9 @@ inline at::Tensor norms(const at::Tensor& batch) {
 
 /// p(x) = a x + b x³ + c x⁵
 struct Quintic {
-  ///@{
-  /// Of x, x³ and x⁵.
-  double a, b, c;
-  ///@}
+  double a,  ///< of x
+      b,     ///< of x³
+      c;     ///< of x⁵
 };
 
 /// Applied one after the other.

@@ -190,13 +190,12 @@ class GradientAverager {
       torch::autograd::impl::set_post_acc_grad_hooks(parameters_[i], std::make_unique<Hook>(*this, i));
   }
 
-  ///@{
-  /// The same for all parameters of an optimizer, or for factor pairs.
+  /// The same for all parameters of an optimizer.
   GradientAverager(const torch::optim::Optimizer& optimizer, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
       : GradientAverager(detail::parameters_of(optimizer), std::move(group), bucket_bytes) {}
+  /// The same for factor pairs.
   GradientAverager(const std::vector<FactorPair>& pairs, ProcessGroup group, int64_t bucket_bytes = kBucketBytes)
       : GradientAverager(detail::leaves_of(pairs), std::move(group), bucket_bytes) {}
-  ///@}
 
   ~GradientAverager() {
     for (const at::Tensor& parameter : parameters_) torch::autograd::impl::set_post_acc_grad_hooks(parameter, nullptr);

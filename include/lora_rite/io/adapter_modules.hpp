@@ -15,10 +15,8 @@ namespace lora_rite {
 
 /// What an adapter holds of one module. Tensors that it has not are undefined.
 struct AdapterModule {
-  ///@{
-  /// The factors: [r, in…] and [out, r, …]; of embeddings [r, num_embeddings] and [dim, r].
-  at::Tensor a, b;
-  ///@}
+  at::Tensor a,            ///< the factor A [r, in…]; of embeddings [r, num_embeddings]
+      b;                   ///< the factor B [out, r, …]; of embeddings [dim, r]
   bool embedding = false;  ///< ΔW = scale · (B A)ᵀ
   at::Tensor base_weight;  ///< the weight beneath the factors, which PEFT copies beside those of embeddings and heads
   at::Tensor bias;         ///< the module's bias, trained beside the factors

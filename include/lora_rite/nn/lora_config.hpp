@@ -47,12 +47,11 @@ struct LoraConfig {
   ModuleNames target_modules;
   /// Those of them that get none.
   ModuleNames exclude_modules;
-  ///@{
-  /// Other ranks and alphas: the first pattern counts that matches a module's name from its start or from behind one of
+  /// Other ranks: the first pattern counts that matches a module's name from its start or from behind one of
   /// its dots to its end.
   std::vector<std::pair<std::string, int64_t>> rank_pattern;
+  /// Other alphas, likewise.
   std::vector<std::pair<std::string, double>> alpha_pattern;
-  ///@}
   /// With a list of target_modules: only in layers of these numbers (≥ 0), the first number in a module's name; all if
   /// empty.
   std::vector<int64_t> layers_to_transform;

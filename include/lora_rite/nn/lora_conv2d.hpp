@@ -23,12 +23,11 @@ class LoraConv2dImpl : public LoraLayerImpl<LoraConv2dImpl, torch::nn::Conv2d> {
   static constexpr bool kFactorsAreModules = true;  ///< a factor is called "lora_A.<adapter>.weight"
   static constexpr bool kHasBias = true;            ///< the base layer can have a bias
 
-  ///@{
   /// A layer of its own, with torch::nn::Conv2d's arguments and initial weights.
   LoraConv2dImpl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<2> kernel_size)
       : LoraConv2dImpl(torch::nn::Conv2dOptions(in_channels, out_channels, kernel_size)) {}
+  /// The same by LibTorch's options.
   explicit LoraConv2dImpl(const torch::nn::Conv2dOptions& options) : LoraConv2dImpl(torch::nn::Conv2d(options)) {}
-  ///@}
 
   /// Over an existing layer, whose parameters are shared.
   explicit LoraConv2dImpl(torch::nn::Conv2d base) : LoraLayerImpl(std::move(base)) {}

@@ -23,13 +23,12 @@ class LoraEmbeddingImpl : public LoraLayerImpl<LoraEmbeddingImpl, torch::nn::Emb
   static constexpr bool kFactorsAreModules = false;  ///< a factor is called "lora_embedding_A.<adapter>"
   static constexpr bool kHasBias = false;            ///< the base layer never has a bias
 
-  ///@{
   /// A layer of its own, with torch::nn::Embedding's arguments and initial weights.
   LoraEmbeddingImpl(int64_t num_embeddings, int64_t embedding_dim)
       : LoraEmbeddingImpl(torch::nn::EmbeddingOptions(num_embeddings, embedding_dim)) {}
+  /// The same by LibTorch's options.
   explicit LoraEmbeddingImpl(const torch::nn::EmbeddingOptions& options)
       : LoraEmbeddingImpl(torch::nn::Embedding(options)) {}
-  ///@}
 
   /// Over an existing layer, whose parameters are shared.
   explicit LoraEmbeddingImpl(torch::nn::Embedding base) : LoraLayerImpl(std::move(base)) {}

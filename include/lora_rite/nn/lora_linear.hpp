@@ -23,12 +23,11 @@ class LoraLinearImpl : public LoraLayerImpl<LoraLinearImpl, torch::nn::Linear> {
   static constexpr bool kFactorsAreModules = true;  ///< a factor is called "lora_A.<adapter>.weight"
   static constexpr bool kHasBias = true;            ///< the base layer can have a bias
 
-  ///@{
   /// A layer of its own, with torch::nn::Linear's arguments and initial weights.
   LoraLinearImpl(int64_t in_features, int64_t out_features)
       : LoraLinearImpl(torch::nn::LinearOptions(in_features, out_features)) {}
+  /// The same by LibTorch's options.
   explicit LoraLinearImpl(const torch::nn::LinearOptions& options) : LoraLinearImpl(torch::nn::Linear(options)) {}
-  ///@}
 
   /// Over an existing layer, whose parameters are shared.
   explicit LoraLinearImpl(torch::nn::Linear base) : LoraLayerImpl(std::move(base)) {}

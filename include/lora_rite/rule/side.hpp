@@ -27,11 +27,10 @@ struct PerSide {
   T a{};  ///< of the factor A
   T b{};  ///< of the factor B
 
-  ///@{
   /// `a` or `b`.
   T& operator[](Side side) { return side == Side::A ? a : b; }
+  /// The same, to read.
   const T& operator[](Side side) const { return side == Side::A ? a : b; }
-  ///@}
 };
 
 }  // namespace lora_rite

@@ -19,21 +19,17 @@ namespace lora_rite::nn {
 
 /// One adapter of a layer.
 struct LoraAdapter {
-  LoraConfig config;  ///< with the rank and the alpha of this layer
-  torch::Tensor a;    ///< [r, in...]
-  torch::Tensor b;    ///< [out, r, ...]
-  ///@{
-  /// LoraInit::Pissa only: the factors as they started, whose product the base weight lacks.
-  torch::Tensor initial_a, initial_b;
-  ///@}
+  LoraConfig config;        ///< with the rank and the alpha of this layer
+  torch::Tensor a;          ///< [r, in...]
+  torch::Tensor b;          ///< [out, r, ...]
+  torch::Tensor initial_a,  ///< LoraInit::Pissa only: A as it started
+      initial_b;            ///< likewise; the base weight lacks the product of the two
 };
 
 /// Values for the factors of a new adapter, from a file.
 struct FactorValues {
-  ///@{
-  /// In the shapes of LoraLayer::factor_shapes, of any floating dtype.
-  torch::Tensor a, b;
-  ///@}
+  torch::Tensor a,  ///< in the shape of LoraLayer::factor_shapes, of any floating dtype
+      b;            ///< likewise
 };
 
 namespace detail {
