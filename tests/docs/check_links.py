@@ -41,17 +41,22 @@ def slug(heading: str) -> str:
     return "".join(keep).replace(" ", "-")
 
 
-def anchors(text: str) -> "set[str]":
-    """All anchors of a document."""
-    found: set[str] = set()
+def heading_anchors(text: str) -> "list[str]":
+    """The anchors of a document's headings, in order."""
+    found: list[str] = []
     for heading in HEADING.findall(without_code(text)):
         first = name = slug(heading)
         number = 0
         while name in found:
             number += 1
             name = f"{first}-{number}"
-        found.add(name)
-    return found | set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
+        found.append(name)
+    return found
+
+
+def anchors(text: str) -> "set[str]":
+    """All anchors of a document."""
+    return {*heading_anchors(text), *re.findall(r'<a (?:id|name)="([^"]+)"', text)}
 
 
 def links(document: pathlib.Path) -> "list[str]":
