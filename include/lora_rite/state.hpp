@@ -21,8 +21,8 @@ struct FactorState {
 
 /// The same of both factors of a pair.
 struct StateOfPair {
-  FactorState a;  ///< its V and R⁺ are in the basis of B
-  FactorState b;  ///< its V and R⁺ are in the basis of A
+  FactorState a;  ///< of A, whose partner Y is B
+  FactorState b;  ///< of B, whose partner Y is A
 };
 
 }  // namespace lora_rite

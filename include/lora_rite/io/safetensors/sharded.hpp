@@ -164,7 +164,7 @@ struct CheckpointFile {
 /// The files of a checkpoint.
 struct Checkpoint {
   bool is_sharded = false;            ///< an index lists them
-  std::vector<CheckpointFile> files;  ///< at least one, in the order of their names
+  std::vector<CheckpointFile> files;  ///< in the order of their names
 };
 
 /// The files of a checkpoint in a folder, as Hugging Face's libraries write and read it: model.safetensors if it is
