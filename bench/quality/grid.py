@@ -110,8 +110,11 @@ CONTENDERS = {
 USUAL = ("rite, bounded", "adam", "rite", "lora+", "adamw")
 OTHERS = ("scaled-adam", "shampoo", "lamb", "adagrad", "rmsprop", "muon", "soap")
 RIVALS = ("polora", "lora-muon", "lora-tsd", "altlora")  # of 2025 and 2026, all stepping pairs
+RANKS = (4, 8, 16, 32, 64, 128)
+OVER_RANKS = ("rite", "rite, bounded", "rite, exponent 1/4, bounded", "adam", "polora", "lora-muon")
 OPTIONS = tuple(name for name in CONTENDERS if name.startswith("rite, ") and name not in USUAL)
 RATES_AT_FIRST = 5
+MIDDLE_RANK = 16  # whose best rate is tried at the others, in the grid of ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +166,11 @@ GRIDS = {
             RIVALS,
         ),
         ([Cell(task) for task in TEXTS], RIVALS),
+    ],
+    # does one rate serve every rank, and who gets worse with more of it? The first part is an hour, the texts are many.
+    "ranks": [
+        ([Cell(task, rank) for rank in RANKS for task in ("correlated", "noisy")], OVER_RANKS),
+        ([Cell("movies", rank) for rank in RANKS], OVER_RANKS),
     ],
 }
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs the learning study: which optimizer learns a LoRA adapter best, at its own best rate?
 
-    study.py --results FOLDER --build FOLDER            everything that is missing
-    study.py --results FOLDER --build FOLDER --quick    the small grid of grid.py
+    study.py --results FOLDER --build FOLDER                 everything that is missing
+    study.py --results FOLDER --build FOLDER --grid quick    another grid of grid.py
 
 For every cell (task, rank, start) and contender: a search on validation data over a logarithmic grid of rates, which
 grows while its best rate lies at an edge and is then refined around it; then the best rate with fresh seeds on test
@@ -11,6 +11,7 @@ is not run again, so the study can be stopped at any time. `report.py` makes tab
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import statistics
 import sys
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-from grid import CONTENDERS, GRIDS, RATES_AT_FIRST, TASKS, Cell, Job, key_of, rate
+from grid import CONTENDERS, GRIDS, MIDDLE_RANK, RATES_AT_FIRST, TASKS, Cell, Job, key_of, rate
 from programs import Programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -33,6 +34,7 @@ class Study:
     def __init__(self, runs: list[dict], grid: str):
         self.runs = {key_of(run): run for run in runs}
         self.grid = [(cell, contender) for cells, names in GRIDS[grid] for cell in cells for contender in names]
+        self.carries_rates = grid == "ranks"
 
     def jobs(self, cell: Cell, contender: str, quarters: list[int], split: str) -> list[Job]:
         task = TASKS[cell.task]
@@ -72,7 +74,16 @@ class Study:
         missing = self.missing(self.jobs(cell, contender, fine, "validation"))
         if missing:
             return missing, 0
-        return [], min([best, *fine], key=lambda quarter: self.loss(cell, contender, quarter))
+        best = min([best, *fine], key=lambda quarter: self.loss(cell, contender, quarter))
+        return self.at_the_rate_of_the_middle_rank(cell, contender), best
+
+    def at_the_rate_of_the_middle_rank(self, cell: Cell, contender: str) -> list[Job]:
+        """Does one rate serve every rank? The jobs that say so, once the middle rank has its rate."""
+        middle = dataclasses.replace(cell, rank=MIDDLE_RANK)
+        if not self.carries_rates or cell == middle:
+            return []
+        missing, quarter = self.search(middle, contender)
+        return missing or self.missing(self.jobs(cell, contender, [quarter], "validation"))
 
     def plan(self) -> list[Job]:
         """What can be run now, the most wanted first; more may follow from its results."""
@@ -110,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=pathlib.Path, required=True, help="folder of runs.jsonl")
     parser.add_argument("--build", type=pathlib.Path, required=True, help="build folder with regression and finetune")
-    parser.add_argument("--quick", action="store_true", help="the small grid")
+    parser.add_argument("--grid", choices=GRIDS, default="full", help="which runs (default %(default)s)")
     parser.add_argument("--only", default="", help="contenders to run, separated by semicolons (default: all)")
     parser.add_argument("--tasks", default="", help="tasks to run, separated by commas (default: all)")
     parser.add_argument("--ranks", default="", help="ranks to run, separated by commas (default: all)")
@@ -126,7 +137,7 @@ def main() -> None:
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         with open(path, "a", encoding="utf-8") as log:
             log.write("\n")  # behind a line that a crash cut short
-    study = Study(read_runs(path), "quick" if options.quick else "full")
+    study = Study(read_runs(path), options.grid)
     if options.only:
         study.grid = [(cell, name) for cell, name in study.grid if name in options.only.split(";")]
     if options.tasks:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench/qual
 import grid
 import programs
 import study
+import tables
 
 
 def run_all(plan: study.Study, loss, most: int = 10000) -> list[grid.Job]:
@@ -85,6 +86,19 @@ class Search(unittest.TestCase):
                 half.runs[key] = {"test_loss": valley(1e-2)(job, 0), "test_accuracy": 0.5}
         self.assertEqual(len(run_all(half, valley(1e-2))), len(whole) - len(whole) // 2)
 
+    def test_over_the_ranks_the_middle_ranks_best_rate_is_tried_at_every_rank(self):
+        plan = study.Study([], "ranks")
+        plan.grid = [(grid.Cell("correlated", rank), "adam") for rank in (4, 16, 64)]
+
+        def loss(job, seed):
+            return valley(1.8e-2 if job.cell.rank == grid.MIDDLE_RANK else 1e-3)(job, seed)
+
+        jobs = run_all(plan, loss)
+        for rank in (4, 16, 64):
+            of_rank = [job for job in jobs if job.cell.rank == rank]
+            self.assertIn(1.8e-2, self.rates(of_rank, "validation"))
+            self.assertEqual(self.rates(of_rank, "test"), [1.8e-2 if rank == 16 else 1e-3])
+
     def test_every_grid_names_known_tasks_and_contenders(self):
         for name in grid.GRIDS:
             for cell, contender in study.Study([], name).grid:
@@ -96,6 +110,26 @@ class Search(unittest.TestCase):
         self.addCleanup(path.unlink)
         path.write_text('{"lr": 1}\n{"lr": 2}\n{"lr": 3, "se', encoding="utf-8")
         self.assertEqual([run["lr"] for run in study.read_runs(path)], [1, 2])
+
+
+class Report(unittest.TestCase):
+    def test_the_table_over_the_ranks_has_the_best_loss_and_that_at_the_middle_ranks_rate(self):
+        def entry(losses: dict[float, float]) -> tables.Entry:
+            runs = [
+                {"split": "validation", "lr": lr, "seed": seed, "test_loss": loss}
+                for lr, loss in losses.items()
+                for seed in (0, 1)
+            ]
+            return tables.Entry("correlated", runs)
+
+        of_rank = {4: {1e-3: 0.5, 1e-2: 0.25}, 16: {1e-3: 0.2, 1e-2: 0.3}, 64: {1e-2: 0.75, 1e-3: 4.0}}
+        cells = {("correlated", rank, "usual"): {"adam": entry(losses)} for rank, losses in of_rank.items()}
+        self.assertEqual(
+            tables.rank_table(cells, "correlated").splitlines()[2].split(" | ")[1:],
+            ["0.25 at 1.0e-02, 0.5", "0.2 at 1.0e-03, 0.2", "0.75 at 1.0e-02, 4 |"],
+        )
+        del cells["correlated", 64, "usual"]
+        self.assertEqual(tables.rank_table(cells, "correlated"), "")
 
 
 class Texts(unittest.TestCase):
