@@ -3,9 +3,9 @@
 
     prepare_tasks.py hellaswag hellaswag_val.jsonl --model MODEL --out val.jsonl --for evaluate
 
-Forms: super_ni and alpaca (instructions), hellaswag, arc, openbookqa, boolq, piqa, winogrande (choices), gsm8k (a
-number to find). docs/tasks.md has the prompt of each and what the file looks like. With `--for train` a question
-with choices becomes its prompt and the right choice.
+Forms: super_ni and alpaca (instructions), hellaswag, arc, openbookqa, boolq, piqa, winogrande, commonsense (choices),
+gsm8k (a number to find). docs/tasks.md has the prompt of each and what the file looks like. With `--for train` a
+question with choices becomes its prompt and the right choice.
 
 A prompt and its continuation are encoded together and cut where the encoded prompt ends. A prompt that is too long
 loses its beginning; how many did is reported. A malformed record ends the program, or is left out with `--malformed
@@ -13,224 +13,17 @@ skip`.
 """
 
 import argparse
-import dataclasses
 import json
 import os
-import re
-import string
 import sys
 from collections.abc import Iterator
-from typing import Callable
 
+from spread import spread
+from task_forms import FORMS, Choices, Malformed, Text, texts
 from whole_file import whole_file
 
 FORMAT = "finetune-tasks 1"
 
-
-class Malformed(Exception):
-    """What is wrong with one record; the place is added by who knows it."""
-
-
-@dataclasses.dataclass
-class Text:
-    """A prompt and how it goes on."""
-
-    prompts: list[str]  # the first that fits is taken, else the last is cut
-    completion: str  # with the space before it, if there is one
-    references: list[str]
-
-
-@dataclasses.dataclass
-class Choices:
-    """A question with the answers to choose from."""
-
-    prompts: list[str]  # one for all choices, or one for each
-    choices: list[str]  # without the space before them
-    answer: int
-
-    def as_text(self) -> Text:
-        right = self.choices[self.answer]
-        return Text([self.prompts[self.answer % len(self.prompts)]], " " + right, [right])
-
-
-# --- Reading fields
-
-KINDS = {str: "a text", list: "a list", dict: "an object", bool: "true or false", int: "a number"}
-
-
-def whole(text: str, name: str) -> str:
-    if re.search("[\ud800-\udfff]", text):
-        raise Malformed(f"has half a character in '{name}' (a surrogate without its other half)")
-    return text
-
-
-def field(record: dict, name: str, *kinds: type):
-    """The field, of one of the given kinds (text by default) and not empty."""
-    kinds = kinds or (str,)
-    if name not in record:
-        raise Malformed(f"has no '{name}'")
-    value = record[name]
-    # bool is an int to Python, not to us
-    if not any(type(value) is kind for kind in kinds):
-        raise Malformed(
-            f"has {json.dumps(value)[:60]} for '{name}' where {' or '.join(KINDS[kind] for kind in kinds)} is expected"
-        )
-    if isinstance(value, (str, list)) and not (value.strip() if isinstance(value, str) else value):
-        raise Malformed(f"has nothing in '{name}'")
-    return whole(value, name) if isinstance(value, str) else value
-
-
-def texts(record: dict, name: str) -> list[str]:
-    """A list of texts; one text is a list of one."""
-    value = field(record, name, str, list)
-    value = [value] if isinstance(value, str) else value
-    if not all(isinstance(text, str) and text.strip() for text in value):
-        raise Malformed(f"has something else than a text in '{name}'")
-    return [whole(text, name) for text in value]
-
-
-def index(value, count: int, name: str) -> int:
-    """An index that may be written as a number or as a text."""
-    text = str(value).strip()
-    if isinstance(value, bool) or not text.isdecimal() or int(text) >= count:
-        raise Malformed(f"has {json.dumps(value)} for '{name}' where a number from 0 to {count - 1} is expected")
-    return int(text)
-
-
-# --- The forms: a record, and what it becomes
-
-
-def super_ni(record: dict, options: argparse.Namespace) -> Text:
-    """Tk-Instruct's layout; `record` is an instance together with its task's definition and examples."""
-
-    def sentence(text: str) -> str:
-        text = text.strip()
-        return text if text[-1:] in string.punctuation else text + "."
-
-    head = f"Definition: {sentence(texts(record, 'Definition')[0])}\n\n"
-    shown = []
-    for number, example in enumerate(record.get("Positive Examples", [])[: options.positive_examples], 1):
-        if not isinstance(example, dict):
-            raise Malformed("belongs to a task whose 'Positive Examples' are no objects")
-        shown.append(
-            f" Positive Example {number} -\nInput: {sentence(field(example, 'input'))}\n"
-            f" Output: {sentence(field(example, 'output'))}\n\n"
-        )
-    tail = f"Now complete the following example -\nInput: {sentence(field(record, 'input'))}\nOutput: "
-    outputs = [text.strip() for text in texts(record, "output")]
-    return Text([head + "".join(shown[:count]) + tail for count in range(len(shown), -1, -1)], outputs[0], outputs)
-
-
-def alpaca(record: dict, options: argparse.Namespace) -> Text:
-    instruction, output = field(record, "instruction"), field(record, "output")
-    context = record.get("input") or ""
-    if not isinstance(context, str):
-        field(record, "input")  # says what is wrong
-    if whole(context, "input"):
-        prompt = (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
-        )
-    else:
-        prompt = (
-            "Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Response:"
-        )
-    return Text([prompt], output, [output])
-
-
-def hellaswag(record: dict, options: argparse.Namespace) -> Choices:
-    def clean(text: str) -> str:
-        # Brackets are left over from WikiHow's headings.
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-    if not isinstance(record.get("ctx_b"), str):
-        raise Malformed("has no text 'ctx_b'")  # empty is usual
-    context = field(record, "ctx_a") + " " + whole(record["ctx_b"], "ctx_b").capitalize()
-    endings = [clean(ending) for ending in texts(record, "endings")]
-    if not all(ending.strip() for ending in endings):
-        raise Malformed("has nothing but brackets in one of the 'endings'")
-    return Choices(
-        [clean(field(record, "activity_label") + ": " + context)],
-        endings,
-        index(field(record, "label", int, str), len(endings), "label"),
-    )
-
-
-def labelled_choices(record: dict, stem: str) -> tuple[str, list[str], int]:
-    """Question, choices and answer of AI2's files (question: {stem, choices: [{text, label}]}) and of their copies in
-    columns (stem, choices: {text: [], label: []})."""
-    if isinstance(record.get("question"), dict):
-        question = field(record["question"], "stem")
-        pairs = field(record["question"], "choices", list)
-        if not all(isinstance(pair, dict) for pair in pairs):
-            raise Malformed("has 'choices' that are no objects")
-        choices = [field(pair, "text") for pair in pairs]
-        labels = [field(pair, "label") for pair in pairs]
-    else:
-        question = field(record, stem)
-        columns = field(record, "choices", dict)
-        choices, labels = texts(columns, "text"), texts(columns, "label")
-    key = field(record, "answerKey").strip()
-    if len(choices) != len(labels) or key not in labels:
-        raise Malformed(f"has the answer '{key}' and the labels {labels} for {len(choices)} choices")
-    return question, choices, labels.index(key)
-
-
-def arc(record: dict, options: argparse.Namespace) -> Choices:
-    question, choices, answer = labelled_choices(record, "question")
-    return Choices([f"Question: {question}\nAnswer:"], choices, answer)
-
-
-def openbookqa(record: dict, options: argparse.Namespace) -> Choices:
-    question, choices, answer = labelled_choices(record, "question_stem")
-    return Choices([question], choices, answer)
-
-
-def boolq(record: dict, options: argparse.Namespace) -> Choices:
-    # "answer" in the original, "label" in SuperGLUE's copy
-    answer = field(record, "answer" if "answer" in record else "label", bool, int)
-    answer = int(answer) if isinstance(answer, bool) else index(answer, 2, "label")
-    return Choices(
-        [f"{field(record, 'passage')}\nQuestion: {field(record, 'question')}?\nAnswer:"], ["no", "yes"], answer
-    )
-
-
-def piqa(record: dict, options: argparse.Namespace) -> Choices:
-    if "label" not in record:
-        raise Malformed("has no 'label'; name the file of labels with --labels")
-    return Choices(
-        [f"Question: {field(record, 'goal')}\nAnswer:"],
-        [field(record, "sol1"), field(record, "sol2")],
-        index(record["label"], 2, "label"),
-    )
-
-
-def winogrande(record: dict, options: argparse.Namespace) -> Choices:
-    """Both choices go on alike: the one that makes the rest of the sentence more probable is chosen."""
-    before, blank, after = field(record, "sentence").partition("_")
-    if not blank or not after.strip():
-        raise Malformed("has a 'sentence' without '_' and a text after it")
-    answer = field(record, "answer")
-    if answer not in ("1", "2"):
-        raise Malformed(f'has {json.dumps(answer)} for \'answer\' where "1" or "2" is expected')
-    return Choices(
-        [before + field(record, "option1"), before + field(record, "option2")], [after.strip()] * 2, int(answer) - 1
-    )
-
-
-def gsm8k(record: dict, options: argparse.Namespace) -> Text:
-    answer = field(record, "answer")
-    if not re.search(r"#### -?[0-9.,]+", answer):
-        raise Malformed("has an 'answer' without '#### ' and a number")
-    return Text([f"Question: {field(record, 'question')}\nAnswer:"], " " + answer, [answer])
-
-
-FORMS: dict[str, Callable] = {
-    form.__name__: form for form in (super_ni, alpaca, hellaswag, arc, openbookqa, boolq, piqa, winogrande, gsm8k)
-}
 
 # --- Reading files: places and records, where a record may be a Malformed
 
@@ -288,6 +81,12 @@ def read_super_ni(path: str) -> Iterator[tuple[str, dict | Malformed]]:
         sys.exit(f"{path}: {error}")
     for number, instance in enumerate(task["Instances"]):
         yield f"{path}: Instances[{number}]", {**instance, **shared} if isinstance(instance, dict) else instance
+
+
+def read(form: str, paths: list[str], labels: str | None = None) -> list[tuple[str, dict | Malformed]]:
+    """All records of the files, one file after the other."""
+    each = read_super_ni if form == "super_ni" else lambda path: read_records(path, labels)
+    return [found for path in paths for found in each(path)]
 
 
 # --- Tokens
@@ -384,7 +183,7 @@ class Encoder:
     def cut(self, prompt: list[int], room: int) -> list[int]:
         return self.surrounded(prompt[-room:])
 
-    def text(self, example: Text) -> dict:
+    def text(self, example: Text, loss: str) -> dict:
         for prompt in example.prompts:
             tokens, completion = self.split(prompt, example.completion)
             if not completion:
@@ -394,7 +193,10 @@ class Encoder:
             if len(tokens) <= room:
                 break
         self.shortened += prompt is not example.prompts[0] or len(tokens) > room
-        return {"prompt": self.cut(tokens, room), "completion": completion, "references": example.references}
+        prompt = self.cut(tokens, room)
+        if loss == "text":  # a first token has nothing before it that could foretell it
+            prompt, completion = prompt[:1], prompt[1:] + completion
+        return {"prompt": prompt, "completion": completion, "references": example.references}
 
     def choices(self, example: Choices) -> dict:
         count = len(example.choices)
@@ -437,6 +239,15 @@ def main() -> None:
         default=1024,
         help="most tokens of prompt and completion together, of each for an encoder-decoder (default %(default)s)",
     )
+    parser.add_argument(
+        "--loss",
+        choices=("completion", "text"),
+        default="completion",
+        help="what is trained on: the completion, or the prompt too, all but its first token (default %(default)s)",
+    )
+    parser.add_argument(
+        "--at-most", type=int, default=0, help="take so many records, spread evenly over all files; 0 = all of them"
+    )
     parser.add_argument("--malformed", choices=("skip", "refuse"), default="refuse", help="(default %(default)s)")
     parser.add_argument("--labels", help="piqa's file of labels, one a line")
     parser.add_argument(
@@ -454,26 +265,37 @@ def main() -> None:
     if options.labels is not None and len(options.input) != 1:
         sys.exit("--labels belongs to one file; give that alone")
 
+    if options.at_most < 0:
+        sys.exit(f"--at-most {options.at_most}: expected at least 0")
+    if options.loss == "text" and options.purpose == "evaluate":
+        sys.exit("--loss text: is for what is trained on; leave it out, or take --for train")
+
     encoder = Encoder(options.model, options.max_length, options.end)
+    if options.loss == "text" and encoder.encoder_decoder:
+        sys.exit(f"--loss text: {options.model} is an encoder-decoder, whose loss is the completion's; leave it out")
     kind, lines, skipped = "text", [], 0
-    for path in options.input:
-        for place, record in read_super_ni(path) if options.form == "super_ni" else read_records(path, options.labels):
-            try:
-                if isinstance(record, Malformed):
-                    raise record
-                if not isinstance(record, dict):
-                    raise Malformed("is no JSON object")
-                example = FORMS[options.form](record, options)
-                if isinstance(example, Choices) and options.purpose == "evaluate":
-                    kind = "choices"
-                    lines.append(encoder.choices(example))
-                else:
-                    lines.append(encoder.text(example.as_text() if isinstance(example, Choices) else example))
-            except Malformed as error:
-                if options.malformed == "refuse":
-                    sys.exit(f"{place}: {error}; correct it, or leave such records out with --malformed skip")
-                print(f"{place}: {error}; left out", file=sys.stderr)
-                skipped += 1
+    records = read(options.form, options.input, options.labels)
+    total = len(records)
+    if options.at_most:
+        records = [records[index] for index in spread(options.at_most, total)]
+    for place, record in records:
+        try:
+            if isinstance(record, Malformed):
+                raise record
+            if not isinstance(record, dict):
+                raise Malformed("is no JSON object")
+            example = FORMS[options.form](record, options)
+            if isinstance(example, Choices) and options.purpose == "evaluate":
+                kind = "choices"
+                lines.append(encoder.choices(example))
+            else:
+                text = example.as_text() if isinstance(example, Choices) else example
+                lines.append(encoder.text(text, options.loss))
+        except Malformed as error:
+            if options.malformed == "refuse":
+                sys.exit(f"{place}: {error}; correct it, or leave such records out with --malformed skip")
+            print(f"{place}: {error}; left out", file=sys.stderr)
+            skipped += 1
     if not lines:
         sys.exit(f"{', '.join(options.input)}: no record of the form {options.form}")
 
@@ -481,7 +303,8 @@ def main() -> None:
     with whole_file(options.out) as file:
         for line in [header, *lines]:
             file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-    print(f"{options.out}: {len(lines)} records, {encoder.shortened} prompts shortened, {skipped} records left out")
+    of = f" of {total}" if len(records) < total else ""
+    print(f"{options.out}: {len(lines)}{of} records, {encoder.shortened} prompts shortened, {skipped} records left out")
 
 
 if __name__ == "__main__":

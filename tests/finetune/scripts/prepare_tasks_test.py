@@ -91,6 +91,12 @@ WINOGRANDE = {
 }
 GSM8K = {"question": "How many is 2000 + 1?", "answer": "2000 + 1 = <<2000+1=2001>>2001\n#### 2,001"}
 ALPACA = {"instruction": "Name a colour.", "input": "", "output": "Red."}
+COMMONSENSE = {
+    "instruction": "What is red?\n\nAnswer1: ice Answer2: blood Answer3: tea\n\nAnswer format: answer1/answer2/answer3",
+    "input": "",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
 SUPER_NI = {
     "Definition": ["Say the opposite"],
     "Positive Examples": [
@@ -230,6 +236,31 @@ class Choices(Case):
         )
         self.assertEqual([record["answer"] for record in made], [1, 1])
 
+    COMMONSENSE_PROMPT = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
+        "\n                ### Instruction:"
+        f"\n                {COMMONSENSE['instruction']}"
+        "\n                "
+        "\n                ### Response:"
+    )
+
+    def test_commonsense_asks_for_every_word_of_the_answer_format(self):
+        header, (made,), _ = self.prepare("commonsense", lines(COMMONSENSE), "--for", "evaluate")
+        self.assertEqual(header["kind"], "choices")
+        self.assertEqual([self.decode(ids) for ids in made["prompts"]], ["<s>" + self.COMMONSENSE_PROMPT])
+        self.assertEqual(
+            [self.decode(ids) for ids in made["choices"]],
+            [f"\n                the correct answer is answer{number}" for number in (1, 2, 3)],
+        )
+        self.assertEqual(made["answer"], 1)
+        _, (trained,), _ = self.prepare("commonsense", lines(COMMONSENSE))
+        self.assertEqual(trained["prompt"], made["prompts"][0])
+        self.assertEqual(trained["completion"], made["choices"][1] + [END])
+        self.assertEqual(trained["references"], ["the correct answer is answer2"])
+        record = {"instruction": "Is it so? Answer format: true/false", "output": "it is false", "answer": "false"}
+        _, (made,), _ = self.prepare("commonsense", json.dumps([record]), "--for", "evaluate")
+        self.assertEqual([self.decode(ids).strip() for ids in made["choices"]], ["it is true", "it is false"])
+
     def test_winogrande_puts_the_options_into_the_prompt(self):
         _, (made,), _ = self.prepare("winogrande", lines(WINOGRANDE), "--for", "evaluate")
         self.assertEqual(
@@ -302,6 +333,28 @@ class Tokens(Case):
         _, (made,), _ = self.prepare("openbookqa", lines(columns), "--for", "evaluate")
         self.assertEqual(self.decode(made["prompts"][0]), "<s>Gas~")
         self.assertEqual(self.decode(made["choices"][0]), "iron")
+
+    def test_the_loss_of_the_text_takes_all_tokens_but_the_first(self):
+        _, (usual,), _ = self.prepare("commonsense", lines(COMMONSENSE))
+        _, (whole,), said = self.prepare("commonsense", lines(COMMONSENSE), "--loss", "text")
+        tokens = usual["prompt"] + usual["completion"]
+        self.assertEqual((whole["prompt"], whole["completion"]), ([BEGIN], tokens[1:]))
+        self.assertEqual(whole["references"], usual["references"])
+        self.assertIn(" 0 prompts shortened", said)
+        self.assertIn("--loss text: is for", self.refusal("gsm8k", lines(GSM8K), "--loss", "text", "--for", "evaluate"))
+        with self.assertRaisesRegex(prepare_tasks.Malformed, "--loss text: .*t5 is an encoder-decoder"):
+            self.prepare("gsm8k", lines(GSM8K), "--loss", "text", model="t5")
+
+    def test_a_part_is_spread_evenly_over_the_records(self):
+        records = [{**ALPACA, "output": str(number)} for number in range(10)]
+        _, made, said = self.prepare("alpaca", lines(*records), "--at-most", "4")
+        self.assertEqual([record["references"] for record in made], [["0"], ["2"], ["5"], ["7"]])
+        self.assertIn("out.jsonl: 4 of 10 records, 0 prompts shortened", said)
+        for count in ("10", "11", "0"):
+            _, made, said = self.prepare("alpaca", lines(*records), "--at-most", count)
+            self.assertEqual(len(made), 10)
+            self.assertIn("out.jsonl: 10 records, ", said)
+        self.assertIn("--at-most -1: expected", self.refusal("alpaca", lines(*records), "--at-most", "-1"))
 
     def test_an_encoder_decoder_has_prompt_and_completion_apart(self):
         header, (made,), _ = self.prepare("gsm8k", lines(GSM8K), model="t5")
@@ -408,6 +461,15 @@ class MalformedRecords(Case):
             ("winogrande", {**WINOGRANDE, "sentence": "no blank"}, "has a 'sentence' without '_'"),
             ("winogrande", {**WINOGRANDE, "answer": ""}, "has nothing in 'answer'"),
             ("winogrande", {**WINOGRANDE, "answer": "3"}, 'where "1" or "2" is expected'),
+            ("commonsense", without(COMMONSENSE, "answer"), "has no 'answer'"),
+            (
+                "commonsense",
+                {**COMMONSENSE, "answer": "answer4"},
+                "is none of its instruction's answer1, answer2, answer3",
+            ),
+            ("commonsense", {**COMMONSENSE, "output": "answer1"}, "does not end with its answer 'answer2'"),
+            ("commonsense", {**COMMONSENSE, "instruction": "Which?"}, "does not end with 'Answer format: '"),
+            ("commonsense", {**COMMONSENSE, "input": "x"}, "has an 'input'"),
             ("gsm8k", {**GSM8K, "answer": "2001"}, "without '#### ' and a number"),
             ("alpaca", without(ALPACA, "output"), "has no 'output'"),
             ("alpaca", {**ALPACA, "input": ["a"]}, "has [\"a\"] for 'input'"),
@@ -421,6 +483,7 @@ class MalformedRecords(Case):
             "boolq": BOOLQ,
             "piqa": {**PIQA, "label": 0},
             "winogrande": WINOGRANDE,
+            "commonsense": COMMONSENSE,
             "gsm8k": GSM8K,
             "alpaca": ALPACA,
         }
