@@ -193,10 +193,10 @@ class Encoder:
             if len(tokens) <= room:
                 break
         self.shortened += prompt is not example.prompts[0] or len(tokens) > room
-        prompt = self.cut(tokens, room)
+        shown = self.cut(tokens, room)
         if loss == "text":  # a first token has nothing before it that could foretell it
-            prompt, completion = prompt[:1], prompt[1:] + completion
-        return {"prompt": prompt, "completion": completion, "references": example.references}
+            shown, completion = shown[:1], shown[1:] + completion
+        return {"prompt": shown, "completion": completion, "references": example.references}
 
     def choices(self, example: Choices) -> dict:
         count = len(example.choices)

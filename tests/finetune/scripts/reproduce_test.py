@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """scripts/reproduce from end to end, with tiny models of random weights: reproduce_test.py FINETUNE
 
-Gemma chooses among rates on questions with choices, mT5 follows instructions and writes; both go on where they were.
+Gemma chooses among rates on questions with choices, mT5 follows instructions and writes, a Llama learns all questions
+of the official recipe at once and answers them in both ways; all go on where they were.
 LORA_RITE_TEST_DEVICE=cuda runs them on a GPU.
 """
 
@@ -31,9 +32,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "examples/finetune/scripts"))
 
 import reproduce  # noqa: E402
+from experiments import commands as running  # noqa: E402
+from experiments import recipes  # noqa: E402
 
 FINETUNE = ""
-VOCABULARY = ["<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 .:#?,'\n"]  # 48, as the models
+VOCABULARY = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    *"abcdefghijklmnopqrstuvwxyz0123456789 .:#?,'\n",
+]  # 48: models have as many or more
 
 
 def make_model(folder: pathlib.Path, golden: str) -> None:
@@ -81,6 +90,23 @@ def make_super_ni(data: pathlib.Path) -> None:
             write(data / f"natural-instructions/tasks/{task}.json", json.dumps(content))
 
 
+def make_commonsense(data: pathlib.Path) -> None:
+    """Records in LLM-Adapters' format: questions about numbers, with words to answer."""
+    words = {"boolq": ("true", "false"), "openbookqa": tuple(f"answer{n}" for n in (1, 2, 3, 4))}
+    for name, answers in words.items():
+        for part, count in (("train", 20), ("test", 7)):
+            records = [
+                {
+                    "instruction": f"is {n} so? answer format: x\n\nAnswer format: {'/'.join(answers)}",
+                    "input": "",
+                    "output": f"the correct answer is {answers[n % len(answers)]}",
+                    "answer": answers[n % len(answers)],
+                }
+                for n in range(count)
+            ]
+            write(data / f"commonsense/{name}.{part}.json", json.dumps(records))
+
+
 class Reproduce(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -97,7 +123,7 @@ class Reproduce(unittest.TestCase):
     def run_script(self, setting: str, *more: str) -> tuple[str, list[list[str]]]:
         """What it prints, and the commands it gave."""
         commands = []
-        run = reproduce.Commands.run
+        run = running.Commands.run
 
         def listed(self, *words):
             commands.append([str(word) for word in words])
@@ -121,15 +147,21 @@ class Reproduce(unittest.TestCase):
             os.environ.get("LORA_RITE_TEST_DEVICE", "cpu"),
             *more,
         ]
-        reproduce.Commands.run = listed
+        running.Commands.run = listed
         out = io.StringIO()
         try:
             with contextlib.redirect_stdout(out):
                 reproduce.main()
         finally:
-            reproduce.Commands.run = run
+            running.Commands.run = run
             sys.argv = arguments
         return out.getvalue(), commands
+
+    def results(self) -> list[dict]:
+        return json.loads((self.path / "out/results.json").read_text())["results"]
+
+    def records(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.path / "out/data" / name).read_text().splitlines()[1:]]
 
     def test_gemma_chooses_a_rate_and_goes_on(self):
         make_model(self.path / "model", "gemma")
@@ -172,12 +204,12 @@ class Reproduce(unittest.TestCase):
         self.assertIn("arc_challenge: a run takes about", text)
         self.assertIn("base weights", text)
 
-        results = json.loads((self.path / "out/results.json").read_text())
+        results = self.results()
         self.assertEqual(
             [(result["optimizer"], result["rate"]) for result in results], [("rite", "3e-2"), ("adam", "1e-2")]
         )
         for result in results:
-            self.assertEqual([test["examples"] for test in result["tests"]], [6, 6])
+            self.assertEqual([test["arc_challenge"]["examples"] for test in result["tests"]], [6, 6])
         table = (self.path / "out/table.md").read_text()
         self.assertIn(table, text)
         self.assertIn("model, with the settings of Gemma 2B; scores", table)
@@ -190,7 +222,7 @@ class Reproduce(unittest.TestCase):
         self.assertIn(table, again)
         metrics = self.path / "out/runs/arc_challenge/adam/1e-2/seed-1/metrics.jsonl"
         metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
-        (metrics.parent / "test.json").unlink()
+        (metrics.parent / "choices.json").unlink()
         again, commands = self.run_script(*arguments)
         self.assertEqual([command[1:3] for command in commands], [["train", "--resume"], ["eval", "--model"]])
         self.assertEqual((self.path / "out/table.md").read_text(), table)
@@ -221,23 +253,164 @@ class Reproduce(unittest.TestCase):
             "1",
         )
         self.assertEqual(len(commands), 4)  # two files, one run, one measurement
-        results = json.loads((self.path / "out/results.json").read_text())
-        self.assertEqual(results[0]["tests"][0]["examples"], 3)
+        self.assertEqual(self.results()[0]["tests"][0]["super_ni"]["examples"], 3)
         self.assertIn("| super_ni | rouge_l | rite | 1e-2 | ", text)
         records = {
             part: (self.path / f"out/data/super_ni.{part}.jsonl").read_text().splitlines()[1:]
-            for part in ("train", "validation", "test")
+            for part in ("train", "validation", "texts")
         }
         self.assertEqual([len(lines) for lines in records.values()], [3, 3, 3])
         self.assertEqual(set(records["train"]) & set(records["validation"]), set())
+
+    OFFICIAL = (
+        "official",
+        "--any-model",
+        "--optimizers",
+        "rite-ours,adamw",
+        "--rates",
+        "rite-ours=1e-4,2e-4,3e-4",
+        "--rates",
+        "adamw=1e-2",
+        "--seeds",
+        "2",
+        "--records",
+        "16",
+        "--held-out",
+        "4",
+        "--test-records",
+        "5",
+        "--steps",
+        "7",
+        "--max-length",
+        "100",
+        "--batch",
+        "4",
+        "--micro-batch",
+        "4",
+        "--rank",
+        "2",
+        "--generate",
+        "3",
+        "--threads",
+        "1",
+    )
+
+    def test_the_official_recipe_trains_once_and_asks_every_task_in_both_ways(self):
+        make_model(self.path / "model", "llama")
+        make_commonsense(self.path / "data")
+        text, commands = self.run_script(*self.OFFICIAL, "--widen", "2")
+        trained = [command for command in commands if command[1] == "train"]
+        rates = [command[command.index("--lr") + 1] for command in trained]
+        # At rates of nearly nothing the greatest does best: two more are tried, which are allowed, then a second seed.
+        self.assertEqual(rates, ["1e-4", "2e-4", "3e-4", "5e-4", "1e-3", "1e-3", "1e-2", "1e-2"])
+        for option, value in {
+            "--optimizer": "rite",
+            "--max-relative-change": "0.3",
+            "--dtype": "float32",
+            "--warmup": "1",  # of 7 steps
+            "--evaluate-every": "1",
+            "--alpha": "2",
+            "--dropout": "0.05",
+            "--schedule": "linear",
+            "--target-modules": "q_proj,k_proj,v_proj,up_proj,down_proj",
+        }.items():
+            self.assertEqual(trained[0][trained[0].index(option) + 1], value, option)
+        self.assertNotIn("--max-grad-norm", trained[0])
+        self.assertEqual(trained[-1][trained[-1].index("--max-grad-norm") + 1], "1")
+
+        # Both tasks in one file, all of each text to be learned; four held out, as was asked.
+        learned, held_out = self.records("commonsense.train.jsonl"), self.records("commonsense.validation.jsonl")
+        self.assertEqual((len(learned), len(held_out)), (12, 4))
+        kinds = {record["references"][0].rstrip("1234") for record in learned}
+        self.assertEqual(
+            kinds, {"the correct answer is true", "the correct answer is false", "the correct answer is answer"}
+        )
+        self.assertEqual({len(record["prompt"]) for record in learned + held_out}, {1})
+        self.assertEqual([len(record["choices"]) for record in self.records("openbookqa.choices.jsonl")], [4] * 5)
+        self.assertLess(
+            len(self.records("boolq.texts.jsonl")[0]["completion"]), len(self.records("boolq.texts.jsonl")[0]["prompt"])
+        )
+
+        results = self.results()
+        self.assertEqual([result["optimizer"] for result in results], ["rite-ours", "adamw"])
+        self.assertEqual(list(results[0]["rates"]), ["1e-4", "2e-4", "3e-4", "5e-4", "1e-3"])
+        for result in results:
+            for seed in result["tests"]:
+                self.assertEqual(list(seed), ["boolq", "openbookqa"])
+                for scores in seed.values():
+                    self.assertEqual(scores["examples"], 5)
+                    self.assertLessEqual({"acc", "loss", "first_answer"}, set(scores))
+        extent = json.loads((self.path / "out/results.json").read_text())["extent"]["commonsense"]
+        self.assertEqual(extent["train"], {"taken": 12, "of": 36})
+        self.assertEqual(extent["tests"]["openbookqa"], {"taken": 5, "of": 7})
+        table = (self.path / "out/table.md").read_text()
+        self.assertIn("trained on 12 of 36 records (4 more held out), 7 steps of 4, which are 2.33 epochs", table)
+        self.assertIn("loss of the text; tests: boolq 5 of 7, openbookqa 5 of 7", table)
+        self.assertIn("| score | optimizer | rate | boolq | openbookqa | mean | validation loss |", table)
+        self.assertIn("| acc | rite-ours | 1e-3 | ", table)
+        self.assertIn("| first_answer | adamw | 1e-2 | ", table)
+        self.assertNotIn("published", table)  # this is no Gemma 2B
+        self.assertIn("the best rate 1e-3 is an end of its grid", text)
+
+        # What the model wrote counts, not what the program said of it.
+        folder = self.path / "out/runs/commonsense/adamw/1e-2/seed-0"
+        written = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+        data = str(self.path / "out/data/boolq.texts.jsonl")
+        for line in written:
+            line["text"] = "\n  it is true, not false" if line["data"] == data else "answer9"
+        (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+        _, commands = self.run_script(*self.OFFICIAL, "--widen", "2")
+        self.assertEqual(commands, [])
+        right = [record["references"][0].endswith("true") for record in self.records("boolq.texts.jsonl")]
+        seed = self.results()[1]["tests"][0]
+        self.assertEqual(seed["boolq"]["first_answer"], sum(right) / 5)
+        self.assertEqual(seed["openbookqa"]["first_answer"], 0)
+
+    def test_results_of_other_settings_are_not_mixed(self):
+        make_model(self.path / "model", "llama")
+        make_commonsense(self.path / "data")
+        one = (*self.OFFICIAL, "--optimizers", "adamw", "--seeds", "1")
+        self.run_script(*one)
+        before = (self.path / "out/table.md").read_text()
+        with self.assertRaisesRegex(SystemExit, "of commonsense with other settings: steps was 7, is 3; give those"):
+            self.run_script(*one, "--steps", "3")
+        with self.assertRaisesRegex(SystemExit, "other settings: train was .*boolq.train.json.*tests was"):
+            self.run_script(*one, "--tasks", "openbookqa")
+        self.assertEqual((self.path / "out/table.md").read_text(), before)
+
+    def test_the_authors_mixture_is_trained_on_where_it_is(self):
+        make_model(self.path / "model", "llama")
+        make_commonsense(self.path / "data")
+        command = next(line for line in self.dry_run("official", "--any-model") if "prepare_tasks" in line)
+        self.assertIn("boolq.train.json", command)
+        self.assertIn("--loss text", command)
+        shutil.copy(
+            self.path / "data/commonsense/boolq.train.json", self.path / "data/commonsense/commonsense_15k.json"
+        )
+        lines = self.dry_run("official", "--any-model", "--tasks", "openbookqa")
+        self.assertIn("commonsense_15k.json", lines[0])
+        self.assertNotIn(".train.json", lines[0])
+        self.assertIn("openbookqa.test.json", lines[1])
+        self.assertFalse(any("boolq" in line for line in lines))
+        trained = [line for line in lines if line.split()[1] == "train"]
+        rates = sum(len(recipes.OFFICIAL_CONTENDERS[name].rates.split(",")) for name in recipes.OFFICIAL_CONTENDERS)
+        self.assertEqual(len(trained), rates + 2 * len(recipes.OFFICIAL_CONTENDERS))
+        self.assertNotIn("--escape false", "\n".join(trained))
+        coded = self.dry_run("official", "--any-model", "--optimizers", "rite-code")
+        self.assertEqual(sum("--escape false" in line for line in coded), 5)
+
+    def dry_run(self, *arguments: str) -> list[str]:
+        text, _ = self.run_script(*arguments, "--dry-run")
+        return [line for line in text.splitlines() if not line.startswith("reproduce: ")]
 
     def test_a_dry_run_prints_commands_and_makes_nothing(self):
         make_model(self.path / "model", "gemma")
         make_arc(self.path / "data")
         text, _ = self.run_script("gemma-2b", "--any-model", "--tasks", "arc_challenge", "--dry-run")
         commands = [shlex.split(line) for line in text.splitlines() if not line.startswith("reproduce: ")]
-        rates = sum(len(grid.split(",")) for grid in reproduce.RATES.values())
-        self.assertEqual(sum(command[1] == "train" for command in commands), rates + 2 * len(reproduce.RATES))
+        contenders = recipes.PAPER_CONTENDERS
+        rates = sum(len(contender.rates.split(",")) for contender in contenders.values())
+        self.assertEqual(sum(command[1] == "train" for command in commands), rates + 2 * len(contenders))
         train = next(command for command in commands if command[1] == "train")
         for option, value in {
             "--rank": "16",
@@ -253,6 +426,10 @@ class Reproduce(unittest.TestCase):
         make_model(self.path / "model", "gemma")
         with self.assertRaisesRegex(SystemExit, "is not that of Gemma 2B: hidden_size is 16, expected 2048"):
             self.run_script("gemma-2b")
+        with self.assertRaisesRegex(SystemExit, "(?s)Gemma 2B: .*, nor that of SmolLM2-135M: model_type is 'gemma'"):
+            self.run_script("official")
+        with self.assertRaisesRegex(SystemExit, "(?s)commonsense: lacks boolq.train.json, .*LLM-Adapters"):
+            self.run_script("official", "--any-model")
         index = json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
         write(self.path / "model/model.safetensors.index.json", index)  # the whole file counts first
         with self.assertRaisesRegex(SystemExit, "(?s)gsm8k: lacks train.jsonl, test.jsonl.*GSM8K"):

@@ -1,0 +1,1 @@
+"""What reproduce.py is made of: the experiments, what they need, their runs, and what is told of them."""
