@@ -87,7 +87,7 @@ class Table(unittest.TestCase):
             {"boolq": {"acc": 0.5, "first_answer": 0.25}, "ARC-Easy": {"acc": 0.75, "first_answer": 0.25}},
             {"boolq": {"acc": 0.7, "first_answer": 0.25}, "ARC-Easy": {"acc": 0.75, "first_answer": 0.25}},
         ]
-        result = {"task": "commonsense", "optimizer": "adamw", "rate": "1e-3", "validation_loss": 1.25, "tests": scores}
+        result = {"task": "commonsense", "optimizer": "adamw", "rate": "1e-3", "rates": {"1e-3": 1.25}, "tests": scores}
         part = {
             "train": {"taken": 1500, "of": 17754},
             "held_out": 120,
@@ -114,6 +114,11 @@ class Table(unittest.TestCase):
             "epochs, texts of at most 512 tokens, loss of the text; tests: boolq 100 of 3,270, ARC-Easy 2,376",
             lines,
         )
+
+    def test_a_rate_without_a_loss_diverged(self):
+        (result,) = self.report()["results"]
+        lines = self.table(model="", results=[{**result, "rates": {"1e-3": None}}]).splitlines()
+        self.assertIn("| acc | adamw | 1e-3 | 60.00 ± 14.14 | 75.00 ± 0.00 | 67.50 ± 7.07 | diverged |", lines)
 
     def test_the_authors_numbers_stand_beside_gemmas_alone_and_beside_written_answers(self):
         lines = [line for line in self.table().splitlines() if "published" in line]

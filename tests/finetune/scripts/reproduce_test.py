@@ -256,8 +256,8 @@ class Reproduce(unittest.TestCase):
         self.assertEqual(self.results()[0]["tests"][0]["super_ni"]["examples"], 3)
         self.assertIn("| super_ni | rouge_l | rite | 1e-2 | ", text)
         records = {
-            part: (self.path / f"out/data/super_ni.{part}.jsonl").read_text().splitlines()[1:]
-            for part in ("train", "validation", "texts")
+            part: (self.path / f"out/data/super_ni/{part}.jsonl").read_text().splitlines()[1:]
+            for part in ("train", "validation", "super_ni.texts")
         }
         self.assertEqual([len(lines) for lines in records.values()], [3, 3, 3])
         self.assertEqual(set(records["train"]) & set(records["validation"]), set())
@@ -319,17 +319,18 @@ class Reproduce(unittest.TestCase):
         self.assertEqual(trained[-1][trained[-1].index("--max-grad-norm") + 1], "1")
 
         # Both tasks in one file, all of each text to be learned; four held out, as was asked.
-        learned, held_out = self.records("commonsense.train.jsonl"), self.records("commonsense.validation.jsonl")
+        learned, held_out = self.records("commonsense/train.jsonl"), self.records("commonsense/validation.jsonl")
         self.assertEqual((len(learned), len(held_out)), (12, 4))
         kinds = {record["references"][0].rstrip("1234") for record in learned}
         self.assertEqual(
             kinds, {"the correct answer is true", "the correct answer is false", "the correct answer is answer"}
         )
         self.assertEqual({len(record["prompt"]) for record in learned + held_out}, {1})
-        self.assertEqual([len(record["choices"]) for record in self.records("openbookqa.choices.jsonl")], [4] * 5)
-        self.assertLess(
-            len(self.records("boolq.texts.jsonl")[0]["completion"]), len(self.records("boolq.texts.jsonl")[0]["prompt"])
+        self.assertEqual(
+            [len(record["choices"]) for record in self.records("commonsense/openbookqa.choices.jsonl")], [4] * 5
         )
+        asked = self.records("commonsense/boolq.texts.jsonl")[0]
+        self.assertLess(len(asked["completion"]), len(asked["prompt"]))
 
         results = self.results()
         self.assertEqual([result["optimizer"] for result in results], ["rite-ours", "adamw"])
@@ -355,13 +356,13 @@ class Reproduce(unittest.TestCase):
         # What the model wrote counts, not what the program said of it.
         folder = self.path / "out/runs/commonsense/adamw/1e-2/seed-0"
         written = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
-        data = str(self.path / "out/data/boolq.texts.jsonl")
+        data = str(self.path / "out/data/commonsense/boolq.texts.jsonl")
         for line in written:
             line["text"] = "\n  it is true, not false" if line["data"] == data else "answer9"
         (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
         _, commands = self.run_script(*self.OFFICIAL, "--widen", "2")
         self.assertEqual(commands, [])
-        right = [record["references"][0].endswith("true") for record in self.records("boolq.texts.jsonl")]
+        right = [record["references"][0].endswith("true") for record in self.records("commonsense/boolq.texts.jsonl")]
         seed = self.results()[1]["tests"][0]
         self.assertEqual(seed["boolq"]["first_answer"], sum(right) / 5)
         self.assertEqual(seed["openbookqa"]["first_answer"], 0)

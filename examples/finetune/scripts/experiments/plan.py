@@ -30,8 +30,13 @@ class Plan:
         self.model = model
         self.tasks = tasks
 
+    def data(self, name: str) -> pathlib.Path:
+        """The folder of what is made of a task's data: no other task writes there."""
+        return self.options.out / "data" / name
+
     def tokens(self, name: str, part: str) -> pathlib.Path:
-        return self.options.out / "data" / f"{name}.{part}.jsonl"
+        """The file of `train`, `validation`, or of a test with the way it is measured: `boolq.choices`."""
+        return self.data(name) / f"{part}.jsonl"
 
     def run_folder(self, name: str, contender: str, rate: str, seed: int) -> pathlib.Path:
         return self.options.out / "runs" / name / contender / rate / f"seed-{seed}"
@@ -54,7 +59,7 @@ class Plan:
         """Refuses to mix runs with others: files that are there already are not made again."""
         if self.commands.dry:
             return
-        path, now = self.options.out / "data" / f"{name}.settings.json", self.settings(name)
+        path, now = self.data(name) / "settings.json", self.settings(name)
         if not path.is_file():
             write(path, json.dumps(now, indent=2) + "\n")
             return
@@ -78,7 +83,7 @@ class Plan:
         # The split lists tasks by name; of each the first instances are taken.
         made = []
         for each in (word for path in paths for word in path.read_text(encoding="utf-8").split()):
-            out = self.options.out / "data" / f"super_ni.{part}" / f"{each}.json"
+            out = self.data(name) / part / f"{each}.json"
             made.append(out)
             if not out.is_file() and not self.commands.dry:
                 content = read_json(self.options.data / task.source / "tasks" / f"{each}.json")
@@ -95,12 +100,10 @@ class Plan:
         for test, file in task.tests.items():
             for measure in task.measures:
                 purpose = "evaluate" if measure == "choices" else "train"
-                self.prepare_file(name, test, [file], options.test_records, purpose, measure=measure)
+                self.prepare_file(name, f"{test}.{measure}", [file], options.test_records, purpose)
 
-    def prepare_file(
-        self, name: str, part: str, files: list[str], at_most: int, purpose: str, *more: str, measure: str = ""
-    ) -> None:
-        out = self.tokens(part, measure) if measure else self.tokens(name, part)
+    def prepare_file(self, name: str, part: str, files: list[str], at_most: int, purpose: str, *more: str) -> None:
+        out = self.tokens(name, part)
         if out.is_file():
             return
         if not self.commands.dry:
@@ -159,7 +162,10 @@ class Plan:
             "max_length": options.max_length,
             "loss": options.loss,
             "tests": {
-                test: {"taken": self.count(test, task.measures[0]), "of": there(test, [file])}
+                test: {
+                    "taken": self.count(name, f"{test}.{task.measures[0]}"),
+                    "of": there(f"{test}.{task.measures[0]}", [file]),
+                }
                 for test, file in task.tests.items()
             },
         }
@@ -226,7 +232,7 @@ class Plan:
             out, texts = folder / f"{measure}.json", folder / "texts.jsonl"
             if not out.is_file() or (measure == "texts" and not texts.is_file()):
                 words = ["--model", options.model, "--adapter", folder / "best"]
-                words += ["--data", *(self.tokens(test, measure) for test in task.tests)]
+                words += ["--data", *(self.tokens(name, f"{test}.{measure}") for test in task.tests)]
                 words += ["--batch", options.micro_batch or options.batch, "--dtype", options.dtype]
                 words += ["--device", options.device, "--out", out, "--python", options.python]
                 if measure == "texts":
@@ -238,16 +244,16 @@ class Plan:
             for test, result in zip(task.tests, read_json(out)["results"], strict=True):
                 scores[test].update(result)
         if "first_answer" in task.scores and not self.commands.dry:
-            for test, value in self.first_answers(task, folder / "texts.jsonl").items():
+            for test, value in self.first_answers(name, folder / "texts.jsonl").items():
                 scores[test]["first_answer"] = value
         return scores
 
-    def first_answers(self, task: Task, texts: pathlib.Path) -> dict[str, float]:
+    def first_answers(self, name: str, texts: pathlib.Path) -> dict[str, float]:
         """Of each test the share of texts whose first answer is the right one."""
         written = [json.loads(line) for line in read_lines(texts)]
         shares = {}
-        for test in task.tests:
-            data = self.tokens(test, "texts")
+        for test in self.tasks[name].tests:
+            data = self.tokens(name, f"{test}.texts")
             references = [json.loads(record)["references"][0] for record in read_lines(data)[1:]]
             own = [line["text"] for line in written if line["data"] == str(data)]
             right = [is_right(text, reference) for text, reference in zip(own, references, strict=True)]
@@ -318,7 +324,6 @@ class Plan:
             "optimizer": contender,
             "options": chosen.words(),
             "rate": rate,
-            "validation_loss": losses.get(rate, math.nan),
             "rates": {each: loss if math.isfinite(loss) else None for each, loss in losses.items()},
             "tests": tests,
         }

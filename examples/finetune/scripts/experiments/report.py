@@ -10,6 +10,12 @@ def shown(values: list[float]) -> str:
     return f"{mean:.2f} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
+def validation_loss(result: dict) -> str:
+    """At the rate that was chosen; in JSON there is null where no loss was finite."""
+    loss = result["rates"][result["rate"]]
+    return "diverged" if loss is None else f"{loss:.4f}"
+
+
 def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -41,7 +47,7 @@ def rows_of_own_test(name: str, task: Task, results: list[dict]) -> list[str]:
             values = [test[score] for tests in result["tests"] for test in tests.values() if score in test]
             if values:
                 cells = (name, score, result["optimizer"], result["rate"], shown(values))
-                lines.append(row(*cells, f"{result['validation_loss']:.4f}"))
+                lines.append(row(*cells, validation_loss(result)))
     return lines
 
 
@@ -65,8 +71,8 @@ def rows_of_several(experiment: str, model: str, task: Task, results: list[dict]
         for result in results:
             columns = [[seed[test][score] for seed in result["tests"]] for test in tests]
             columns.append([statistics.mean(values) for values in zip(*columns)])
-            loss = f"{result['validation_loss']:.4f}"
-            lines.append(row(score, result["optimizer"], result["rate"], *map(shown, columns), loss))
+            cells = (score, result["optimizer"], result["rate"], *map(shown, columns))
+            lines.append(row(*cells, validation_loss(result)))
         lines += published(experiment, model, score, tests)
     return lines
 
