@@ -19,6 +19,7 @@ class Rates(unittest.TestCase):
 
         def measure(rate: str) -> float:
             tried.append(rate)
+            self.assertLess(len(tried), 20, "the search finds no end")
             return loss(float(rate))
 
         return rates.search(grid.split(","), most_added, measure), tried
@@ -72,6 +73,7 @@ class Answers(unittest.TestCase):
             ("solution2", number, False),
             ("it is false, not true", truth, True),
             ("untrue", truth, False),
+            ("not false", truth, True),
             ("solution1", "the correct answer is solution1", True),
             ("ending4.", "the correct answer is ending4", True),
             ("option1", "the correct answer is option2", False),
