@@ -367,6 +367,13 @@ class Reproduce(unittest.TestCase):
         self.assertEqual(seed["boolq"]["first_answer"], sum(right) / 5)
         self.assertEqual(seed["openbookqa"]["first_answer"], 0)
 
+    def test_what_the_program_does_not_know_is_told_before_it_trains(self):
+        make_model(self.path / "model", "llama")
+        make_commonsense(self.path / "data")
+        with self.assertRaisesRegex(SystemExit, "--optimizer nothing"):
+            self.run_script(*self.OFFICIAL, "--optimizers", "adamw,nothing", "--rates", "nothing=1e-3")
+        self.assertFalse((self.path / "out/runs").exists())
+
     def test_results_of_other_settings_are_not_mixed(self):
         make_model(self.path / "model", "llama")
         make_commonsense(self.path / "data")

@@ -260,11 +260,16 @@ class Plan:
             shares[test] = sum(right) / len(right)
         return shares
 
-    def show_memory(self, name: str) -> None:
-        """Asks the program, which reckons before it loads anything and refuses what is over the limit with the sum."""
+    def ask_program(self, name: str) -> None:
+        """Whether it takes every contender's options, rather now than after hours, and how much memory the first needs:
+        it reckons before it loads anything, and refuses what is over the limit with the sum."""
         if self.commands.dry:
             return
-        words = [str(word) for word in self.train_options(name, next(iter(self.options.contenders)), "1e-4", 0)]
+        needs = [self.ask_memory(name, contender) for contender in self.options.contenders]
+        say(f"{name}: a run takes about {needs[0]}")
+
+    def ask_memory(self, name: str, contender: str) -> str:
+        words = [str(word) for word in self.train_options(name, contender, "1e-4", 0)]
         words[words.index("--out") + 1] = str(self.options.out / "memory")
         if "--memory-limit" in words:
             at = words.index("--memory-limit")
@@ -278,7 +283,7 @@ class Plan:
         sum_of = re.search("the run needs about (.*?), but may take .*?: (.*?);", asked.stderr)
         if sum_of is None:
             sys.exit(f"reproduce: {asked.stderr.strip()}")
-        say(f"{name}: a run takes about {sum_of[1]} of memory: {sum_of[2]}")
+        return f"{sum_of[1]} of memory: {sum_of[2]}"
 
     # -- All of it
 
@@ -295,7 +300,7 @@ class Plan:
             self.keep_settings(name)
         for name in self.tasks:
             self.prepare(name)
-            self.show_memory(name)
+            self.ask_program(name)
             if not self.commands.dry:
                 report["extent"][name] = self.extent(name)
             for contender in self.options.contenders:
