@@ -112,8 +112,8 @@ class Table(unittest.TestCase):
         self.assertIn("| acc | adamw | 1e-3 | 60.00 ± 14.14 | 75.00 ± 0.00 | 67.50 ± 7.07 | 1.2500 |", lines)
         self.assertIn("| first_answer | adamw | 1e-3 | 25.00 ± 0.00 | 25.00 ± 0.00 | 25.00 ± 0.00 | 1.2500 |", lines)
         self.assertIn(
-            "- commonsense: trained on 1,500 of 17,754 records (120 more held out), 30 steps of 64, which are 1.28 "
-            "epochs, texts of at most 512 tokens, loss of the text; tests: boolq 100 of 3,270, ARC-Easy 2,376",
+            "- commonsense: trained on 1,500 of 17,754 records (120 more held out), 30 steps of 64 (epochs: "
+            "1.28), texts of at most 512 tokens, loss of the text; tests: boolq 100 of 3,270, ARC-Easy 2,376",
             lines,
         )
 

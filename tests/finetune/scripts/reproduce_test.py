@@ -345,7 +345,7 @@ class Reproduce(unittest.TestCase):
         self.assertEqual(extent["train"], {"taken": 12, "of": 36})
         self.assertEqual(extent["tests"]["openbookqa"], {"taken": 5, "of": 7})
         table = (self.path / "out/table.md").read_text()
-        self.assertIn("trained on 12 of 36 records (4 more held out), 7 steps of 4, which are 2.33 epochs", table)
+        self.assertIn("trained on 12 of 36 records (4 more held out), 7 steps of 4 (epochs: 2.33)", table)
         self.assertIn("loss of the text; tests: boolq 5 of 7, openbookqa 5 of 7", table)
         self.assertIn("| score | optimizer | rate | boolq | openbookqa | mean | validation loss |", table)
         self.assertIn("| acc | rite-ours | 1e-3 | ", table)

@@ -34,7 +34,7 @@ def extent(name: str, part: dict) -> str:
     tests = ", ".join(f"{test} {share(count)}" for test, count in part["tests"].items())
     return (
         f"{name}: trained on {share(part['train'])} records ({part['held_out']:,} more held out), "
-        f"{part['steps']:,} steps of {part['batch']}, which are {part['epochs']:.3g} epochs, "
+        f"{part['steps']:,} steps of {part['batch']} (epochs: {part['epochs']:.3g}), "
         f"texts of at most {part['max_length']} tokens, loss of the {part['loss']}; tests: {tests}"
     )
 
