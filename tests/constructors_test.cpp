@@ -4,12 +4,9 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
-using testing::error_of;
-using testing::mentions;
-using testing::random_pair;
 using torch::optim::OptimizerParamGroup;
 
 std::shared_ptr<torch::nn::Module> module_with_head() {
@@ -68,7 +65,7 @@ TEST(Constructors, TakeLibTorchsParamGroups) {
   EXPECT_FALSE(static_cast<const LoraRiteOptions&>(optimizer.param_groups()[1].options()).escape());
   EXPECT_EQ(optimizer.param_groups()[2].params().size(), 1U);
   torch::Tensor(head).mutable_grad() = torch::ones({3});
-  testing::run_steps(optimizer, {pair, other}, 0, 1);
+  run_steps(optimizer, {pair, other}, 0, 1);
   EXPECT_GT(head.min().item<double>(), 0) << "maximize holds for groups by AdamW, too";
   EXPECT_EQ(LoraRite<>(groups, 1e-2).param_groups().size(), 3U);
   EXPECT_EQ(LoraRite<>(groups).param_groups()[0].options().get_lr(), 1e-3);
@@ -81,4 +78,4 @@ TEST(Constructors, TakeLibTorchsParamGroups) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

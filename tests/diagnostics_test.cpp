@@ -3,16 +3,13 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::random_pair;
-using testing::run_steps;
 
 TEST(Diagnostics, DoNotDisturbTraining) {
   torch::manual_seed(21);
   const std::vector<FactorPair> watched = {random_pair("q", 3, 8, 6)};
-  const auto unwatched = testing::clone_pairs(watched);
+  const auto unwatched = clone_pairs(watched);
   LoraRite<> first(watched), second(unwatched);
   first.diagnostics();
   for (int i = 0; i < 4; ++i) {
@@ -20,8 +17,8 @@ TEST(Diagnostics, DoNotDisturbTraining) {
     run_steps(second, unwatched, i, i + 1);
     first.diagnostics();
   }
-  EXPECT_TRUE(testing::equal_factors(watched, unwatched));
-  EXPECT_EQ(testing::saved_bytes(first), testing::saved_bytes(second));
+  EXPECT_TRUE(equal_factors(watched, unwatched));
+  EXPECT_EQ(saved_bytes(first), saved_bytes(second));
 }
 
 TEST(Diagnostics, BeforeTheFirstStepShowTheFactorsAlone) {
@@ -62,7 +59,7 @@ TEST(Diagnostics, ReportTheUnmagnifiedGradientAndTheClip) {
   // Two shapes of one rank are decided upon together.
   const std::vector<FactorPair> pairs = {random_pair("q", 3, 8, 6), random_pair("k", 2, 5, 9),
                                          random_pair("v", 3, 5, 9)};
-  const auto before = testing::clone_pairs(pairs);
+  const auto before = clone_pairs(pairs);
   LoraRite<> optimizer(pairs, LoraRiteOptions(1e-3).clip_unmagnified_norm(0.5));
   run_steps(optimizer, pairs, 0, 1);
   const auto found = optimizer.diagnostics();
@@ -99,7 +96,7 @@ TEST(Diagnostics, EffectiveRankIsTheRankOfAnEvenGradient) {
 TEST(Diagnostics, UpdateRmsIsThatOfTheStepInTheOrthonormalBasis) {
   torch::manual_seed(25);
   const std::vector<FactorPair> pairs = {random_pair("q", 3, 8, 6)};
-  const auto before = testing::clone_pairs(pairs);
+  const auto before = clone_pairs(pairs);
   LoraRite<> optimizer(pairs, LoraRiteOptions(1e-3));
   run_steps(optimizer, pairs, 0, 1);
   // X moves by η M R⁺ᵀ, and U = B R⁺ is orthonormal: ‖B ΔA‖ = η ‖M‖.
@@ -159,10 +156,9 @@ TEST(KernelName, IsThatOfTheKernelsInUseAndWithoutThemAutomaticDoes) {
   if (kernels != nullptr) {
     EXPECT_NO_THROW(step(Engine::Host));
   } else {
-    EXPECT_TRUE(testing::mentions(testing::error_of([&] { step(Engine::Host); }),
-                                  "kernels, of which none are in use (see kernel_name)"));
+    EXPECT_TRUE(mentions(error_of([&] { step(Engine::Host); }), "kernels, of which none are in use (see kernel_name)"));
   }
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -15,15 +15,10 @@
 #include "support/temporary_folder.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
-using lora_rite_test::frobenius;
-using lora_rite_test::product;
-using lora_rite_test::same_bits;
 using nlohmann::json;
-using testing::error_of;
-using testing::mentions;
 
 // ------------------------------------------------------------------------------------------------------ PEFT's layout
 
@@ -118,7 +113,7 @@ TEST(ExpertsOfPeft, HaveTheNamesOfPeftsFiles) {
 
 TEST(ExpertsOfPeft, GoThroughFilesWithEveryExpertsChange) {
   for (const auto& [label, data] : golden().items()) {
-    const testing::TemporaryFolder folder;
+    const TemporaryFolder folder;
     Adapter adapter{parse_adapter_config(data["config"].dump(), ""), {}};
     // As a model has them whose pairs are parts of its leaves.
     const auto parameters = parameters_of(data);
@@ -251,7 +246,7 @@ struct Experts {
     }
   }
 
-  bool agree() const { return testing::equal_factors(pairs, separate); }
+  bool agree() const { return equal_factors(pairs, separate); }
 };
 
 TEST(ExpertPairs, AreViewsOfTheRowsAndColumnsThatPeftGivesAnExpert) {
@@ -309,17 +304,17 @@ struct How {
   Engine engine;
 };
 
-class SteppedExperts : public ::testing::TestWithParam<How> {
+class SteppedExperts : public testing::TestWithParam<How> {
  protected:
   LoraRiteOptions options() const { return LoraRiteOptions(1e-2).engine(GetParam().engine); }
   torch::Dtype dtype() const { return GetParam().dtype; }
 };
 
 INSTANTIATE_TEST_SUITE_P(Engines, SteppedExperts,
-                         ::testing::Values(How{"DeviceDouble", torch::kDouble, Engine::Device},
-                                           How{"DeviceFloat", torch::kFloat, Engine::Device},
-                                           How{"DeviceHalf", torch::kHalf, Engine::Device},
-                                           How{"HostFloat", torch::kFloat, Engine::Automatic}),
+                         testing::Values(How{"DeviceDouble", torch::kDouble, Engine::Device},
+                                         How{"DeviceFloat", torch::kFloat, Engine::Device},
+                                         How{"DeviceHalf", torch::kHalf, Engine::Device},
+                                         How{"HostFloat", torch::kFloat, Engine::Automatic}),
                          [](const auto& info) { return info.param.name; });
 
 TEST_P(SteppedExperts, MoveAsPairsWithTensorsOfTheirOwn) {
@@ -450,7 +445,7 @@ TEST_P(SteppedExperts, ResumeBitForBit) {
     resumed.b.copy_(experts.b);
   }
   LoraRite<> other(resumed.pairs, options());
-  testing::load_bytes(other, testing::saved_bytes(optimizer));
+  load_bytes(other, saved_bytes(optimizer));
   for (uint64_t step = 3; step < 6; ++step) {
     experts.set_gradients(40 + step);
     resumed.set_gradients(40 + step);
@@ -645,7 +640,7 @@ TEST(ExpertsOfAModule, AreSteppedAsPairsAndTheRestByAdamW) {
   }
   optimizer.step();
   apart.step();
-  EXPECT_TRUE(testing::equal_factors(find_factor_pairs(model), separate));
+  EXPECT_TRUE(equal_factors(find_factor_pairs(model), separate));
 }
 
 TEST(ExpertsOfAModule, MayBeConvertedBeforeThePairsAreMadeButNotAfter) {
@@ -659,7 +654,7 @@ TEST(ExpertsOfAModule, MayBeConvertedBeforeThePairsAreMadeButNotAfter) {
 }
 
 TEST(Experts, AreWholeInACheckpoint) {
-  const testing::TemporaryFolder folder;
+  const TemporaryFolder folder;
   Experts experts(torch::kFloat), resumed(torch::kFloat, 2);
   LoraRite<> optimizer(experts.pairs), other(resumed.pairs);
   experts.set_gradients(1);
@@ -701,4 +696,4 @@ TEST(Experts, AreNotTakenForPartsWhereAViewIsALeafItself) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -2,11 +2,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::error_of;
-using testing::mentions;
 
 torch::OrderedDict<std::string, torch::Tensor> named(std::initializer_list<const char*> names) {
   torch::OrderedDict<std::string, torch::Tensor> parameters;
@@ -85,7 +82,7 @@ struct BadPairs {
   std::vector<std::string> words;
 };
 
-class RefusedPairs : public ::testing::TestWithParam<BadPairs> {};
+class RefusedPairs : public testing::TestWithParam<BadPairs> {};
 
 TEST_P(RefusedPairs, AreNamedInTheError) {
   const std::string message = error_of([] { LoraRite<> optimizer(GetParam().make()); });
@@ -98,7 +95,7 @@ torch::Tensor leaf(std::vector<int64_t> sizes, torch::Dtype dtype = torch::kFloa
 
 INSTANTIATE_TEST_SUITE_P(
     Constructor, RefusedPairs,
-    ::testing::Values(
+    testing::Values(
         BadPairs{"RankMismatch",
                  [] {
                    return std::vector<FactorPair>{{"q", leaf({2, 8}), leaf({8, 3})}};
@@ -186,15 +183,15 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(FactorPair, MayHaveOneSideBelowItsRank) {
   for (const auto& [in, out] : {std::pair{3, 8}, std::pair{8, 3}, std::pair{4, 4}}) {
-    const std::vector<FactorPair> pairs = {testing::random_pair("q", 4, in, out)};
+    const std::vector<FactorPair> pairs = {random_pair("q", 4, in, out)};
     LoraRite<> optimizer(pairs);
-    testing::run_steps(optimizer, pairs, 0, 1);
+    run_steps(optimizer, pairs, 0, 1);
     EXPECT_TRUE(torch::isfinite(pairs[0].a).all().item<bool>());
   }
 }
 
 TEST(FactorPair, IsRefusedByTheFirstStepWhereItsDataChangedSinceItWasAdded) {
-  auto pair = testing::random_pair("q", 2, 8, 6);
+  auto pair = random_pair("q", 2, 8, 6);
   LoraRite<> optimizer(std::vector<FactorPair>{pair});
   pair.a.set_data(torch::zeros({1, 8}, torch::kDouble).expand({2, 8}));
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "pair 'q': factor a has shape [2, 8] and strides [0, 1]"));
@@ -223,4 +220,4 @@ TEST(ModuleConstructor, RefusesAModuleWithoutFactors) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

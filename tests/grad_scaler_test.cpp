@@ -15,7 +15,7 @@
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite::testing {
+namespace lora_rite::test {
 namespace {
 
 using nlohmann::json;
@@ -25,7 +25,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 /// Every optimizer state is in the saved bytes.
 std::string state_of(const LoraRite<>& optimizer) { return saved_bytes(optimizer); }
 
-class GradScalerGolden : public ::testing::TestWithParam<const char*> {};
+class GradScalerGolden : public testing::TestWithParam<const char*> {};
 
 TEST_P(GradScalerGolden, FollowsPyTorch) {
   std::ifstream file(std::string(LORA_RITE_TEST_DATA_DIR) + "/golden/grad_scaler.json");
@@ -70,8 +70,7 @@ TEST_P(GradScalerGolden, FollowsPyTorch) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Trajectories, GradScalerGolden,
-                         ::testing::Values("defaults", "short_interval", "end_of_float"),
+INSTANTIATE_TEST_SUITE_P(Trajectories, GradScalerGolden, testing::Values("defaults", "short_interval", "end_of_float"),
                          [](const auto& info) { return std::string(info.param); });
 
 /// A LoRA pair in some dtype, and the loss Σ A·g_A + Σ B·g_B, whose gradients are known.
@@ -197,12 +196,12 @@ TEST(GradScaler, ScaledHalfGradientsSurviveWhereUnscaledOnesVanish) {
     EXPECT_TRUE(equal_factors(unscaled.pairs, Problem::start(torch::kHalf)));
     const auto actual = scaled.values(), expected = wide.values();
     for (size_t i = 0; i < actual.size(); ++i) {
-      const double moved = lora_rite_test::relative_difference(actual[i], start[i], 1);
+      const double moved = lora_rite::test::relative_difference(actual[i], start[i], 1);
       EXPECT_GT(moved, 1e-2);
       // The gradient was rounded to 11 bits, which an inverse root of condition 1e1 to 1e2 amplifies; the factor,
       // too.
-      EXPECT_LT(lora_rite_test::relative_difference(actual[i], expected[i], 1),
-                0x1p-11 * (1e2 * moved + lora_rite_test::frobenius(expected[i])));
+      EXPECT_LT(lora_rite::test::relative_difference(actual[i], expected[i], 1),
+                0x1p-11 * (1e2 * moved + lora_rite::test::frobenius(expected[i])));
     }
   }
 }
@@ -422,4 +421,4 @@ TEST(GradScaler, DisabledScalerIsTransparent) {
 }
 
 }  // namespace
-}  // namespace lora_rite::testing
+}  // namespace lora_rite::test

@@ -2,11 +2,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::error_of;
-using testing::mentions;
 
 torch::OrderedDict<std::string, torch::Tensor> trained(const std::vector<std::string>& names) {
   torch::OrderedDict<std::string, torch::Tensor> parameters;
@@ -22,7 +19,7 @@ struct Naming {
   const char* name;
 };
 
-class KnownNames : public ::testing::TestWithParam<Naming> {};
+class KnownNames : public testing::TestWithParam<Naming> {};
 
 TEST_P(KnownNames, ArePaired) {
   const auto& [source, a, b, name] = GetParam();
@@ -36,7 +33,7 @@ TEST_P(KnownNames, ArePaired) {
 
 INSTANTIATE_TEST_SUITE_P(
     Libraries, KnownNames,
-    ::testing::Values(
+    testing::Values(
         Naming{"PeftFile", "h.0.q.lora_A.weight", "h.0.q.lora_B.weight", "h.0.q.weight"},
         Naming{"PeftModel", "h.0.q.lora_A.default.weight", "h.0.q.lora_B.default.weight", "h.0.q.default.weight"},
         Naming{"PeftEmbedding", "e.lora_embedding_A.default", "e.lora_embedding_B.default", "e.default"},
@@ -86,7 +83,7 @@ struct Beside {
   const char* words;
 };
 
-class NamesBesideAPair : public ::testing::TestWithParam<Beside> {};
+class NamesBesideAPair : public testing::TestWithParam<Beside> {};
 
 TEST_P(NamesBesideAPair, AreRefusedByNameOrLeftToAdamW) {
   const auto& [label, name, words] = GetParam();
@@ -123,7 +120,7 @@ constexpr const char* kUnknown = "is none that is known, expected lora_A/lora_B,
 
 INSTANTIATE_TEST_SUITE_P(
     Libraries, NamesBesideAPair,
-    ::testing::Values(
+    testing::Values(
         // ΔW is no product of the two
         Beside{"AdaLora", "k.lora_E.default", "AdaLoRA's: ΔW = B diag(E) A"},
         Beside{"Kasa", "k.lora_diag.default", "KaSA's: ΔW = B diag(d) A"},
@@ -173,4 +170,4 @@ TEST(FactorNames, TakeARefusedOneBehindATokenForAnAdaptersName) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -2,18 +2,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::error_of;
-using testing::load_bytes;
-using testing::mentions;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
-using testing::set_gradients;
 
 double distance(const torch::Tensor& left, const torch::Tensor& right) {
   return (left.to(torch::kDouble) - right.to(torch::kDouble)).norm().item<double>();
@@ -344,11 +334,10 @@ TEST(LoraRite, StateIsAboutHalfOfAdams) {
   torch::optim::Adam adam({adam_pairs[0].a, adam_pairs[0].b});
   run_steps(rite, pairs, 0, 1);
   run_steps(adam, adam_pairs, 0, 1);
-  const double ratio =
-      static_cast<double>(testing::saved_bytes(rite).size()) / static_cast<double>(testing::saved_bytes(adam).size());
+  const double ratio = static_cast<double>(saved_bytes(rite).size()) / static_cast<double>(saved_bytes(adam).size());
   EXPECT_LE(ratio, 0.55);
   EXPECT_GE(ratio, 0.5) << "the momentum alone is half: something is missing in the archive";
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -4,12 +4,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::error_of;
-using testing::mentions;
-using testing::random_pair;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -46,7 +42,7 @@ const std::vector<BadOption>& bad_options() {
   return rows;
 }
 
-class OptionOutOfRange : public ::testing::TestWithParam<BadOption> {};
+class OptionOutOfRange : public testing::TestWithParam<BadOption> {};
 
 TEST_P(OptionOutOfRange, IsNamedByTheConstructorAndAddsNoGroup) {
   const auto pair = random_pair("q", 2, 4, 4);
@@ -62,19 +58,19 @@ TEST_P(OptionOutOfRange, IsNamedByTheConstructorAndAddsNoGroup) {
 TEST_P(OptionOutOfRange, IsNamedByTheNextStepWhichChangesNothing) {
   const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4)};
   LoraRite<> optimizer(pairs);
-  testing::run_steps(optimizer, pairs, 0, 2);
-  const auto before = testing::clone_pairs(pairs);
-  const std::string state = testing::saved_bytes(optimizer);
+  run_steps(optimizer, pairs, 0, 2);
+  const auto before = clone_pairs(pairs);
+  const std::string state = saved_bytes(optimizer);
   auto& options = static_cast<LoraRiteOptions&>(optimizer.param_groups()[0].options());
   const LoraRiteOptions good = options;
   options = GetParam().options;
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), GetParam().words));
   options = good;
-  EXPECT_TRUE(testing::equal_factors(pairs, before));
-  EXPECT_EQ(testing::saved_bytes(optimizer), state);
+  EXPECT_TRUE(equal_factors(pairs, before));
+  EXPECT_EQ(saved_bytes(optimizer), state);
 }
 
-INSTANTIATE_TEST_SUITE_P(Table, OptionOutOfRange, ::testing::ValuesIn(bad_options()),
+INSTANTIATE_TEST_SUITE_P(Table, OptionOutOfRange, testing::ValuesIn(bad_options()),
                          [](const auto& info) { return info.param.name; });
 
 TEST(LoraRiteOptions, DefaultsAreTheDocumentedOnes) {
@@ -107,4 +103,4 @@ TEST(LoraRiteOptions, AreDrivenThroughLibTorchsInterface) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -8,10 +8,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::random_pair;
 
 constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
 
@@ -226,11 +224,11 @@ TEST(ProductSpectrum, RefusesWhatIsNoPairOfNumbers) {
 TEST(ProductSpectrum, LeavesTheFactorsAlone) {
   torch::manual_seed(7);
   const std::vector<FactorPair> pairs = {random_pair("q", 3, 8, 6)};
-  const auto before = testing::clone_pairs(pairs);
+  const auto before = clone_pairs(pairs);
   product_spectrum(pairs[0]);
-  EXPECT_TRUE(testing::equal_factors(pairs, before));
+  EXPECT_TRUE(equal_factors(pairs, before));
   EXPECT_TRUE(pairs[0].a.requires_grad());
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -2,12 +2,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::error_of;
-using testing::mentions;
-using testing::random_pair;
 
 /// Two groups with rates 1 and 0.1.
 LoraRite<> two_groups() {
@@ -139,9 +135,9 @@ TEST(Rate, ZeroLeavesTheFactorsAndASmallerOneMovesThemLess) {
   const std::vector<FactorPair> start = {random_pair("q", 2, 6, 5)};
   std::vector<double> distance;
   for (const double lr : {0.0, 1e-3, 1e-2}) {
-    const auto pairs = testing::clone_pairs(start);
+    const auto pairs = clone_pairs(start);
     LoraRite<> optimizer(pairs, LoraRiteOptions(lr));
-    testing::run_steps(optimizer, pairs, 0, 1);
+    run_steps(optimizer, pairs, 0, 1);
     distance.push_back((pairs[0].b - start[0].b).norm().item<double>());
   }
   EXPECT_EQ(distance[0], 0);
@@ -150,4 +146,4 @@ TEST(Rate, ZeroLeavesTheFactorsAndASmallerOneMovesThemLess) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

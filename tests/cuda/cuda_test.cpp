@@ -20,19 +20,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #endif
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::give_gradients;
-using testing::on;
-using testing::Pairs;
-using testing::random_pair;
-using testing::run_steps;
-using testing::set_gradients;
-using testing::TemporaryFolder;
-using testing::train;
 
 torch::Tensor product(const FactorPair& pair) {
   return torch::matmul(pair.b.detach().cpu().to(torch::kDouble), pair.a.detach().cpu().to(torch::kDouble));
@@ -49,7 +38,7 @@ double distance(const Pairs& left, const Pairs& right, const Pairs& start) {
   return worst;
 }
 
-class Cuda : public ::testing::Test {
+class Cuda : public testing::Test {
  protected:
   void SetUp() override {
     if (!torch::cuda::is_available()) GTEST_SKIP() << "LibTorch finds no GPU";
@@ -330,4 +319,4 @@ TEST_F(CudaGraph, AReplayIsAStep) {
 #endif
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -14,20 +14,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #endif
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
-using testing::distance;
-using testing::equal_factors;
-using testing::give_gradients;
-using testing::load_bytes;
-using testing::on;
-using testing::Pairs;
-using testing::random_pair;
-using testing::saved_bytes;
-using testing::train;
-
-class CudaKernels : public ::testing::Test {
+class CudaKernels : public testing::Test {
  protected:
   void SetUp() override {
     if (!torch::cuda::is_available()) GTEST_SKIP() << "LibTorch finds no GPU";
@@ -93,4 +83,4 @@ TEST_F(CudaKernels, AReplayIsAStep) {
 #endif
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -7,7 +7,7 @@
 #include <vector>
 
 /// What the tests on a GPU share.
-namespace lora_rite::testing {
+namespace lora_rite::test {
 
 using Pairs = std::vector<FactorPair>;
 
@@ -42,4 +42,4 @@ inline void train(torch::optim::Optimizer& optimizer, const Pairs& pairs, int64_
   }
 }
 
-}  // namespace lora_rite::testing
+}  // namespace lora_rite::test

@@ -8,15 +8,15 @@
 #include <nlohmann/json.hpp>
 
 #include "common/files.hpp"
+#include "distributed/processes.hpp"
 #include "finetune/support.hpp"
-#include "processes.hpp"
 #include "training/optimizers.hpp"
 
 namespace finetune {
 namespace {
 
-using lora_rite::testing::Process;
-using lora_rite::testing::Scenario;
+using lora_rite::test::Process;
+using lora_rite::test::Scenario;
 
 /// What a test asks of the processes of a scenario, as settings.json in their folder.
 struct Settings {
@@ -85,10 +85,10 @@ class Finetune : public testing::Test {
     return result;
   }
 
-  lora_rite::testing::Outcome run(const Settings& settings, int size) const {
+  lora_rite::test::Outcome run(const Settings& settings, int size) const {
     std::filesystem::create_directories(settings.options.out);
     std::ofstream(std::filesystem::path(settings.options.out) / "settings.json") << nlohmann::json(settings);
-    return lora_rite::testing::run_processes("finetune", size, settings.options.out);
+    return lora_rite::test::run_processes("finetune", size, settings.options.out);
   }
 
   void expect_success(const Settings& settings, int size) const {
@@ -247,7 +247,7 @@ const Scenario dividing("finetune divides", [](const Process& process) {
 });
 
 TEST(FinetuneProcesses, DivideTheOptimizerWhenAsked) {
-  lora_rite::testing::expect_success("finetune divides", 2, lora_rite::testing::fresh_folder("finetune"));
+  lora_rite::test::expect_success("finetune divides", 2, lora_rite::test::fresh_folder("finetune"));
 }
 
 const Scenario measuring("finetune measures", [](const Process& process) {
@@ -272,7 +272,7 @@ const Scenario measuring("finetune measures", [](const Process& process) {
 });
 
 TEST(FinetuneProcesses, MeasureALanguageModelAsOne) {
-  lora_rite::testing::expect_success("finetune measures", 2, lora_rite::testing::fresh_folder("finetune"));
+  lora_rite::test::expect_success("finetune measures", 2, lora_rite::test::fresh_folder("finetune"));
 }
 
 const Scenario differences("finetune differences", [](const Process& process) {
@@ -306,7 +306,7 @@ const Scenario differences("finetune differences", [](const Process& process) {
 });
 
 TEST(FinetuneProcesses, ThatDifferAreTold) {
-  lora_rite::testing::expect_success("finetune differences", 2, lora_rite::testing::fresh_folder("finetune"));
+  lora_rite::test::expect_success("finetune differences", 2, lora_rite::test::fresh_folder("finetune"));
 }
 
 // --- Connecting as the environment tells -----------------------------------------------------------------------------
@@ -347,9 +347,9 @@ const Scenario connecting("finetune connects", [](const Process& process) {
 });
 
 TEST(FinetuneProcesses, MeetWhereTheEnvironmentTells) {
-  const auto folder = lora_rite::testing::fresh_folder("connects");
+  const auto folder = lora_rite::test::fresh_folder("connects");
   std::ofstream(folder / "port") << free_port();
-  lora_rite::testing::expect_success("finetune connects", 2, folder);
+  lora_rite::test::expect_success("finetune connects", 2, folder);
 }
 
 TEST(FinetuneProcesses, AnEnvironmentThatMakesNoSenseIsTold) {

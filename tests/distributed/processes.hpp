@@ -20,7 +20,7 @@
 #include <vector>
 
 /// Tests of several processes: the test binary starts itself once for each, over Gloo on this machine.
-namespace lora_rite::testing {
+namespace lora_rite::test {
 
 /// What a process of a scenario knows.
 struct Process {
@@ -106,7 +106,7 @@ inline std::filesystem::path fresh_folder(const std::string& name) {
 
 /// main() of the binary: a scenario where the environment asks for one, else the tests.
 inline int run_tests_or_scenario(int argc, char** argv) {
-  ::testing::InitGoogleTest(&argc, argv);
+  testing::InitGoogleTest(&argc, argv);
   const char* name = std::getenv("LORA_RITE_SCENARIO");
   if (name == nullptr) return RUN_ALL_TESTS();
   at::set_num_threads(1);
@@ -122,7 +122,7 @@ inline int run_tests_or_scenario(int argc, char** argv) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }
-  return ::testing::UnitTest::GetInstance()->ad_hoc_test_result().Failed() ? 2 : 0;
+  return testing::UnitTest::GetInstance()->ad_hoc_test_result().Failed() ? 2 : 0;
 }
 
-}  // namespace lora_rite::testing
+}  // namespace lora_rite::test

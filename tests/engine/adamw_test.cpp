@@ -8,13 +8,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::error_of;
-using testing::load_bytes;
-using testing::mentions;
-using testing::saved_bytes;
 
 /// A pair of factors and a head of two tensors.
 std::shared_ptr<torch::nn::Module> module_with_head() {
@@ -35,7 +30,7 @@ void give_gradients(const torch::nn::Module& module, uint64_t seed) {
   }
 }
 
-class OtherParameters : public ::testing::TestWithParam<bool> {};
+class OtherParameters : public testing::TestWithParam<bool> {};
 
 TEST_P(OtherParameters, OfAModuleStepAsWithTorchsAdamW) {
   const auto options = torch::optim::AdamWOptions(1e-2).weight_decay(0.1).betas({0.8, 0.95}).amsgrad(GetParam());
@@ -58,7 +53,7 @@ TEST_P(OtherParameters, OfAModuleStepAsWithTorchsAdamW) {
   EXPECT_GT((found["lora_A"] - parameters["lora_A"]).abs().max().item<double>(), 1e-4);
 }
 
-INSTANTIATE_TEST_SUITE_P(AmsGrad, OtherParameters, ::testing::Bool());
+INSTANTIATE_TEST_SUITE_P(AmsGrad, OtherParameters, testing::Bool());
 
 TEST(OtherParametersOfAModule, FormAGroupOfTheirOwn) {
   const auto module = module_with_head();
@@ -198,7 +193,7 @@ TEST(OtherParametersOfAModule, AscendWhereTheModulesFactorsDo) {
 
 /// A pair that never moves and one other parameter.
 struct OneParameter {
-  FactorPair pair = testing::random_pair("q", 2, 4, 4);
+  FactorPair pair = random_pair("q", 2, 4, 4);
   torch::Tensor value;
   LoraRite<> optimizer;
 
@@ -312,7 +307,7 @@ TEST(HalfParameters, TakeOverTheHalfMomentsOfAnEarlierVersionAndAscendAsBuilt) {
 }
 
 TEST(OtherParameters, MayBeEmptyAmongOthers) {
-  const auto pair = testing::random_pair("q", 2, 4, 4);
+  const auto pair = random_pair("q", 2, 4, 4);
   const auto empty = torch::zeros({0, 3}).requires_grad_(), head = torch::zeros({2}).requires_grad_();
   LoraRite<> optimizer({pair});
   optimizer.add_parameters({empty, head}, torch::optim::AdamWOptions(1e-2).weight_decay(0));
@@ -326,4 +321,4 @@ TEST(OtherParameters, MayBeEmptyAmongOthers) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -8,17 +8,8 @@
 #include "support/operators.hpp"
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::error_of;
-using testing::mentions;
-using testing::operators_of;
-using testing::random_pair;
-using testing::run_steps;
-using testing::set_gradients;
 
 double product_distance(const std::vector<FactorPair>& left, const std::vector<FactorPair>& right,
                         const std::vector<FactorPair>& start) {
@@ -246,11 +237,11 @@ TEST(Capturable, WhatIsRememberedStaysWhereItIs) {
   torch::manual_seed(78);
   const FactorPair pair = random_pair("pair", 3, 12, 10, torch::kBFloat16);
   const auto options = LoraRiteOptions(1e-2).capturable(true).master_weights(true).row_equilibration(true);
-  engine::Batches batches = testing::place({pair}, Engine::Device);
+  engine::Batches batches = place({pair}, Engine::Device);
   const engine::Batch& batch = *batches.all[0].batch;
   const auto step = [&](int64_t number) {
     set_gradients({pair}, static_cast<uint64_t>(number));
-    testing::act(batches, options);
+    act(batches, options);
   };
   const auto places = [&] {
     const PairState& state = batch.state();
@@ -290,4 +281,4 @@ TEST(Capturable, TheHostEngineIsRefused) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -6,14 +6,14 @@
 #include "support/operators.hpp"
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
 /// Number of ATen operator calls, nested ones included, while `function` runs.
 template <class Function>
 int64_t operator_calls(const Function& function) {
   int64_t calls = 0;
-  for (const auto& [name, times] : testing::operators_of(function)) calls += times;
+  for (const auto& [name, times] : operators_of(function)) calls += times;
   return calls;
 }
 
@@ -62,10 +62,9 @@ TEST(DeviceEngine, ShapesOfARankStepAsEachAlone) {
                            .row_equilibration(true);
   for (const auto dtype : {torch::kDouble, torch::kFloat}) {
     torch::manual_seed(91);
-    const std::vector<FactorPair> together = {
-        testing::random_pair("0", 3, 9, 8, dtype), testing::random_pair("1", 3, 5, 12, dtype),
-        testing::random_pair("2", 3, 9, 8, dtype), testing::random_pair("3", 3, 20, 4, dtype)};
-    const auto alone = testing::clone_pairs(together);
+    const std::vector<FactorPair> together = {random_pair("0", 3, 9, 8, dtype), random_pair("1", 3, 5, 12, dtype),
+                                              random_pair("2", 3, 9, 8, dtype), random_pair("3", 3, 20, 4, dtype)};
+    const auto alone = clone_pairs(together);
     LoraRite<> optimizer(together, options);
     std::vector<std::unique_ptr<LoraRite<>>> optimizers;
     for (const auto& pair : alone) {
@@ -73,7 +72,7 @@ TEST(DeviceEngine, ShapesOfARankStepAsEachAlone) {
     }
     for (uint64_t step = 0; step < 8; ++step) {
       for (const auto* pairs : {&together, &alone}) {
-        testing::set_gradients(*pairs, step);
+        set_gradients(*pairs, step);
         const FactorPair& resting = (*pairs)[step % 4];
         torch::Tensor(resting.a).mutable_grad() = torch::Tensor();
         if (step % 2 == 0) torch::Tensor(resting.b).mutable_grad() = torch::Tensor();
@@ -114,4 +113,4 @@ TEST(DeviceEngine, StepsMetaTensorsSoNothingIsReadBack) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -4,7 +4,8 @@
 #include <lora_rite/engine/host/fingerprint.hpp>
 #include <vector>
 
-namespace lora_rite::host {
+namespace lora_rite::test {
+using namespace host;
 namespace {
 
 Fingerprint of(const std::vector<float>& values) {
@@ -54,4 +55,4 @@ TEST(Fingerprint, OfNothingIsEqualToNone) {
 }
 
 }  // namespace
-}  // namespace lora_rite::host
+}  // namespace lora_rite::test

@@ -11,19 +11,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::distance;
-using testing::equal_factors;
-using testing::error_of;
-using testing::load_bytes;
-using testing::mentions;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
-using testing::set_gradients;
 
 LoraRiteOptions with_engine(LoraRiteOptions options, Engine engine) { return options.engine(engine); }
 
@@ -55,7 +44,7 @@ const Setting kSettings[] = {
      }},
 };
 
-class HostEngine : public ::testing::TestWithParam<std::tuple<int64_t, Setting>> {};
+class HostEngine : public testing::TestWithParam<std::tuple<int64_t, Setting>> {};
 
 TEST_P(HostEngine, AgreesWithTheDeviceEngine) {
   const auto& [rank, setting] = GetParam();
@@ -92,8 +81,8 @@ TEST_P(HostEngine, AgreesWithTheDeviceEngine) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, HostEngine,
-                         ::testing::Combine(::testing::Values(1, 2, 3, 4, 7, 8, 12, 16, 33, 64),
-                                            ::testing::ValuesIn(kSettings)),
+                         testing::Combine(testing::Values(1, 2, 3, 4, 7, 8, 12, 16, 33, 64),
+                                          testing::ValuesIn(kSettings)),
                          [](const auto& info) {
                            return "rank" + std::to_string(std::get<0>(info.param)) + "_" + std::get<1>(info.param).name;
                          });
@@ -467,4 +456,4 @@ TEST(TorchThreads, CallEachTaskOnceAndErrorsComeThrough) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

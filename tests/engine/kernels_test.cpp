@@ -11,7 +11,8 @@
 #include <utility>
 #include <vector>
 
-namespace lora_rite::host::kernels {
+namespace lora_rite::test {
+using namespace host::kernels;
 namespace {
 
 using Eigen::MatrixXd;
@@ -421,4 +422,4 @@ TEST(Kernels, RowEquilibration) {
 }
 
 }  // namespace
-}  // namespace lora_rite::host::kernels
+}  // namespace lora_rite::test

@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
 using torch::Tensor;
@@ -217,4 +217,4 @@ TEST(Precision, AResumedRunChoosesAsTheRunThatWentOn) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -23,8 +23,8 @@ namespace finetune {
 using lora_rite::load_safetensors;
 using lora_rite::Safetensors;
 using lora_rite::save_safetensors;
-using lora_rite::testing::golden;
-using lora_rite::testing::TemporaryFolder;
+using lora_rite::test::golden;
+using lora_rite::test::TemporaryFolder;
 
 /// The message of the Error that `action` throws; fails the test if it throws none.
 inline std::string error_of(const std::function<void()>& action) {

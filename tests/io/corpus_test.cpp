@@ -4,7 +4,7 @@
 
 #include "fuzz/targets.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
 /// Every input of a fuzzer's corpus, what it once found among them, is read or refused as promised.
@@ -27,4 +27,4 @@ TEST(FuzzCorpus, AdapterConfigsAreReadOrRefused) { EXPECT_GE(replay("adapter_con
 TEST(FuzzCorpus, CheckpointsAreReadOrRefused) { EXPECT_GE(replay("checkpoint", fuzz::checkpoint), 40U); }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

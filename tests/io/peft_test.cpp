@@ -9,15 +9,8 @@
 #include "support/pairs.hpp"
 #include "support/temporary_folder.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::error_of;
-using testing::golden;
-using testing::mentions;
-using testing::read_bytes;
-using testing::TemporaryFolder;
-using testing::write_bytes;
 
 /// A description with every field set to something else than its default.
 AdapterConfig full_config() {
@@ -150,7 +143,7 @@ struct BadConfig {
   std::string message;
 };
 
-class BadAdapterConfig : public ::testing::TestWithParam<BadConfig> {};
+class BadAdapterConfig : public testing::TestWithParam<BadConfig> {};
 
 TEST_P(BadAdapterConfig, IsRefusedByFileAndField) {
   const TemporaryFolder folder;
@@ -164,7 +157,7 @@ std::string lora(const std::string& field) { return R"({"peft_type":"LORA",)" + 
 
 INSTANTIATE_TEST_SUITE_P(
     Kinds, BadAdapterConfig,
-    ::testing::Values(
+    testing::Values(
         BadConfig{"Empty", "", "is not valid JSON at byte 1"}, BadConfig{"List", "[1]", "is no JSON object"},
         BadConfig{"NoType", "{}", "peft_type is '', expected 'LORA'"},
         BadConfig{"AnotherType", R"({"peft_type":"IA3"})", "peft_type is 'IA3', expected 'LORA'"},
@@ -435,4 +428,4 @@ TEST(AdapterTensors, ModulesAndAdaptersMayHaveNamesThatBeginAsPeftsOwn) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -12,16 +12,8 @@
 #include "support/temporary_folder.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite_test::same_bits;
-using testing::error_of;
-using testing::golden;
-using testing::mentions;
-using testing::read_bytes;
-using testing::TemporaryFolder;
-using testing::write_bytes;
 
 /// The bytes of a file of this header and these data; `claimed` overrides the length of the header.
 std::string file_of(const std::string& header, const std::string& data, int64_t claimed = -1) {
@@ -181,7 +173,7 @@ struct Damage {
   std::string message;
 };
 
-class DamagedSafetensors : public ::testing::TestWithParam<Damage> {};
+class DamagedSafetensors : public testing::TestWithParam<Damage> {};
 
 TEST_P(DamagedSafetensors, IsRefusedWithItsNameAndTheReason) {
   const TemporaryFolder folder;
@@ -207,7 +199,7 @@ std::string repeated(const std::string& text, size_t times) {
 
 INSTANTIATE_TEST_SUITE_P(
     Kinds, DamagedSafetensors,
-    ::testing::Values(
+    testing::Values(
         Damage{"Empty", "", "has 0 bytes, expected at least 8"},
         Damage{"SevenBytes", "abcdefg", "has 7 bytes, expected at least 8"},
         Damage{"LengthAlone", file_of("", ""), "its header is no JSON object"},
@@ -474,7 +466,7 @@ TEST(ShardedSafetensors, AFolderWithoutThemIsToldWhatItHas) {
   EXPECT_TRUE(mentions(message(), "'model.safetensors' is a symbolic link to a file that is not there"));
 }
 
-class BadShardIndex : public ::testing::TestWithParam<Damage> {};
+class BadShardIndex : public testing::TestWithParam<Damage> {};
 
 TEST_P(BadShardIndex, IsRefusedWithItsNameAndTheReason) {
   const TemporaryFolder folder;
@@ -488,7 +480,7 @@ std::string map_to(const std::string& shard) { return R"({"weight_map":{"a":")" 
 
 INSTANTIATE_TEST_SUITE_P(
     Kinds, BadShardIndex,
-    ::testing::Values(
+    testing::Values(
         Damage{"Empty", "", "is not valid JSON at byte"}, Damage{"NoObject", "[]", "its content is a list"},
         Damage{"Number", "1", "its content is 1"}, Damage{"NoMap", R"({"metadata":{}})", "has no weight_map"},
         Damage{"MapBelow", R"({"metadata":{"weight_map":{"a":"1.safetensors"}}})", "has no weight_map"},
@@ -514,4 +506,4 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& info) { return info.param.name; });
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

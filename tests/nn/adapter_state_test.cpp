@@ -12,17 +12,11 @@
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
-using lora_rite_test::same_bits;
 using nn::inject_lora;
 using nn::NamedTensors;
-using testing::error_of;
-using testing::lora_config;
-using testing::mentions;
-using testing::randomize_factors;
-using testing::Small;
 
 NamedTensors copies_of(const NamedTensors& tensors) {
   NamedTensors copies;
@@ -164,4 +158,4 @@ TEST(BaseState, IsNotLoadedUnderPissaWhichTookAPartOfIt) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

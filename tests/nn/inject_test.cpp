@@ -21,24 +21,14 @@
 #include "support/temporary_folder.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
-using lora_rite_test::same_bits;
 using nlohmann::json;
 using nn::inject_lora;
 using nn::LoraBias;
 using nn::LoraConfig;
 using nn::LoraLinear;
-using testing::copies_of;
-using testing::error_of;
-using testing::largest_difference;
-using testing::lora_config;
-using testing::mentions;
-using testing::parameter_names;
-using testing::peft_golden;
-using testing::randomize_factors;
-using testing::Small;
 
 nn::ModuleNames names_of(const json& names) {
   if (names.is_string()) return names.get<std::string>();
@@ -348,7 +338,7 @@ const BadInjection kBadInjections[] = {
      {"'embed'", "an embedding cannot start"}},
 };
 
-class RefusedInjection : public ::testing::TestWithParam<BadInjection> {};
+class RefusedInjection : public testing::TestWithParam<BadInjection> {};
 
 TEST_P(RefusedInjection, NamesTheReasonAndChangesNothing) {
   Small model;
@@ -359,7 +349,7 @@ TEST_P(RefusedInjection, NamesTheReasonAndChangesNothing) {
   EXPECT_TRUE(before.is_still(*model));
 }
 
-INSTANTIATE_TEST_SUITE_P(Rows, RefusedInjection, ::testing::ValuesIn(kBadInjections),
+INSTANTIATE_TEST_SUITE_P(Rows, RefusedInjection, testing::ValuesIn(kBadInjections),
                          [](const auto& info) { return std::string(info.param.name); });
 
 // --- A whole model.
@@ -401,7 +391,7 @@ TEST(InjectedModel, IsTrainedByLoraRiteAndItsBaseStaysAsItIs) {
 }
 
 TEST(InjectedModel, AdaptersAreInACheckpointWhicheverIsActive) {
-  const testing::TemporaryFolder folder;
+  const TemporaryFolder folder;
   struct Run {
     Run() {
       inject_lora(*model, lora_config(2, 4, {"0", "2", "head"}));
@@ -480,7 +470,7 @@ TEST(InjectedModel, AClonesOfItsOwnerKeepsTheAdapters) {
   Small model;
   inject_lora(*model, lora_config(2, 4, {"embed", "conv", "0", "2", "head"}));
   randomize_factors(*model);
-  const auto copy = std::dynamic_pointer_cast<testing::SmallImpl>(model->clone());
+  const auto copy = std::dynamic_pointer_cast<SmallImpl>(model->clone());
   ASSERT_NE(copy, nullptr);
   EXPECT_EQ(parameter_names(*copy), parameter_names(*model));
   EXPECT_TRUE(same_bits(copy->forward(torch::arange(9)), model->forward(torch::arange(9))));
@@ -585,4 +575,4 @@ TEST(TrainableParameters, CountsATiedWeightOnce) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -18,10 +18,9 @@
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
-using lora_rite_test::same_bits;
 using nlohmann::json;
 using nn::LoraConfig;
 using nn::LoraConv2d;
@@ -29,14 +28,6 @@ using nn::LoraEmbedding;
 using nn::LoraInit;
 using nn::LoraLayer;
 using nn::LoraLinear;
-using testing::error_of;
-using testing::largest_difference;
-using testing::lora_config;
-using testing::mentions;
-using testing::parameter_names;
-using testing::peft_golden;
-using testing::randomize_factors;
-using testing::tensor_of;
 
 /// Dot products of at most 64 terms, and intermediate results up to four times the largest of the result.
 double tolerance(torch::Dtype dtype) {
@@ -93,7 +84,7 @@ const Case kCases[] = {
      }},
 };
 
-class EveryLayer : public ::testing::TestWithParam<Case> {
+class EveryLayer : public testing::TestWithParam<Case> {
  protected:
   void SetUp() override {
     torch::manual_seed(7);
@@ -138,7 +129,7 @@ class EveryLayer : public ::testing::TestWithParam<Case> {
   torch::Tensor input_;
 };
 
-INSTANTIATE_TEST_SUITE_P(Types, EveryLayer, ::testing::ValuesIn(kCases),
+INSTANTIATE_TEST_SUITE_P(Types, EveryLayer, testing::ValuesIn(kCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
 TEST_P(EveryLayer, IsThePlainLayerWithoutAnAdapter) {
@@ -427,14 +418,14 @@ TEST_P(EveryLayer, ATorchSaveComesBackWithEveryAdapter) {
   const auto expected = forward();
   layer_.module->eval();
   layer().merge();  // says nothing about what a file holds
-  const auto bytes = testing::saved_bytes(layer_.module);
+  const auto bytes = saved_bytes(layer_.module);
   torch::manual_seed(99);
   layer_ = GetParam().make();
   layer_.module->to(torch::kDouble);
   for (const auto* name : {"default", "second one"}) layer().add_adapter(name, lora_config(2, 3));
   layer().set_active({"second one"});
   EXPECT_FALSE(same_bits(forward(), expected));
-  testing::load_bytes(layer_.module, bytes);
+  load_bytes(layer_.module, bytes);
   EXPECT_TRUE(same_bits(forward(), expected));
 }
 
@@ -485,12 +476,12 @@ TEST_P(EveryLayer, RefusesWhatItCannotHaveAndStaysAsItWas) {
 
 // --- What PEFT computes.
 
-class PeftLayer : public ::testing::TestWithParam<const char*> {};
+class PeftLayer : public testing::TestWithParam<const char*> {};
 
 INSTANTIATE_TEST_SUITE_P(Golden, PeftLayer,
-                         ::testing::Values("linear", "linear_no_bias_3d", "linear_rslora", "linear_two_active",
-                                           "linear_one_of_two", "linear_bfloat16_base", "embedding",
-                                           "embedding_padding", "conv", "conv_stride_padding", "conv_1x1_rslora"));
+                         testing::Values("linear", "linear_no_bias_3d", "linear_rslora", "linear_two_active",
+                                         "linear_one_of_two", "linear_bfloat16_base", "embedding", "embedding_padding",
+                                         "conv", "conv_stride_padding", "conv_1x1_rslora"));
 
 AnyLayer golden_layer(const std::string& name, const json& base) {
   const auto weight = tensor_of(base["weight"]);
@@ -729,4 +720,4 @@ TEST(LoraConv2d, RefusesGroups) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -15,21 +15,14 @@
 #include "support/temporary_folder.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
-using lora_rite_test::same_bits;
 using nn::inject_adapter;
 using nn::inject_lora;
 using nn::LoraConfig;
 using nn::LoraInit;
 using nn::peft_adapter;
-using testing::error_of;
-using testing::largest_difference;
-using testing::mentions;
-using testing::randomize_factors;
-using testing::Small;
-using testing::TemporaryFolder;
 
 const std::vector<std::string> kEverything = {"embed", "conv", "0", "2", "head"};
 
@@ -182,7 +175,7 @@ TEST(PeftAdapter, CarriesEveryKindOfLayerThroughFilesToAnotherModel) {
   torch::manual_seed(1);
   Small model;
   const auto base = copies_of(nn::base_state(*model));
-  auto config = testing::lora_config(2, 3, kEverything);
+  auto config = lora_config(2, 3, kEverything);
   config.dropout = 0.125;
   inject_lora(*model, config, "lora_mine");  // a name that looks like a part of PEFT's names
   randomize_factors(*model);
@@ -211,7 +204,7 @@ TEST(PeftAdapter, CarriesEveryKindOfLayerThroughFilesToAnotherModel) {
 
 TEST(PeftAdapter, CopiesValuesSoThatTheFileAndTheOtherModelStayAsTheyAre) {
   Small model, other;
-  inject_lora(*model, testing::lora_config(2, 3, {"0"}));
+  inject_lora(*model, lora_config(2, 3, {"0"}));
   const Adapter adapter = peft_adapter(*model);
   EXPECT_TRUE(adapter.tensors.at("body.0.lora_A.weight").is_same(nn::adapter_state(*model).at("body.0.lora_A.weight")));
   inject_adapter(*other, adapter);
@@ -228,7 +221,7 @@ TEST(PeftAdapter, PutsLoraLayersOverPlainOnesInASequential) {
   const auto make = [] { return torch::nn::Sequential(torch::nn::Linear(4, 3), torch::nn::Linear(3, 2)); };
   auto model = make(), other = make();
   nn::load_base_state(*other, copies_of(nn::base_state(*model)));
-  inject_lora(*model, testing::lora_config(2, 3, {"0", "1"}));
+  inject_lora(*model, lora_config(2, 3, {"0", "1"}));
   randomize_factors(*model);
   const auto injected = inject_adapter(*other, through_files(peft_adapter(*model)));
   ASSERT_EQ(injected.size(), 2U);
@@ -242,7 +235,7 @@ TEST(PeftAdapter, CarriesBiases) {
     torch::manual_seed(3);
     Small model;
     const auto base = copies_of(nn::base_state(*model));
-    auto config = testing::lora_config(2, 3, {"0", "embed"});
+    auto config = lora_config(2, 3, {"0", "embed"});
     config.bias = bias;
     inject_lora(*model, config);
     {
@@ -273,7 +266,7 @@ TEST(PeftAdapter, KeepsPatternsOfRanksAndAlphasAndRsLora) {
     torch::manual_seed(4);
     Small model;
     const auto base = copies_of(nn::base_state(*model));
-    auto config = testing::lora_config(4, 3, kEverything);
+    auto config = lora_config(4, 3, kEverything);
     config.use_rslora = use_rslora;
     config.rank_pattern = {{"head", 2}, {"embed", 1}};
     config.alpha_pattern = {{"body.*", 5}};
@@ -296,7 +289,7 @@ TEST(PeftAdapter, NamesRanksWhereSortedPatternsWouldMeanOthers) {
   torch::manual_seed(5);
   Small model;
   const auto base = copies_of(nn::base_state(*model));
-  auto config = testing::lora_config(4, 3, kEverything);
+  auto config = lora_config(4, 3, kEverything);
   config.rank_pattern = {{"head", 2}, {".*e.*", 1}};       // sorted, the second one comes first and takes head
   config.alpha_pattern = {{"body.2", 7}, {"[a-z].*", 3}};  // and here, too
   inject_lora(*model, config);
@@ -313,8 +306,8 @@ TEST(PeftAdapter, NamesModulesWhereTheConfigWouldMeanOthers) {
   torch::manual_seed(6);
   Small model;
   const auto base = copies_of(nn::base_state(*model));
-  model->head->add_adapter("default", testing::lora_config(2, 3, {"embed"}));  // not what the config says
-  dynamic_cast<nn::LoraLayer&>(*model->body->ptr(0)).add_adapter("default", testing::lora_config(3, 4));
+  model->head->add_adapter("default", lora_config(2, 3, {"embed"}));  // not what the config says
+  dynamic_cast<nn::LoraLayer&>(*model->body->ptr(0)).add_adapter("default", lora_config(3, 4));
   randomize_factors(*model);
   const Adapter adapter = through_files(peft_adapter(*model));
   EXPECT_EQ(adapter.config.target_modules, ModuleNames(std::vector<std::string>{"0", "head"}));
@@ -327,7 +320,7 @@ TEST(PeftAdapter, NamesModulesWhereTheConfigWouldMeanOthers) {
   for (const char* block : {"a", "b"}) {
     nested.register_module(block, torch::nn::Sequential(nn::LoraLinear(3, 2)));
   }
-  auto config = testing::lora_config(2, 3, {"0"});
+  auto config = lora_config(2, 3, {"0"});
   config.exclude_modules = std::vector<std::string>{"a.0"};
   inject_lora(nested, config);
   EXPECT_EQ(peft_adapter(nested).config.target_modules, ModuleNames(std::vector<std::string>{"0"}));
@@ -352,7 +345,7 @@ TEST(PeftAdapter, NamesALayerWhoseNameIsTheEndOfAnothersByAPattern) {
     return model;
   };
   const auto model = make();
-  dynamic_cast<nn::LoraLayer&>(*model->named_children()["head"]).add_adapter("default", testing::lora_config(2, 3));
+  dynamic_cast<nn::LoraLayer&>(*model->named_children()["head"]).add_adapter("default", lora_config(2, 3));
   const Adapter adapter = through_files(peft_adapter(*model));
   EXPECT_EQ(adapter.config.target_modules, ModuleNames(std::string("head")));
   EXPECT_EQ(inject_adapter(*make(), adapter).size(), 1U);
@@ -373,7 +366,7 @@ TEST(PeftAdapter, NamesAsManyLayersByAPatternAsAModelHas) {
   const auto model = make();
   for (const auto& child : model->named_children()) {
     if (auto* layer = dynamic_cast<nn::LoraLayer*>(child.value().get())) {
-      layer->add_adapter("default", testing::lora_config(1, 1));
+      layer->add_adapter("default", lora_config(1, 1));
     }
   }
   const Adapter adapter = through_files(peft_adapter(*model));
@@ -385,7 +378,7 @@ TEST(InjectAdapter, TakesBaseWeightsThatPeftWroteBesideTheFactors) {
   torch::manual_seed(8);
   Small model;
   const auto base = copies_of(nn::base_state(*model));
-  inject_lora(*model, testing::lora_config(2, 4, {"embed", "head"}));
+  inject_lora(*model, lora_config(2, 4, {"embed", "head"}));
   randomize_factors(*model);
   Adapter adapter = through_files(peft_adapter(*model));
   adapter.tensors["embed.base_layer.weight"] = torch::randn({9, 4});
@@ -405,7 +398,7 @@ TEST(InjectAdapter, TakesBaseWeightsThatPeftWroteBesideTheFactors) {
 
 TEST(InjectAdapter, LeavesOutWhatWasOfUseInTrainingOnly) {
   Small model, other;
-  inject_lora(*model, testing::lora_config(2, 4, {"head"}));
+  inject_lora(*model, lora_config(2, 4, {"head"}));
   randomize_factors(*model);
   Adapter adapter = through_files(peft_adapter(*model));
   adapter.config.other["velora_config"] = {{"num_groups", 2}, {"scale", 1.0}};
@@ -423,7 +416,7 @@ struct Warnings : c10::WarningHandler {
 
 TEST(InjectAdapter, PatternsMeanWhatPeftMeansAndIdleOnesAreSaid) {
   Small model, other;
-  inject_lora(*model, testing::lora_config(2, 4, {"head", "0"}));
+  inject_lora(*model, lora_config(2, 4, {"head", "0"}));
   Adapter adapter = peft_adapter(*model);
   // std::regex would take the A and the Z for letters.
   adapter.config.alpha_pattern = {{R"(\Ahead\Z)", 6}, {R"(body\.\060)", 7}, {"tail", 9}, {"(?<!body\\.)0", 10}};
@@ -454,7 +447,7 @@ TEST(PeftAdapter, OfPissaIsTheDifferenceToItsStartAndFitsTheOrdinaryBase) {
     Small model;
     model->to(torch::kDouble);
     const auto base = copies_of(nn::base_state(*model));
-    auto config = testing::lora_config(2, 3, {"0", "2", "head"});
+    auto config = lora_config(2, 3, {"0", "2", "head"});
     config.use_rslora = use_rslora;
     config.init = LoraInit::Pissa;
     config.rank_pattern = {{"head", 1}};
@@ -491,7 +484,7 @@ TEST(PeftAdapter, OfPissaBesideAnotherStartDoublesTheRanksOfItsOwnLayersOnly) {
   Small model;
   model->to(torch::kDouble);
   const auto base = copies_of(nn::base_state(*model));
-  auto config = testing::lora_config(2, 3);
+  auto config = lora_config(2, 3);
   model->head->add_adapter("default", config);
   config.init = LoraInit::Pissa;
   dynamic_cast<nn::LoraLayer&>(*model->body->ptr(0)).add_adapter("default", config);
@@ -508,7 +501,7 @@ TEST(PeftAdapter, OfPissaBesideAnotherStartDoublesTheRanksOfItsOwnLayersOnly) {
 
 TEST(PeftAdapter, TakesWhatLayersDoNotKnowFromTheFileItCameFrom) {
   Small model, other;
-  inject_lora(*model, testing::lora_config(2, 3, {"0"}));
+  inject_lora(*model, lora_config(2, 3, {"0"}));
   Adapter adapter = peft_adapter(*model);
   EXPECT_EQ(adapter.config.task_type, std::nullopt);
   adapter.config.task_type = "CAUSAL_LM";
@@ -526,7 +519,7 @@ TEST(PeftAdapter, TakesWhatLayersDoNotKnowFromTheFileItCameFrom) {
 TEST(PeftAdapter, IsRefusedWhereAFileHasOneValueForAllLayers) {
   const auto refused = [](const char* words, const std::function<void(LoraConfig&)>& change) {
     Small model;
-    auto config = testing::lora_config(2, 3);
+    auto config = lora_config(2, 3);
     model->embed->add_adapter("default", config);
     change(config);
     model->head->add_adapter("default", config);
@@ -538,14 +531,14 @@ TEST(PeftAdapter, IsRefusedWhereAFileHasOneValueForAllLayers) {
   Small model;
   EXPECT_TRUE(mentions(error_of([&] { peft_adapter(*model, "mine"); }), "no adapter 'mine'"));
   nn::LoraLinear alone(2, 2);
-  alone->add_adapter("default", testing::lora_config(2, 3));
+  alone->add_adapter("default", lora_config(2, 3));
   EXPECT_TRUE(mentions(error_of([&] { peft_adapter(*alone); }), "the model is itself a LoRA layer"));
 }
 
 TEST(InjectAdapter, DrawsNoRandomNumbersWhateverTheStartWas) {
   torch::manual_seed(9);
   Small model;
-  inject_lora(*model, testing::lora_config(3, 4, kEverything));  // an odd rank, which "orthogonal" would not start with
+  inject_lora(*model, lora_config(3, 4, kEverything));  // an odd rank, which "orthogonal" would not start with
   const Adapter adapter = peft_adapter(*model);
   using Field = std::variant<bool, std::string>;
   for (const Field& init : {Field(true), Field(false), Field(std::string("gaussian")), Field(std::string("orthogonal")),
@@ -566,15 +559,15 @@ TEST(InjectAdapter, DrawsNoRandomNumbersWhateverTheStartWas) {
 TEST(InjectAdapter, IsRefusedWithNothingChanged) {
   torch::manual_seed(11);
   Small source;
-  inject_lora(*source, testing::lora_config(2, 3, kEverything));
+  inject_lora(*source, lora_config(2, 3, kEverything));
   const Adapter adapter = peft_adapter(*source);
   const auto refused = [&](const char* words, const std::function<void(Adapter&)>& change) {
     Adapter changed{adapter.config, copies_of(adapter.tensors)};
     change(changed);
     Small model;
-    const auto names = testing::parameter_names(*model);
+    const auto names = parameter_names(*model);
     EXPECT_TRUE(mentions(error_of([&] { inject_adapter(*model, changed); }), words)) << words;
-    EXPECT_EQ(testing::parameter_names(*model), names) << words;
+    EXPECT_EQ(parameter_names(*model), names) << words;
     for (const auto& parameter : model->parameters()) EXPECT_TRUE(parameter.requires_grad()) << words;
   };
   refused("inject_adapter: missing: 'embed.lora_embedding_A'; unexpected: none",
@@ -608,7 +601,7 @@ TEST(InjectAdapter, IsRefusedWithNothingChanged) {
 
 TEST(InjectAdapter, CastsToTheLayersDtypes) {
   Small model, other;
-  inject_lora(*model, testing::lora_config(2, 3, {"head"}));
+  inject_lora(*model, lora_config(2, 3, {"head"}));
   Adapter adapter = peft_adapter(*model);
   for (auto& [name, tensor] : adapter.tensors) tensor = tensor.detach().to(torch::kDouble);
   other->to(torch::kBFloat16);
@@ -619,7 +612,7 @@ TEST(InjectAdapter, CastsToTheLayersDtypes) {
 
 TEST(InjectAdapter, AddsASecondAdapterWhichIsNotActive) {
   Small model;
-  inject_lora(*model, testing::lora_config(2, 3, {"0"}));
+  inject_lora(*model, lora_config(2, 3, {"0"}));
   Adapter adapter = peft_adapter(*model);
   const auto before = output_of(model);
   adapter.tensors["body.0.lora_B.weight"] = torch::ones({6, 2});
@@ -630,4 +623,4 @@ TEST(InjectAdapter, AddsASecondAdapterWhichIsNotActive) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -10,12 +10,10 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
 using nn::detail::PythonRegex;
-using testing::error_of;
-using testing::mentions;
 
 const nlohmann::json& golden() {
   static const auto data = nlohmann::json::parse(std::ifstream(LORA_RITE_TEST_DATA_DIR "/nn/regex_golden.json"));
@@ -72,4 +70,4 @@ TEST(PythonRegex, EndsSoonWhateverThePattern) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -10,7 +10,7 @@
 #include <vector>
 
 /// What the tests of lora_rite::nn share.
-namespace lora_rite::testing {
+namespace lora_rite::test {
 
 /// What PEFT computed and what it calls things (make_peft_golden.py writes it).
 inline const nlohmann::json& peft_golden() {
@@ -92,4 +92,4 @@ inline std::vector<torch::Tensor> copies_of(const std::vector<torch::Tensor>& te
   return copies;
 }
 
-}  // namespace lora_rite::testing
+}  // namespace lora_rite::test

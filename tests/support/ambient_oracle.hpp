@@ -10,7 +10,7 @@
 
 #include "oracle.hpp"
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 
 /// One factor's moments in ΔW-space.
 struct AmbientMoments {
@@ -76,4 +76,4 @@ class AmbientOracle {
   AmbientMoments moments_a_, moments_b_;
 };
 
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

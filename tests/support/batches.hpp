@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-namespace lora_rite::testing {
+namespace lora_rite::test {
 
 /// Pairs of one param group, placed.
 template <class Basis = PolarBasis>
@@ -32,4 +32,4 @@ inline void act(engine::Batches& batches, const LoraRiteOptions& options) {
   }
 }
 
-}  // namespace lora_rite::testing
+}  // namespace lora_rite::test

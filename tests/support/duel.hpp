@@ -12,10 +12,10 @@
 #include <tuple>
 #include <type_traits>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 
 /// The oracle's spelling of a param group's options.
-inline OracleOptions oracle_options(const lora_rite::LoraRiteOptions& o) {
+inline OracleOptions oracle_options(const LoraRiteOptions& o) {
   OracleOptions result;
   result.lr = o.lr();
   std::tie(result.beta1, result.beta2) = o.betas();
@@ -36,17 +36,17 @@ inline OracleOptions oracle_options(const lora_rite::LoraRiteOptions& o) {
 
 /// The oracle's root for a basis of the library.
 template <class Basis>
-constexpr Root kRoot = std::is_same_v<Basis, lora_rite::QrBasis> ? Root::Qr : Root::Polar;
+constexpr Root kRoot = std::is_same_v<Basis, QrBasis> ? Root::Qr : Root::Polar;
 
 template <class Basis>
 class Duel {
  public:
   torch::Tensor a, b;  ///< [r, in], [out, r], the library's
 
-  Duel(torch::Tensor initial_a, torch::Tensor initial_b, const lora_rite::LoraRiteOptions& options)
+  Duel(torch::Tensor initial_a, torch::Tensor initial_b, const LoraRiteOptions& options)
       : a(initial_a.requires_grad_()),
         b(initial_b.requires_grad_()),
-        optimizer({lora_rite::FactorPair{"pair", a, b}}, options),
+        optimizer({FactorPair{"pair", a, b}}, options),
         oracle(kRoot<Basis>) {
     oracle.groups.push_back(oracle_options(options));
     oracle.pairs.push_back({0, OracleFactor(tall_a(a)), OracleFactor(tall_b(b))});
@@ -80,8 +80,8 @@ class Duel {
     return std::isfinite(of_a + of_b) ? std::max(of_a, of_b) : INFINITY;
   }
 
-  lora_rite::LoraRite<Basis> optimizer;
+  LoraRite<Basis> optimizer;
   Oracle oracle;
 };
 
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -6,20 +6,20 @@
 #include <cstdlib>
 #include <new>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 
 int64_t& news_left() {
   thread_local int64_t left = -1;
   return left;
 }
 
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test
 
 #ifdef LORA_RITE_FAILING_NEW
 namespace {
 
 void* allocate(size_t size, size_t alignment) {
-  int64_t& left = lora_rite_test::news_left();
+  int64_t& left = lora_rite::test::news_left();
   if (left >= 0 && left-- == 0) throw std::bad_alloc();
   // A multiple of the alignment, and more than nothing.
   void* memory = std::aligned_alloc(alignment, (size / alignment + 1) * alignment);

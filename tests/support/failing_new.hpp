@@ -14,9 +14,9 @@
 #endif
 #endif
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 
 /// Calls of operator new in this thread until one throws std::bad_alloc; below zero: none does.
 int64_t& news_left();
 
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 
 /// Two groups of pairs (two of the same shape, so that they share a batch, and another) and a head that
 /// AdamW steps, of a float and a half parameter.
@@ -18,7 +18,7 @@ struct MixedGroups {
   torch::Tensor head, half_head;
   std::unique_ptr<lora_rite::LoraRite<Basis>> optimizer;
 
-  MixedGroups(torch::ScalarType dtype, const lora_rite::LoraRiteOptions& options) {
+  MixedGroups(torch::ScalarType dtype, const LoraRiteOptions& options) {
     torch::manual_seed(67);
     const auto add = [&](std::vector<lora_rite::FactorPair>& group, int64_t out, int64_t in, int64_t rank) {
       group.push_back({"pair", torch::randn({rank, in}).to(dtype).requires_grad_(),
@@ -32,7 +32,7 @@ struct MixedGroups {
     head = torch::randn({5}).requires_grad_();
     half_head = torch::randn({4}).to(torch::kHalf).requires_grad_();
     optimizer = std::make_unique<lora_rite::LoraRite<Basis>>(first, options);
-    optimizer->add_pairs(second, lora_rite::LoraRiteOptions(0.03).escape(false));
+    optimizer->add_pairs(second, LoraRiteOptions(0.03).escape(false));
     optimizer->add_parameters({head, half_head}, torch::optim::AdamWOptions(0.01));
   }
 
@@ -67,4 +67,4 @@ struct MixedGroups {
   }
 };
 
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 
 /// How the two factors of every pair start; ΔW is the same for every transformation of it.
 enum class Begin { NonZero, ZeroB };
@@ -159,4 +159,4 @@ inline double difference(const Trajectory& left, const Trajectory& right) {
   return largest;
 }
 
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-namespace lora_rite::testing {
+namespace lora_rite::test {
 
 /// The ATen operators that run on this thread while `function` does, nested ones included, and how often each.
 template <class Function>
@@ -23,4 +23,4 @@ std::map<std::string, int64_t> operators_of(const Function& function) {
   return calls;
 }
 
-}  // namespace lora_rite::testing
+}  // namespace lora_rite::test

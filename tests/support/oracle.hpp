@@ -15,7 +15,7 @@
 #include <optional>
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 
 using Matrix = Eigen::MatrixXd;
 using Vector = Eigen::VectorXd;
@@ -296,4 +296,4 @@ class Oracle {
   Root root_;
 };
 
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

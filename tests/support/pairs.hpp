@@ -11,7 +11,7 @@
 #include <vector>
 
 /// Small pieces that many tests share.
-namespace lora_rite::testing {
+namespace lora_rite::test {
 
 /// A pair with normal entries, both factors requiring a gradient.
 inline FactorPair random_pair(const std::string& name, int64_t rank, int64_t in, int64_t out,
@@ -100,9 +100,9 @@ std::string error_of(Function function) {
 }
 
 /// Is `text` part of `message`? Prints the message otherwise.
-inline ::testing::AssertionResult mentions(const std::string& message, const std::string& text) {
-  if (message.find(text) != std::string::npos) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure() << "'" << text << "' is not mentioned in: " << message;
+inline testing::AssertionResult mentions(const std::string& message, const std::string& text) {
+  if (message.find(text) != std::string::npos) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << "'" << text << "' is not mentioned in: " << message;
 }
 
-}  // namespace lora_rite::testing
+}  // namespace lora_rite::test

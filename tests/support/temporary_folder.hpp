@@ -9,7 +9,7 @@
 #include <string>
 #include <system_error>
 
-namespace lora_rite::testing {
+namespace lora_rite::test {
 
 /// A folder of its own for a test, gone with it.
 class TemporaryFolder {
@@ -49,4 +49,4 @@ inline void write_bytes(const std::filesystem::path& path, const std::string& by
   std::ofstream(path, std::ios::binary) << bytes;
 }
 
-}  // namespace lora_rite::testing
+}  // namespace lora_rite::test

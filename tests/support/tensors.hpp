@@ -6,7 +6,7 @@
 
 #include <torch/torch.h>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 
 /// Any floating tensor [rows, cols] as an Eigen matrix.
 inline Matrix to_matrix(const torch::Tensor& tensor) {
@@ -60,4 +60,4 @@ inline bool same_bits(const torch::Tensor& left, const torch::Tensor& right) {
                       right.detach().contiguous().view(-1).view(torch::kUInt8));
 }
 
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -13,7 +13,8 @@
 #include "engine/cuda/host_team.hpp"
 
 /// Beside Eigen, which shares no code.
-namespace lora_rite::cuda {
+namespace lora_rite::test {
+using namespace cuda;
 namespace {
 
 constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
@@ -21,8 +22,8 @@ constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
 /// A pool of one team, its memory poisoned.
 template <int R>
 struct Bench {
-  using PoolType = Pool<testing::HostTeam, R>;
-  testing::HostTeam team;
+  using PoolType = Pool<emulated::HostTeam, R>;
+  emulated::HostTeam team;
   std::vector<double> shared, global;
   PoolType pool;
 
@@ -219,4 +220,4 @@ TEST(CudaBlocks, SlotsRestUntilTheBarrier) {
 }
 
 }  // namespace
-}  // namespace lora_rite::cuda
+}  // namespace lora_rite::test

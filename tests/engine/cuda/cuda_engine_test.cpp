@@ -9,20 +9,10 @@
 #include "support/operators.hpp"
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
-using cuda::testing::Emulation;
-using testing::clone_pairs;
-using testing::distance;
-using testing::equal_factors;
-using testing::error_of;
-using testing::load_bytes;
-using testing::mentions;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
-using testing::set_gradients;
+using emulated::Emulation;
 
 /// Drops gradients alike in two runs.
 void drop_gradients(const std::vector<const std::vector<FactorPair>*>& runs,
@@ -49,7 +39,7 @@ const Setting kSettings[] = {
     {"bounded_updates_and_rows", [] { return LoraRiteOptions(1e-2).max_update_rms(0.3).row_equilibration(true); }},
 };
 
-class CudaEngine : public ::testing::TestWithParam<std::tuple<int64_t, Setting>> {};
+class CudaEngine : public testing::TestWithParam<std::tuple<int64_t, Setting>> {};
 
 TEST_P(CudaEngine, AgreesWithTheDeviceEngine) {
   const Emulation emulation;
@@ -88,8 +78,7 @@ TEST_P(CudaEngine, AgreesWithTheDeviceEngine) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, CudaEngine,
-                         ::testing::Combine(::testing::Values(1, 4, 7, 8, 13, 16, 32, 64),
-                                            ::testing::ValuesIn(kSettings)),
+                         testing::Combine(testing::Values(1, 4, 7, 8, 13, 16, 32, 64), testing::ValuesIn(kSettings)),
                          [](const auto& info) {
                            return "rank" + std::to_string(std::get<0>(info.param)) + "_" + std::get<1>(info.param).name;
                          });
@@ -97,11 +86,11 @@ INSTANTIATE_TEST_SUITE_P(Ranks, CudaEngine,
 /// Which engine steps: the kernels count their launches.
 TEST(CudaEngineTest, StepsByItsOwnKernels) {
   const Emulation emulation;
-  const uint64_t before = cuda::testing::seed;
+  const uint64_t before = emulated::seed;
   const std::vector<FactorPair> pairs = {random_pair("", 4, 10, 12, torch::kFloat)};
   LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).engine(Engine::Cuda));
   run_steps(optimizer, pairs, 0, 2);
-  EXPECT_EQ(cuda::testing::seed - before, 10U) << "five launches a step";
+  EXPECT_EQ(emulated::seed - before, 10U) << "five launches a step";
 }
 
 /// Where one set of pairs is all that is stepped, nothing but the kernels runs, and memory is asked for.
@@ -112,7 +101,7 @@ TEST(CudaEngineTest, NoOperatorRunsBetweenTheActs) {
   LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).engine(Engine::Cuda));
   run_steps(optimizer, pairs, 0, 2);
   set_gradients(pairs, 5);
-  for (const auto& [name, times] : testing::operators_of([&] { optimizer.step(); }))
+  for (const auto& [name, times] : operators_of([&] { optimizer.step(); }))
     EXPECT_EQ(name.rfind("aten::empty", 0), 0U) << name << " ran " << times << " times";
 }
 
@@ -154,14 +143,14 @@ TEST(CudaEngineTest, BarriersOfActTwoAreCounted) {
     const std::vector<FactorPair> pairs = {random_pair("", rank, 200, 300, torch::kFloat)};
     LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).engine(Engine::Cuda));
     run_steps(optimizer, pairs, 0, 5);
-    EXPECT_LE(cuda::testing::barriers.unmagnify, unmagnify) << rank;
-    EXPECT_LE(cuda::testing::barriers.decide, decide) << rank;
+    EXPECT_LE(emulated::barriers.unmagnify, unmagnify) << rank;
+    EXPECT_LE(emulated::barriers.decide, decide) << rank;
   }
 }
 
 TEST(CudaEngineTest, NoMoreMatricesThanThePoolHas) {
   const Emulation emulation;
-  cuda::testing::peak = 0;
+  emulated::peak = 0;
   for (const bool qr : {false, true}) {
     const auto options = LoraRiteOptions(1e-2).max_relative_change(0.1).preconditioner_exponent(0.25);
     const std::vector<FactorPair> pairs = {random_pair("", 4, 10, 12, torch::kFloat)};
@@ -173,7 +162,7 @@ TEST(CudaEngineTest, NoMoreMatricesThanThePoolHas) {
     }
     run_steps(*optimizer, pairs, 0, 3);
   }
-  EXPECT_EQ(cuda::testing::peak, 8) << "Pool::kMatrices; one more would abort";
+  EXPECT_EQ(emulated::peak, 8) << "Pool::kMatrices; one more would abort";
 }
 
 TEST(CudaEngineTest, AgreesInTheQrBasisAndForRanksAboveASide) {
@@ -254,7 +243,7 @@ TEST(CudaEngineTest, TwoRunsGiveTheSameBits) {
   const auto options = LoraRiteOptions(1e-2).max_relative_change(0.1).engine(Engine::Cuda);
   LoraRite<> first(one, options), second(two, options);
   run_steps(first, one, 0, 6);
-  cuda::testing::seed += 12345;
+  emulated::seed += 12345;
   run_steps(second, two, 0, 6);
   EXPECT_TRUE(equal_factors(one, two));
 }
@@ -454,7 +443,7 @@ TEST(CudaEngineTest, ManyPairsGoInParts) {
 /// Double factors, ranks above 64 and B with the rank in the middle are stepped by Engine::Device.
 TEST(CudaEngineTest, WhatTheKernelsDoNotTakeIsTheDeviceEngines) {
   const Emulation emulation;
-  const uint64_t before = cuda::testing::seed;
+  const uint64_t before = emulated::seed;
   for (const auto& pair :
        {random_pair("double", 4, 10, 12, torch::kDouble), random_pair("wide", 65, 70, 80, torch::kFloat),
         FactorPair{"convolution", torch::randn({4, 10}).requires_grad_(), torch::randn({12, 4, 3}).requires_grad_()}}) {
@@ -466,7 +455,7 @@ TEST(CudaEngineTest, WhatTheKernelsDoNotTakeIsTheDeviceEngines) {
     run_steps(on_device, other, 0, 2);
     EXPECT_TRUE(equal_factors(pairs, other)) << pair.name;
   }
-  EXPECT_EQ(cuda::testing::seed, before) << "no launch";
+  EXPECT_EQ(emulated::seed, before) << "no launch";
 }
 
 /// `capturable` needs no second mathematics: the step is the same.
@@ -491,4 +480,4 @@ TEST(CudaEngineTest, RefusesWhereItIsNotLinkedOrNotOnItsDevice) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -11,7 +11,8 @@
 #include <vector>
 
 /// The half types beside LibTorch's.
-namespace lora_rite::cuda {
+namespace lora_rite::test {
+using namespace cuda;
 namespace {
 
 /// Equal, or both NaN.
@@ -65,4 +66,4 @@ TEST(CudaElements, WhatIsTooLargeIsHeldAtTheLargest) {
 }
 
 }  // namespace
-}  // namespace lora_rite::cuda
+}  // namespace lora_rite::test

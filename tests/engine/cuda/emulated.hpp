@@ -14,7 +14,9 @@
 
 /// The kernels of Engine::Cuda on a CPU: the source that nvcc compiles, threads and blocks in shuffled order, shared
 /// memory poisoned.
-namespace lora_rite::cuda::testing {
+namespace lora_rite::test::emulated {
+
+using namespace cuda;
 
 /// Another one shuffles otherwise.
 inline uint64_t seed = 1;
@@ -122,4 +124,4 @@ class Emulation {
   const engine::CudaEngine* before_;
 };
 
-}  // namespace lora_rite::cuda::testing
+}  // namespace lora_rite::test::emulated

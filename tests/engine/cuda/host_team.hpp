@@ -3,7 +3,7 @@
 #include <array>
 #include <cstdint>
 
-namespace lora_rite::cuda::testing {
+namespace lora_rite::test::emulated {
 
 /// A team that runs the kernels' source on a CPU: the indices of a loop one after the other, in an order that looks
 /// like chance and is another for every loop and seed.
@@ -49,4 +49,4 @@ class HostTeam {
   int64_t barriers_ = 0;
 };
 
-}  // namespace lora_rite::cuda::testing
+}  // namespace lora_rite::test::emulated

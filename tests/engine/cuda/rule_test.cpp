@@ -13,7 +13,8 @@
 #include "lora_rite/engine/device/tensor_algebra.hpp"
 #include "lora_rite/rule/decide.hpp"
 
-namespace lora_rite::cuda {
+namespace lora_rite::test {
+using namespace cuda;
 namespace {
 
 using Matrices = std::vector<std::pair<std::string, torch::Tensor>>;
@@ -97,8 +98,8 @@ void check(int64_t rank, const Setting& setting) {
       [&](const char* name, const at::Tensor& x) { expected.emplace_back(name, x); },
       [&](const at::Tensor& x) { escaped_mass = x.item<double>(); });
 
-  using PoolType = Pool<testing::HostTeam, R>;
-  testing::HostTeam team(5);
+  using PoolType = Pool<emulated::HostTeam, R>;
+  emulated::HostTeam team(5);
   std::vector<double> shared(PoolType::shared_size(PoolType::kMatrices), std::numeric_limits<double>::quiet_NaN());
   team.share(shared.data());
   PoolType pool(team, static_cast<int>(rank), PoolType::kMatrices, nullptr);
@@ -144,4 +145,4 @@ TEST(CudaRule, IsThatOfTheTensorsInDouble) {
 }
 
 }  // namespace
-}  // namespace lora_rite::cuda
+}  // namespace lora_rite::test

@@ -17,7 +17,7 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::write_bytes;
 
 // Losses of the tiny models, whose products have up to 48 terms, when they are summed in another order.
 constexpr double kSameSums = 1e-5;
@@ -228,7 +228,7 @@ TEST(EvaluatePromises, TheBatchChangesNoScoreAndNoText) {
     std::ostringstream ignored;
     const nlohmann::json own = evaluate_model(options, ignored)["results"];
     const nlohmann::json own_written = evaluate_model(writing, ignored)["results"];
-    const std::string own_texts = lora_rite::testing::read_bytes(writing.texts);
+    const std::string own_texts = lora_rite::test::read_bytes(writing.texts);
     if (scores.is_null()) {
       scores = own;
       written = own_written;
@@ -299,7 +299,7 @@ TEST(EvaluatePromises, EveryOptionReachesItFromTheCommandLine) {
                  (folder / "scores.json").string()}),
             table.str());
   EXPECT_EQ(read_json(folder / "scores.json"), expected);
-  EXPECT_EQ(lora_rite::testing::read_bytes(folder / "texts"), lora_rite::testing::read_bytes(options.texts));
+  EXPECT_EQ(lora_rite::test::read_bytes(folder / "texts"), lora_rite::test::read_bytes(options.texts));
   EXPECT_EQ(at::get_num_threads(), 1);
   EvaluateOptions defaults;
   defaults.model = options.model;

@@ -19,8 +19,8 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::read_bytes;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::read_bytes;
+using lora_rite::test::write_bytes;
 
 nlohmann::json evaluated(const EvaluateOptions& options) {
   std::ostringstream ignored;

@@ -14,8 +14,8 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::read_bytes;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::read_bytes;
+using lora_rite::test::write_bytes;
 
 // A run of a tiny model as `finetune train` leaves it: with run.json, which knows the file that names the classes.
 RunOptions tiny_run(const TemporaryFolder& folder, const fs::path& model) {

@@ -194,7 +194,7 @@ TEST(InspectPromises, ThePictureIsDrawnByMatplotlib) {
     if (has_base) options.model = model_golden("llama");
     options.picture = folder / ("map" + std::to_string(has_base) + ".png");
     inspected(options);
-    const std::string bytes = lora_rite::testing::read_bytes(options.picture);
+    const std::string bytes = lora_rite::test::read_bytes(options.picture);
     EXPECT_EQ(bytes.substr(0, 8), "\x89PNG\r\n\x1a\n");
     // Read again: so many colours as a heat map has, and a page that is not one grey.
     const std::string check =

@@ -14,7 +14,7 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::write_bytes;
 
 constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
 
@@ -244,7 +244,7 @@ TEST(Inspect, ThePictureIsDrawnOfTheFigures) {
                                      (folder / "map.png").string(), "--json", (folder / "figures.json").string()});
   EXPECT_NE(::testing::internal::GetCapturedStdout().find("‖ΔW‖"), std::string::npos);
   EXPECT_EQ(read_json(folder / "given"), read_json(folder / "figures.json"));
-  EXPECT_NE(lora_rite::testing::read_bytes(folder / "map.png").find("inspect_plot.py"), std::string::npos);
+  EXPECT_NE(lora_rite::test::read_bytes(folder / "map.png").find("inspect_plot.py"), std::string::npos);
   EXPECT_FALSE(fs::exists(folder / "map.png.json.tmp"));
 
   write_bytes(interpreter, "#!/bin/sh\nexit 1\n");

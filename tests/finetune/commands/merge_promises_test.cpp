@@ -15,7 +15,7 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::write_bytes;
 
 // A base of golden/ with other tensors.
 fs::path write_base(const fs::path& folder, const std::string& name, const std::function<void(Tensors&)>& change) {

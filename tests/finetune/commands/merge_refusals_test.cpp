@@ -12,7 +12,7 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::write_bytes;
 
 TEST(MergeRefusals, AHeadThatTheBaseHasNot) {
   const TemporaryFolder folder;
@@ -92,7 +92,7 @@ struct Heads {
     if (first != 0) adapters.push_back({folder / "first", first});
     if (second != 0) adapters.push_back({folder / "second", second});
     const std::string message = merge_message(folder / "base", adapters, folder / "merged");
-    return message.empty() ? lora_rite::testing::read_bytes(folder / "merged/head.safetensors") : message;
+    return message.empty() ? lora_rite::test::read_bytes(folder / "merged/head.safetensors") : message;
   }
 
   TemporaryFolder folder;

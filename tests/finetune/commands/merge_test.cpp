@@ -15,7 +15,7 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::write_bytes;
 
 // Unit round-off of float and bfloat16.
 constexpr double kFloat = 0x1p-24, kBFloat16 = 0x1p-8;

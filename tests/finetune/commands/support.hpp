@@ -110,7 +110,7 @@ inline Tensors deltas_of(const std::filesystem::path& folder) {
 
 /// A program of these lines for /bin/sh.
 inline std::filesystem::path write_program(const std::filesystem::path& path, const std::string& lines) {
-  lora_rite::testing::write_bytes(path, "#!/bin/sh\n" + lines);
+  lora_rite::test::write_bytes(path, "#!/bin/sh\n" + lines);
   std::filesystem::permissions(path, std::filesystem::perms::owner_all);
   return path;
 }
@@ -140,7 +140,7 @@ inline std::map<std::string, std::string> content_of(const std::filesystem::path
   if (!std::filesystem::exists(folder)) return content;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) {
     if (!entry.is_regular_file()) continue;
-    content[std::filesystem::relative(entry.path(), folder).string()] = lora_rite::testing::read_bytes(entry.path());
+    content[std::filesystem::relative(entry.path(), folder).string()] = lora_rite::test::read_bytes(entry.path());
   }
   return content;
 }

@@ -27,7 +27,7 @@ inline std::filesystem::path write_texts(const std::filesystem::path& path, cons
             .dump() +
         "\n";
   }
-  lora_rite::testing::write_bytes(path, content);
+  lora_rite::test::write_bytes(path, content);
   return path;
 }
 
@@ -58,7 +58,7 @@ inline std::filesystem::path write_choices(const std::filesystem::path& path, co
                    .dump() +
                "\n";
   }
-  lora_rite::testing::write_bytes(path, content);
+  lora_rite::test::write_bytes(path, content);
   return path;
 }
 

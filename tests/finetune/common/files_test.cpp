@@ -8,9 +8,9 @@
 namespace finetune {
 namespace {
 
-using lora_rite::testing::read_bytes;
-using lora_rite::testing::TemporaryFolder;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::read_bytes;
+using lora_rite::test::TemporaryFolder;
+using lora_rite::test::write_bytes;
 
 TEST(ReplaceFile, PutsTheNewContentInPlaceAndLeavesNothingElse) {
   const TemporaryFolder folder;

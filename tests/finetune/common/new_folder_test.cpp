@@ -9,9 +9,9 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::read_bytes;
-using lora_rite::testing::TemporaryFolder;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::read_bytes;
+using lora_rite::test::TemporaryFolder;
+using lora_rite::test::write_bytes;
 
 std::string refusal_of(const fs::path& path) {
   try {

@@ -14,7 +14,7 @@
 namespace finetune {
 namespace {
 
-using lora_rite::testing::TemporaryFolder;
+using lora_rite::test::TemporaryFolder;
 
 // Files of the system, as they look.
 class System {

@@ -17,7 +17,7 @@ namespace finetune {
 namespace {
 
 namespace fs = std::filesystem;
-using lora_rite::testing::write_bytes;
+using lora_rite::test::write_bytes;
 
 nlohmann::json config_of(const std::string& golden) { return read_json(model_golden(golden) / "config.json"); }
 

@@ -58,7 +58,7 @@ std::string content_of_part(const RunIdentity& identity, const std::string& name
 
 TEST(RunIdentity, OfWeightsIsTheSameForAnyNumberOfThreadsAndOtherForOtherPieces) {
   const TemporaryFolder folder;
-  lora_rite::testing::write_bytes(folder / "config.json", "{}");
+  lora_rite::test::write_bytes(folder / "config.json", "{}");
   torch::nn::Linear large(1024, 1024);  // of four pieces
   const auto weights = [&] { return content_of_part(base_identity(*large, folder.string()), "base weights"); };
   const int threads = at::get_num_threads();
@@ -95,7 +95,7 @@ TEST(RunIdentity, OfABaseDependsOnNeitherItsPlaceNorItsFiles) {
   write_json(folder / "moved/model.safetensors.index.json", {{"weight_map", map}});
   nlohmann::json config = read_json(folder / "moved/config.json");
   config["transformers_version"] = "99.0.0";
-  lora_rite::testing::write_bytes(folder / "moved/config.json", config.dump(7));
+  lora_rite::test::write_bytes(folder / "moved/config.json", config.dump(7));
   EXPECT_EQ(identity(folder / "moved"), expected);
 }
 
@@ -143,7 +143,7 @@ class OtherRun : public testing::Test {
     fs::remove_all(folder / "run");
     fs::copy(model, folder / "base");
     fs::create_directories(folder / "run");
-    lora_rite::testing::write_bytes(folder / "base/tokenizer.json", R"({"version":"1.0"})");
+    lora_rite::test::write_bytes(folder / "base/tokenizer.json", R"({"version":"1.0"})");
     Begun begun;
     begun.options = tiny_options((folder / "run").string(), "rite");
     begun.options.model = (folder / "base").string();
@@ -177,10 +177,10 @@ class OtherRun : public testing::Test {
   // A file of the base for as long as a test needs another one.
   void expect_file_refused(const Begun& begun, const char* name, const std::string& bytes, const char* expected) {
     const std::string good = read_file(folder / "base" / name);
-    lora_rite::testing::write_bytes(folder / "base" / name, bytes);
+    lora_rite::test::write_bytes(folder / "base" / name, bytes);
     expect_refused(
         begun, [](Begun&) {}, expected);
-    lora_rite::testing::write_bytes(folder / "base" / name, good);
+    lora_rite::test::write_bytes(folder / "base" / name, good);
   }
 
   TemporaryFolder folder;
@@ -203,7 +203,7 @@ TEST_F(OtherRun, OfALanguageModelIsRefusedByThePartThatDiffers) {
   nlohmann::json config = read_json(folder / "base/config.json");
   config["rms_norm_eps"] = 1e-3;
   expect_file_refused(begun, "config.json", config.dump(), "config.json: fields of fingerprint ");
-  lora_rite::testing::write_bytes(folder / "base/generation_config.json", R"({"eos_token_id":7})");
+  lora_rite::test::write_bytes(folder / "base/generation_config.json", R"({"eos_token_id":7})");
   expect_refused(
       begun, [](Begun&) {}, "generation_config.json: no file then, fields of fingerprint ");
   fs::remove(folder / "base/generation_config.json");

@@ -19,11 +19,8 @@
 #include <string>
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite::LoraRite;
-using lora_rite::LoraRiteOptions;
 
 constexpr int kSteps = 20;
 
@@ -159,12 +156,12 @@ void expect_invariant(const Trial& trial) {
   EXPECT_LT(error, tolerance(trial.dtype, trial.transformation->condition));
 }
 
-class Invariance : public ::testing::TestWithParam<Trial> {};
+class Invariance : public testing::TestWithParam<Trial> {};
 
 TEST_P(Invariance, OfThePolarBasis) { expect_invariant<lora_rite::PolarBasis>(GetParam()); }
 TEST_P(Invariance, OfTheQrBasis) { expect_invariant<lora_rite::QrBasis>(GetParam()); }
 
-INSTANTIATE_TEST_SUITE_P(Trials, Invariance, ::testing::ValuesIn(trials()),
+INSTANTIATE_TEST_SUITE_P(Trials, Invariance, testing::ValuesIn(trials()),
                          [](const auto& info) { return name_of(info.param); });
 
 // Settings that do nothing would make their trials repetitions of the default.
@@ -183,8 +180,8 @@ TEST(InvarianceSettings, EachChangesTheTrajectory) {
 }
 
 template <class Basis>
-class InvarianceOfShapes : public ::testing::Test {};
-using Bases = ::testing::Types<lora_rite::PolarBasis, lora_rite::QrBasis>;
+class InvarianceOfShapes : public testing::Test {};
+using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(InvarianceOfShapes, Bases);
 
 TYPED_TEST(InvarianceOfShapes, ConvolutionAndEmbeddingPairsAreInvariant) {
@@ -256,4 +253,4 @@ TEST(InvarianceControl, RmspropIsNotInvariant) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -5,12 +5,12 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
 template <class Basis>
-class GramRoot : public ::testing::Test {};
-using Bases = ::testing::Types<PolarBasis, QrBasis>;
+class GramRoot : public testing::Test {};
+using Bases = testing::Types<PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(GramRoot, Bases);
 
 constexpr double kCutoff = 1e-14;
@@ -102,4 +102,4 @@ TYPED_TEST(GramRoot, TakenTwiceKeepsToTheRowSpaceOfARankDeficientMatrix) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

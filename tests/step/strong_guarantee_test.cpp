@@ -18,14 +18,8 @@
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite::Engine;
-using lora_rite::LoraRiteOptions;
-using lora_rite::testing::error_of;
-using lora_rite::testing::mentions;
-using lora_rite::testing::saved_bytes;
 
 /// LibTorch's CPU allocator, whose n-th allocation from now on can be made to fail.
 class FailingAllocator final : public c10::Allocator {
@@ -149,9 +143,9 @@ std::vector<Configuration> configurations() {
           {"bfloat16", torch::kBFloat16, plain}};
 }
 
-class StrongGuarantee : public ::testing::TestWithParam<Configuration> {
+class StrongGuarantee : public testing::TestWithParam<Configuration> {
  protected:
-  using Basis = lora_rite::PolarBasis;
+  using Basis = PolarBasis;
 
   /// With a first step that fails, and a later one.
   static void for_each_time(const std::function<void(Twins<Basis>&, int)>& body) {
@@ -214,24 +208,24 @@ TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {
       pairs.back().a.requires_grad_();
       pairs.back().b.requires_grad_();
     }
-    const auto experts = lora_rite::expert_pairs({"experts", torch::randn({6, 5}).to(GetParam().dtype).requires_grad_(),
-                                                  torch::randn({7, 6}).to(GetParam().dtype).requires_grad_()},
-                                                 2);
+    const auto experts = expert_pairs({"experts", torch::randn({6, 5}).to(GetParam().dtype).requires_grad_(),
+                                       torch::randn({7, 6}).to(GetParam().dtype).requires_grad_()},
+                                      2);
     pairs.insert(pairs.end(), experts.begin(), experts.end());
     return pairs;
   };
   for (const int steps : {0, 2}) {
     const auto clean = pairs_of();
-    lora_rite::LoraRite<> undisturbed(clean, GetParam().options);
-    lora_rite::testing::run_steps(undisturbed, clean, 0, steps);
+    LoraRite<> undisturbed(clean, GetParam().options);
+    lora_rite::test::run_steps(undisturbed, clean, 0, steps);
     const std::string state = saved_bytes(undisturbed);
     int64_t failures = 0;
     bool came_to_pass = true;
     for (int64_t count = 0; came_to_pass; ++count) {
       const auto hit = pairs_of();
-      lora_rite::LoraRite<> optimizer(hit, GetParam().options);
-      lora_rite::testing::run_steps(optimizer, hit, 0, steps);
-      lora_rite::testing::set_gradients(hit, static_cast<uint64_t>(1000 + steps));
+      LoraRite<> optimizer(hit, GetParam().options);
+      lora_rite::test::run_steps(optimizer, hit, 0, steps);
+      lora_rite::test::set_gradients(hit, static_cast<uint64_t>(1000 + steps));
       bool failed = false;
       news_left() = count;
       try {
@@ -243,14 +237,14 @@ TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {
       news_left() = -1;
       if (!failed) continue;  // done, or somebody inside LibTorch did without
       ++failures;
-      ASSERT_TRUE(lora_rite::testing::equal_factors(clean, hit)) << "call " << count << " of operator new";
+      ASSERT_TRUE(lora_rite::test::equal_factors(clean, hit)) << "call " << count << " of operator new";
       ASSERT_TRUE(saved_bytes(optimizer) == state) << "call " << count << " of operator new changed the state";
       if (count % 16 != 0) continue;
       const auto other = pairs_of();
-      lora_rite::LoraRite<> never_hit(other, GetParam().options);
-      lora_rite::testing::run_steps(never_hit, other, 0, steps + 2);
-      lora_rite::testing::run_steps(optimizer, hit, steps, steps + 2);
-      ASSERT_TRUE(lora_rite::testing::equal_factors(other, hit)) << "after call " << count << " of operator new";
+      LoraRite<> never_hit(other, GetParam().options);
+      lora_rite::test::run_steps(never_hit, other, 0, steps + 2);
+      lora_rite::test::run_steps(optimizer, hit, steps, steps + 2);
+      ASSERT_TRUE(lora_rite::test::equal_factors(other, hit)) << "after call " << count << " of operator new";
     }
     EXPECT_GT(failures, 20);
   }
@@ -302,8 +296,8 @@ TEST_P(StrongGuarantee, HoldsForAClosureThatThrows) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Configurations, StrongGuarantee, ::testing::ValuesIn(configurations()),
+INSTANTIATE_TEST_SUITE_P(Configurations, StrongGuarantee, testing::ValuesIn(configurations()),
                          [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -17,7 +17,7 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
 using baselines::AltLora;
@@ -28,14 +28,6 @@ using baselines::LoraTsd;
 using baselines::LoraTsdOptions;
 using baselines::PoLora;
 using baselines::PoLoraOptions;
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::error_of;
-using testing::load_bytes;
-using testing::mentions;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
 
 using Pairs = std::vector<FactorPair>;
 using Make = std::function<std::unique_ptr<torch::optim::Optimizer>(const Pairs&)>;
@@ -77,7 +69,7 @@ const std::map<std::string, Make>& golden_cases() {
   return cases;
 }
 
-class PairBaselineGolden : public ::testing::TestWithParam<std::string> {};
+class PairBaselineGolden : public testing::TestWithParam<std::string> {};
 
 TEST_P(PairBaselineGolden, FollowsASecondImplementation) {
   std::ifstream file(std::string(LORA_RITE_TEST_DATA_DIR) + "/golden/pair_baselines.json");
@@ -125,7 +117,7 @@ std::vector<std::string> names_of_cases() {
   return names;
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, PairBaselineGolden, ::testing::ValuesIn(names_of_cases()),
+INSTANTIATE_TEST_SUITE_P(Cases, PairBaselineGolden, testing::ValuesIn(names_of_cases()),
                          [](const auto& info) { return info.param; });
 
 // --- What they promise beside the formulas --------------------------------------------------------------------------
@@ -211,7 +203,7 @@ TEST(PairBaselines, AltLoraStepsOneFactorAtATime) {
   }
 }
 
-class EveryPairBaseline : public ::testing::TestWithParam<std::string> {};
+class EveryPairBaseline : public testing::TestWithParam<std::string> {};
 
 /// Of a 1×1 convolution's factors, and of a matrix's: the same numbers.
 TEST_P(EveryPairBaseline, FactorsOfAConvolutionAreSteppedAsMatrices) {
@@ -274,7 +266,7 @@ TEST_P(EveryPairBaseline, PairsOfOneShapeAreSteppedTogether) {
     for (int64_t i = 0; i < count; ++i) pairs.push_back(random_pair("", 4, 12, 10, torch::kFloat));
     const auto optimizer = make_optimizer(GetParam(), pairs, 0.01);
     run_steps(*optimizer, pairs, 0, 2);
-    testing::set_gradients(pairs, 3);
+    set_gradients(pairs, 3);
     return operator_calls(*optimizer);
   };
   const int64_t of_one = calls(1), of_many = calls(20);
@@ -316,7 +308,7 @@ TEST_P(EveryPairBaseline, RefusesAGroupThatIsNoListOfPairs) {
   EXPECT_TRUE(mentions(error_of([&] { make_optimizer(GetParam(), swapped, 0.01); }), "pair 'q': the ranks differ"));
 }
 
-INSTANTIATE_TEST_SUITE_P(Names, EveryPairBaseline, ::testing::Values("polora", "lora-muon", "lora-tsd", "altlora"),
+INSTANTIATE_TEST_SUITE_P(Names, EveryPairBaseline, testing::Values("polora", "lora-muon", "lora-tsd", "altlora"),
                          [](const auto& info) {
                            std::string name = info.param;
                            std::replace(name.begin(), name.end(), '-', '_');
@@ -432,8 +424,8 @@ Difference difference(const Make& make) {
     result.last = ((now - product(others)).norm() / (now - start).norm()).item<double>();
     if (step == 0) result.first = result.last;
   }
-  ::testing::Test::RecordProperty("after_one_step", c10::str(result.first));
-  ::testing::Test::RecordProperty("after_25_steps", c10::str(result.last));
+  testing::Test::RecordProperty("after_one_step", c10::str(result.first));
+  testing::Test::RecordProperty("after_25_steps", c10::str(result.last));
   return result;
 }
 
@@ -506,4 +498,4 @@ TEST(PairBaselinesInvariance, PoLorasDirectionsAreInvariantButForTheDamping) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -2,17 +2,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::error_of;
-using testing::load_bytes;
-using testing::mentions;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
 
 /// Two groups, three shapes, one of them twice.
 std::vector<FactorPair> first_group(torch::Dtype dtype) {
@@ -24,7 +15,7 @@ std::vector<FactorPair> second_group(torch::Dtype dtype) {
   return {random_pair("o", 4, 6, 6, dtype)};
 }
 
-class Resume : public ::testing::TestWithParam<std::tuple<torch::Dtype, bool>> {};
+class Resume : public testing::TestWithParam<std::tuple<torch::Dtype, bool>> {};
 
 TEST_P(Resume, IsBitExactOnAFreshlyBuiltOptimizer) {
   const auto [dtype, master] = GetParam();
@@ -55,11 +46,9 @@ TEST_P(Resume, IsBitExactOnAFreshlyBuiltOptimizer) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Dtypes, Resume,
-                         ::testing::Values(std::make_tuple(torch::kDouble, false),
-                                           std::make_tuple(torch::kFloat, false),
-                                           std::make_tuple(torch::kBFloat16, false),
-                                           std::make_tuple(torch::kBFloat16, true),
-                                           std::make_tuple(torch::kHalf, true)));
+                         testing::Values(std::make_tuple(torch::kDouble, false), std::make_tuple(torch::kFloat, false),
+                                         std::make_tuple(torch::kBFloat16, false),
+                                         std::make_tuple(torch::kBFloat16, true), std::make_tuple(torch::kHalf, true)));
 
 TEST(Serialization, KeepsEveryOption) {
   const auto options = LoraRiteOptions(1.5e-2)
@@ -135,7 +124,7 @@ TEST(Serialization, OfAModulesOtherParametersIsBitExactToo) {
 TEST(Serialization, CountsSkippedStepsAcrossAResume) {
   const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4)};
   LoraRite<> optimizer(pairs);
-  testing::set_gradients(pairs, 1, std::numeric_limits<double>::quiet_NaN());
+  set_gradients(pairs, 1, std::numeric_limits<double>::quiet_NaN());
   optimizer.step();
   LoraRite<> resumed(clone_pairs(pairs));
   load_bytes(resumed, saved_bytes(optimizer));
@@ -155,7 +144,7 @@ std::string bytes_of(std::vector<FactorPair> pairs) {
   return saved_bytes(optimizer);
 }
 
-class RefusedArchive : public ::testing::TestWithParam<Misfit> {};
+class RefusedArchive : public testing::TestWithParam<Misfit> {};
 
 TEST_P(RefusedArchive, IsNamedAndChangesNothing) {
   const auto pairs = first_group(torch::kFloat);
@@ -168,78 +157,78 @@ TEST_P(RefusedArchive, IsNamedAndChangesNothing) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Table, RefusedArchive,
-                         ::testing::Values(Misfit{"AnotherOptimizer",
-                                                  [] {
-                                                    torch::optim::Adam adam({torch::zeros({2})});
-                                                    return saved_bytes(adam);
-                                                  },
-                                                  "holds no LoraRite optimizer"},
-                                           Misfit{"AnotherBasis",
-                                                  [] {
-                                                    LoraRite<QrBasis> optimizer(first_group(torch::kFloat));
-                                                    return saved_bytes(optimizer);
-                                                  },
-                                                  "basis is 'qr', expected 'polar'"},
-                                           Misfit{"FewerPairs",
-                                                  [] {
-                                                    auto pairs = first_group(torch::kFloat);
-                                                    pairs.pop_back();
-                                                    return bytes_of(pairs);
-                                                  },
-                                                  "group 0 has 4 parameters in the archive, expected 6"},
-                                           Misfit{"AnotherName",
-                                                  [] {
-                                                    auto pairs = first_group(torch::kFloat);
-                                                    pairs[1].name = "x";
-                                                    return bytes_of(pairs);
-                                                  },
-                                                  "pair 'k' is 'x' in the archive"},
-                                           Misfit{"AnotherShape",
-                                                  [] {
-                                                    auto pairs = first_group(torch::kFloat);
-                                                    pairs[2] = random_pair("v", 2, 5, 8, torch::kFloat);
-                                                    return bytes_of(pairs);
-                                                  },
-                                                  "pair 'v': entry 'momentum_b' has shape [1, 8, 2]"},
-                                           Misfit{"AnotherRank",
-                                                  [] {
-                                                    auto pairs = first_group(torch::kFloat);
-                                                    pairs[2] = random_pair("v", 3, 5, 7, torch::kFloat);
-                                                    return bytes_of(pairs);
-                                                  },
-                                                  "pair 'v': entry 'second_moment' has shape [2, 1, 3, 3]"},
-                                           Misfit{"AnotherDtype", [] { return bytes_of(first_group(torch::kDouble)); },
-                                                  "pair 'q': entry 'momentum_a' has shape [1, 3, 8] and dtype Double"},
-                                           Misfit{"AnotherNumberOfGroups",
-                                                  [] {
-                                                    LoraRite<> optimizer(first_group(torch::kFloat));
-                                                    optimizer.add_pairs(second_group(torch::kFloat), LoraRiteOptions());
-                                                    return saved_bytes(optimizer);
-                                                  },
-                                                  "has 2 param groups, expected 1"},
-                                           Misfit{"AnotherKindOfGroup",
-                                                  [] {
-                                                    auto optimizer = LoraRite<>(first_group(torch::kFloat));
-                                                    LoraRite<> others(second_group(torch::kFloat));
-                                                    torch::serialize::OutputArchive archive, group;
-                                                    archive.write("format", c10::IValue("lora_rite.LoraRite 1"));
-                                                    archive.write("basis", c10::IValue("polar"));
-                                                    archive.write("skipped_steps", c10::IValue(0));
-                                                    archive.write("group_count", c10::IValue(1));
-                                                    group.write("kind", c10::IValue("other parameters"));
-                                                    archive.write("0", group);
-                                                    std::stringstream stream;
-                                                    archive.save_to(stream);
-                                                    return stream.str();
-                                                  },
-                                                  "group 0 holds 'other parameters', expected 'factor pairs'"},
-                                           Misfit{"OptionOutOfRange",
-                                                  [] {
-                                                    LoraRite<> optimizer(first_group(torch::kFloat));
-                                                    optimizer.param_groups()[0].options().set_lr(-1);
-                                                    return saved_bytes(optimizer);
-                                                  },
-                                                  "load: group 0: lr is -1"}),
+                         testing::Values(Misfit{"AnotherOptimizer",
+                                                [] {
+                                                  torch::optim::Adam adam({torch::zeros({2})});
+                                                  return saved_bytes(adam);
+                                                },
+                                                "holds no LoraRite optimizer"},
+                                         Misfit{"AnotherBasis",
+                                                [] {
+                                                  LoraRite<QrBasis> optimizer(first_group(torch::kFloat));
+                                                  return saved_bytes(optimizer);
+                                                },
+                                                "basis is 'qr', expected 'polar'"},
+                                         Misfit{"FewerPairs",
+                                                [] {
+                                                  auto pairs = first_group(torch::kFloat);
+                                                  pairs.pop_back();
+                                                  return bytes_of(pairs);
+                                                },
+                                                "group 0 has 4 parameters in the archive, expected 6"},
+                                         Misfit{"AnotherName",
+                                                [] {
+                                                  auto pairs = first_group(torch::kFloat);
+                                                  pairs[1].name = "x";
+                                                  return bytes_of(pairs);
+                                                },
+                                                "pair 'k' is 'x' in the archive"},
+                                         Misfit{"AnotherShape",
+                                                [] {
+                                                  auto pairs = first_group(torch::kFloat);
+                                                  pairs[2] = random_pair("v", 2, 5, 8, torch::kFloat);
+                                                  return bytes_of(pairs);
+                                                },
+                                                "pair 'v': entry 'momentum_b' has shape [1, 8, 2]"},
+                                         Misfit{"AnotherRank",
+                                                [] {
+                                                  auto pairs = first_group(torch::kFloat);
+                                                  pairs[2] = random_pair("v", 3, 5, 7, torch::kFloat);
+                                                  return bytes_of(pairs);
+                                                },
+                                                "pair 'v': entry 'second_moment' has shape [2, 1, 3, 3]"},
+                                         Misfit{"AnotherDtype", [] { return bytes_of(first_group(torch::kDouble)); },
+                                                "pair 'q': entry 'momentum_a' has shape [1, 3, 8] and dtype Double"},
+                                         Misfit{"AnotherNumberOfGroups",
+                                                [] {
+                                                  LoraRite<> optimizer(first_group(torch::kFloat));
+                                                  optimizer.add_pairs(second_group(torch::kFloat), LoraRiteOptions());
+                                                  return saved_bytes(optimizer);
+                                                },
+                                                "has 2 param groups, expected 1"},
+                                         Misfit{"AnotherKindOfGroup",
+                                                [] {
+                                                  auto optimizer = LoraRite<>(first_group(torch::kFloat));
+                                                  LoraRite<> others(second_group(torch::kFloat));
+                                                  torch::serialize::OutputArchive archive, group;
+                                                  archive.write("format", c10::IValue("lora_rite.LoraRite 1"));
+                                                  archive.write("basis", c10::IValue("polar"));
+                                                  archive.write("skipped_steps", c10::IValue(0));
+                                                  archive.write("group_count", c10::IValue(1));
+                                                  group.write("kind", c10::IValue("other parameters"));
+                                                  archive.write("0", group);
+                                                  std::stringstream stream;
+                                                  archive.save_to(stream);
+                                                  return stream.str();
+                                                },
+                                                "group 0 holds 'other parameters', expected 'factor pairs'"},
+                                         Misfit{"OptionOutOfRange",
+                                                [] {
+                                                  LoraRite<> optimizer(first_group(torch::kFloat));
+                                                  optimizer.param_groups()[0].options().set_lr(-1);
+                                                  return saved_bytes(optimizer);
+                                                },
+                                                "load: group 0: lr is -1"}),
                          [](const auto& info) { return info.param.name; });
 
 TEST(Serialization, OfAnArchiveThatIsRefusedChoosesNeitherEngineNorDtype) {
@@ -337,4 +326,4 @@ TEST(Serialization, RefusesGarbageAndTruncation) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

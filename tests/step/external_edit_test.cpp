@@ -8,17 +8,14 @@
 
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite::LoraRite;
-using lora_rite::LoraRiteOptions;
 
 /// Errors of 10 steps, amplified by condition numbers of about 1e2: 10 · 1e-16 · 1e4.
 constexpr double kTolerance = 1e-11;
 
 template <class Basis>
-class ExternalEdit : public ::testing::Test {
+class ExternalEdit : public testing::Test {
  protected:
   static Duel<Basis> make_duel(LoraRiteOptions options = LoraRiteOptions(0.05).betas({0.9, 0.9})) {
     torch::manual_seed(41);
@@ -53,7 +50,7 @@ class ExternalEdit : public ::testing::Test {
   }
 };
 
-using Bases = ::testing::Types<lora_rite::PolarBasis, lora_rite::QrBasis>;
+using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(ExternalEdit, Bases);
 
 TYPED_TEST(ExternalEdit, CopyIntoAFactorIsNoticed) {
@@ -176,7 +173,7 @@ TYPED_TEST(ExternalEdit, OfABfloat16FactorReplacesItsMasterCopy) {
   torch::manual_seed(47);
   auto a = torch::randn({4, 16}).to(torch::kBFloat16).requires_grad_();
   auto b = torch::randn({12, 4}).to(torch::kBFloat16).requires_grad_();
-  LoraRite<TypeParam> optimizer({lora_rite::FactorPair{"pair", a, b}}, LoraRiteOptions(0.01).master_weights(true));
+  LoraRite<TypeParam> optimizer({FactorPair{"pair", a, b}}, LoraRiteOptions(0.01).master_weights(true));
   const auto step = [&] {
     a.mutable_grad() = torch::randn({4, 16}).to(torch::kBFloat16);
     b.mutable_grad() = torch::randn({12, 4}).to(torch::kBFloat16);
@@ -195,4 +192,4 @@ TYPED_TEST(ExternalEdit, OfABfloat16FactorReplacesItsMasterCopy) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -9,20 +9,16 @@
 #include <string>
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite::FactorPair;
-using lora_rite::LoraRite;
-using lora_rite::LoraRiteOptions;
 
 torch::Tensor orthonormal_columns(int64_t rows, int64_t columns) {
   return std::get<0>(torch::linalg_qr(torch::randn({rows, columns}, torch::kDouble)));
 }
 
 template <class Basis>
-class Robustness : public ::testing::Test {};
-using Bases = ::testing::Types<lora_rite::PolarBasis, lora_rite::QrBasis>;
+class Robustness : public testing::Test {};
+using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(Robustness, Bases);
 
 /// A float pair with n = 2048 and r = 64, and gradients with singular values 0.8^i: κ = 1e6.
@@ -320,4 +316,4 @@ TYPED_TEST(Robustness, ZeroFactorsStayZeroWithoutNaNAndLiveOnceOneIsSet) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -11,16 +11,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::load_bytes;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
-using testing::set_gradients;
 
 // From B = 0 the first gradient of A is zero, and so are its rows' moments: they must not shut V off.
 TEST(RowEquilibration, FromZeroBTheStepsDoNotDependOnASmallEpsilon) {
@@ -63,7 +55,7 @@ struct Place {
   Engine engine;
 };
 
-class RowEquilibrationOn : public ::testing::TestWithParam<Place> {
+class RowEquilibrationOn : public testing::TestWithParam<Place> {
  protected:
   static LoraRiteOptions options() { return LoraRiteOptions(1e-2).row_equilibration(true).engine(GetParam().engine); }
   static FactorPair pair() {
@@ -176,10 +168,10 @@ TEST_P(RowEquilibrationOn, LoadSwitchesItOnInAnOptimizerThatHasSteppedWithout) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, RowEquilibrationOn,
-                         ::testing::Values(Place{"device_double", torch::kDouble, Engine::Device},
-                                           Place{"device_float", torch::kFloat, Engine::Device},
-                                           Place{"host", torch::kFloat, Engine::Host}),
+                         testing::Values(Place{"device_double", torch::kDouble, Engine::Device},
+                                         Place{"device_float", torch::kFloat, Engine::Device},
+                                         Place{"host", torch::kFloat, Engine::Host}),
                          [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

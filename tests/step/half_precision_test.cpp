@@ -11,12 +11,8 @@
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite::FactorPair;
-using lora_rite::LoraRite;
-using lora_rite::LoraRiteOptions;
 
 /// Distance of 1 to the next larger number.
 double resolution(torch::ScalarType dtype) { return dtype == torch::kHalf ? 0x1p-10 : 0x1p-7; }
@@ -65,8 +61,8 @@ Factors run(torch::ScalarType dtype, int steps, const LoraRiteOptions& options) 
 }
 
 template <class Basis>
-class HalfPrecision : public ::testing::Test {};
-using Bases = ::testing::Types<lora_rite::PolarBasis, lora_rite::QrBasis>;
+class HalfPrecision : public testing::Test {};
+using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(HalfPrecision, Bases);
 
 /// An infinity in a factor would be in the model for good.
@@ -147,30 +143,30 @@ TYPED_TEST(HalfPrecision, AMissingMasterCopyIsMadeAnewBesideOthers) {
   torch::manual_seed(31);
   const auto options = LoraRiteOptions(1e-2).master_weights(true).clip_unmagnified_norm(0);
   const auto placed = [](const std::vector<FactorPair>& pairs) {
-    return lora_rite::testing::place<TypeParam>(pairs, lora_rite::Engine::Device);
+    return lora_rite::test::place<TypeParam>(pairs, Engine::Device);
   };
-  const auto act = [&](lora_rite::engine::Batches& batches) { lora_rite::testing::act(batches, options); };
-  const auto state_of = [](const lora_rite::engine::Batches& batches) { return batches.all[0].batch->state(); };
+  const auto act = [&](engine::Batches& batches) { lora_rite::test::act(batches, options); };
+  const auto state_of = [](const engine::Batches& batches) { return batches.all[0].batch->state(); };
   std::vector<FactorPair> apart;
   for (const char* name : {"p", "q"}) {
-    apart.push_back(lora_rite::testing::random_pair(name, 2, 6, 5, torch::kBFloat16));
+    apart.push_back(lora_rite::test::random_pair(name, 2, 6, 5, torch::kBFloat16));
   }
   auto first = placed({apart[0]}), second = placed({apart[1]});
-  lora_rite::testing::set_gradients(apart, 7);
+  lora_rite::test::set_gradients(apart, 7);
   apart[1].a.mutable_grad() = torch::Tensor();
   for (auto* batches : {&first, &second}) act(*batches);
   ASSERT_TRUE(state_of(first).master.a.defined() && !state_of(second).master.a.defined());
 
-  const auto together = lora_rite::testing::clone_pairs(apart);
+  const auto together = lora_rite::test::clone_pairs(apart);
   auto joined = placed(together);
   {
     const torch::NoGradGuard no_grad;
     joined.all[0].batch->restore({first.all[0].batch->pick(0), second.all[0].batch->pick(0)});
   }
-  lora_rite::testing::set_gradients(apart, 8);
-  lora_rite::testing::set_gradients(together, 8);
+  lora_rite::test::set_gradients(apart, 8);
+  lora_rite::test::set_gradients(together, 8);
   for (auto* batches : {&first, &second, &joined}) act(*batches);
-  EXPECT_TRUE(lora_rite::testing::equal_factors(together, apart));
+  EXPECT_TRUE(lora_rite::test::equal_factors(together, apart));
 }
 
 TYPED_TEST(HalfPrecision, ZeroAndDeficientFactorsStayFinite) {
@@ -218,4 +214,4 @@ TYPED_TEST(HalfPrecision, GradientsOfAnyRepresentableScaleStayFinite) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

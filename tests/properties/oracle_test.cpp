@@ -20,12 +20,8 @@
 #include <tuple>
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite::FactorPair;
-using lora_rite::LoraRite;
-using lora_rite::LoraRiteOptions;
 
 constexpr int kSteps = 30;
 
@@ -268,7 +264,7 @@ void expect_agreement(const Case& test_case, const Setting& setting, torch::Scal
       expect_close(problem.a, pair.a, amplification, problem.start_a, 0, step, where + ", A");
       expect_close(problem.b, pair.b, amplification, problem.start_b, 1, step, where + ", B");
     }
-    if (::testing::Test::HasFailure()) return;  // what follows only grows from it
+    if (testing::Test::HasFailure()) return;  // what follows only grows from it
   }
   for (size_t i = 0; i < problems.size(); ++i) {
     const Problem& problem = problems[i];
@@ -280,7 +276,7 @@ void expect_agreement(const Case& test_case, const Setting& setting, torch::Scal
 
 using Parameters = std::tuple<const Case*, const Setting*>;
 
-std::string name_of(const ::testing::TestParamInfo<Parameters>& info) {
+std::string name_of(const testing::TestParamInfo<Parameters>& info) {
   return std::string(std::get<0>(info.param)->name) + "_with_" + std::get<1>(info.param)->name;
 }
 
@@ -315,7 +311,7 @@ std::vector<Parameters> float_parameters() {
   return result;
 }
 
-class OracleAgreement : public ::testing::TestWithParam<Parameters> {};
+class OracleAgreement : public testing::TestWithParam<Parameters> {};
 
 TEST_P(OracleAgreement, OfThePolarBasisInDouble) {
   const auto [test_case, setting] = GetParam();
@@ -327,9 +323,9 @@ TEST_P(OracleAgreement, OfTheQrBasisInDouble) {
   expect_agreement<lora_rite::QrBasis>(*test_case, *setting, torch::kDouble);
 }
 
-INSTANTIATE_TEST_SUITE_P(Table, OracleAgreement, ::testing::ValuesIn(all_parameters()), name_of);
+INSTANTIATE_TEST_SUITE_P(Table, OracleAgreement, testing::ValuesIn(all_parameters()), name_of);
 
-class OracleAgreementInFloat : public ::testing::TestWithParam<Parameters> {};
+class OracleAgreementInFloat : public testing::TestWithParam<Parameters> {};
 
 TEST_P(OracleAgreementInFloat, OfThePolarBasis) {
   const auto [test_case, setting] = GetParam();
@@ -341,7 +337,7 @@ TEST_P(OracleAgreementInFloat, OfTheQrBasis) {
   expect_agreement<lora_rite::QrBasis>(*test_case, *setting, torch::kFloat);
 }
 
-INSTANTIATE_TEST_SUITE_P(Table, OracleAgreementInFloat, ::testing::ValuesIn(float_parameters()), name_of);
+INSTANTIATE_TEST_SUITE_P(Table, OracleAgreementInFloat, testing::ValuesIn(float_parameters()), name_of);
 
 TEST(OracleOptionDefaults, AreTheDocumentedOnes) {
   const LoraRiteOptions options;
@@ -357,4 +353,4 @@ TEST(OracleOptionDefaults, AreTheDocumentedOnes) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -13,10 +13,8 @@
 #include <string>
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite::LoraRiteOptions;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -49,8 +47,8 @@ void expect_no_trace(torch::ScalarType dtype, const LoraRiteOptions& options, in
 }
 
 template <class Basis>
-class SkippedStep : public ::testing::Test {};
-using Bases = ::testing::Types<lora_rite::PolarBasis, lora_rite::QrBasis>;
+class SkippedStep : public testing::Test {};
+using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(SkippedStep, Bases);
 
 TYPED_TEST(SkippedStep, BadValueInAnyParameterSkipsTheWholeStep) {
@@ -147,7 +145,7 @@ TYPED_TEST(SkippedStep, SavedStateDiffersOnlyInTheCount) {
 TEST(SkippedStepOfHalf, LeavesAnInfinityWhereItWas) {
   const auto head = torch::tensor({1.0F, static_cast<float>(kInf)}).to(torch::kHalf).requires_grad_();
   const auto a = torch::randn({2, 4}).requires_grad_(), b = torch::randn({4, 2}).requires_grad_();
-  lora_rite::LoraRite<> optimizer({{"q", a, b}});
+  LoraRite<> optimizer({{"q", a, b}});
   optimizer.add_parameters({head}, torch::optim::AdamWOptions(1e-2));
   head.mutable_grad() = torch::full({2}, kNaN).to(torch::kHalf);
   optimizer.step();
@@ -164,4 +162,4 @@ TYPED_TEST(SkippedStep, GoodStepsAreNotSkipped) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

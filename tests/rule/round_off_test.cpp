@@ -12,10 +12,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::random_pair;
 
 torch::Tensor wide(const torch::Tensor& tensor) { return tensor.detach().to(torch::kDouble); }
 
@@ -160,4 +158,4 @@ TEST(RoundOff, FaintDirectionsThatAreNoRoundOffMove) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

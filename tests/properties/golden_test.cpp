@@ -11,12 +11,9 @@
 #include <string>
 #include <vector>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
 
-using lora_rite::FactorPair;
-using lora_rite::LoraRite;
-using lora_rite::LoraRiteOptions;
 using nlohmann::json;
 
 torch::Tensor tensor_of(const json& numbers, const std::vector<int64_t>& shape) {
@@ -102,17 +99,17 @@ void expect_follows(const std::string& name) {
   }
 }
 
-class Golden : public ::testing::TestWithParam<const char*> {};
+class Golden : public testing::TestWithParam<const char*> {};
 
 TEST_P(Golden, PolarBasisFollowsTheExistingImplementation) { expect_follows<lora_rite::PolarBasis>(GetParam()); }
 
 TEST_P(Golden, QrBasisFollowsTheExistingImplementation) { expect_follows<lora_rite::QrBasis>(GetParam()); }
 
 INSTANTIATE_TEST_SUITE_P(Trajectories, Golden,
-                         ::testing::Values("default", "escape", "clip_off", "clip_off_escape", "weight_decay",
-                                           "from_zero", "two_shapes", "convolution", "update_capping", "maximize",
-                                           "everything"),
+                         testing::Values("default", "escape", "clip_off", "clip_off_escape", "weight_decay",
+                                         "from_zero", "two_shapes", "convolution", "update_capping", "maximize",
+                                         "everything"),
                          [](const auto& info) { return std::string(info.param); });
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

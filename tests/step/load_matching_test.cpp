@@ -4,16 +4,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::error_of;
-using testing::mentions;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
 
 std::vector<FactorPair> some_pairs(torch::Dtype dtype = torch::kFloat) {
   torch::manual_seed(51);
@@ -206,9 +198,9 @@ TEST(LoadMatching, NamesWhatDoesNotFitAndChangesNothing) {
 
 TEST(LoadMatching, LeavesStrictLoadingStrict) {
   Stepped source({some_pairs()[0]}), target(some_pairs());
-  EXPECT_TRUE(mentions(error_of([&] { testing::load_bytes(target.optimizer, saved_bytes(source.optimizer)); }),
+  EXPECT_TRUE(mentions(error_of([&] { load_bytes(target.optimizer, saved_bytes(source.optimizer)); }),
                        "group 0 has 2 parameters in the archive, expected 6"));
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

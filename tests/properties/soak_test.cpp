@@ -19,19 +19,15 @@
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
 
-using lora_rite::Engine;
-using lora_rite::FactorPair;
-using lora_rite::LoraRite;
-using lora_rite::LoraRiteOptions;
-using Basis = lora_rite::PolarBasis;
+using Basis = PolarBasis;
 
 int64_t step_count() { return std::getenv("LORA_RITE_SOAK") != nullptr ? 100000 : 5000; }
 
 /// What the optimizer remembers of its first pair, as a checkpoint has it.
-lora_rite::PairState state_of(const LoraRite<Basis>& optimizer, const FactorPair& pair) {
+PairState state_of(const LoraRite<Basis>& optimizer, const FactorPair& pair) {
   torch::serialize::OutputArchive out;
   optimizer.save(out);
   std::stringstream stream;
@@ -41,16 +37,16 @@ lora_rite::PairState state_of(const LoraRite<Basis>& optimizer, const FactorPair
   in.read("0", group);
   group.read("0", entry);
   const auto wide = pair.a.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
-  return lora_rite::PairState::load(entry, "pair", {pair.a.sizes().vec(), pair.b.sizes().vec()}, pair.a.size(0), wide,
-                                    torch::kCPU);
+  return PairState::load(entry, "pair", {pair.a.sizes().vec(), pair.b.sizes().vec()}, pair.a.size(0), wide,
+                         torch::kCPU);
 }
 
 /// Finite, symmetric, positive semi-definite to the solver's round-off, and the escaped mass not negative.
 void expect_sound(const LoraRite<Basis>& optimizer, const FactorPair& pair) {
   ASSERT_TRUE(all_finite(pair.a) && all_finite(pair.b));
-  const lora_rite::PairState state = state_of(optimizer, pair);
-  for (const lora_rite::Side factor : lora_rite::kSides) {
-    const int64_t side = lora_rite::index_of(factor);
+  const PairState state = state_of(optimizer, pair);
+  for (const Side factor : kSides) {
+    const int64_t side = index_of(factor);
     const auto v = state.moments.second_moment[side][0];
     ASSERT_TRUE(all_finite(v) && all_finite(state.moments.inverse_root) && all_finite(state.momentum[factor]));
     EXPECT_TRUE(torch::equal(v, v.t())) << "side " << side;
@@ -63,7 +59,7 @@ void expect_sound(const LoraRite<Basis>& optimizer, const FactorPair& pair) {
 }
 
 /// Float pairs, by each engine.
-class Soak : public ::testing::TestWithParam<Engine> {
+class Soak : public testing::TestWithParam<Engine> {
  protected:
   const int threads_ = at::get_num_threads();
   void SetUp() override { at::set_num_threads(1); }  // the factors are tiny
@@ -74,7 +70,7 @@ TEST_P(Soak, StationaryProblemStaysAtItsFloorAndInvariant) {
   constexpr int64_t rank = 3, in = 8, out = 7;
   torch::manual_seed(31);
   const auto target = torch::randn({out, rank}, torch::kDouble).matmul(torch::randn({rank, in}, torch::kDouble));
-  auto plain = lora_rite::testing::random_pair("plain", rank, in, out, torch::kFloat);
+  auto plain = lora_rite::test::random_pair("plain", rank, in, out, torch::kFloat);
   // (T A, B T⁻¹) with powers of two: the same digits, so only the optimizer can make a difference at first.
   const auto t = torch::tensor({4.F, 0.5F, 8.F});
   FactorPair moved = {"moved", (plain.a.detach() * t.unsqueeze(1)).requires_grad_(),
@@ -116,9 +112,9 @@ TEST_P(Soak, StationaryProblemStaysAtItsFloorAndInvariant) {
 
 TEST_P(Soak, ThousandZeroGradientsThenALargeOneMoveOnce) {
   torch::manual_seed(37);
-  auto pair = lora_rite::testing::random_pair("pair", 3, 8, 7, torch::kFloat);
+  auto pair = lora_rite::test::random_pair("pair", 3, 8, 7, torch::kFloat);
   LoraRite<Basis> optimizer({pair}, LoraRiteOptions(0.01).engine(GetParam()));
-  lora_rite::testing::run_steps(optimizer, {pair}, 0, 3);
+  lora_rite::test::run_steps(optimizer, {pair}, 0, 3);
   for (int step = 0; step < 1000; ++step) {
     pair.a.mutable_grad() = torch::zeros_like(pair.a);
     pair.b.mutable_grad() = torch::zeros_like(pair.b);
@@ -126,7 +122,7 @@ TEST_P(Soak, ThousandZeroGradientsThenALargeOneMoveOnce) {
   }
   expect_sound(optimizer, pair);
   const auto before = product(pair.a, pair.b);
-  lora_rite::testing::run_steps(optimizer, {pair}, 3, 4, 1e6);
+  lora_rite::test::run_steps(optimizer, {pair}, 3, 4, 1e6);
   expect_sound(optimizer, pair);
   const double moved = frobenius(product(pair.a, pair.b) - before);
   EXPECT_GT(moved, 1e-4);
@@ -137,7 +133,7 @@ TEST_P(Soak, ThousandZeroGradientsThenALargeOneMoveOnce) {
 TEST_P(Soak, GradientsOfEveryRankKeepTheStateSound) {
   for (int64_t rank = 0; rank <= 4; ++rank) {
     torch::manual_seed(41);
-    auto pair = lora_rite::testing::random_pair("pair", 4, 9, 8, torch::kFloat);
+    auto pair = lora_rite::test::random_pair("pair", 4, 9, 8, torch::kFloat);
     LoraRite<Basis> optimizer({pair}, LoraRiteOptions(0.01).engine(GetParam()));
     const auto start = product(pair.a, pair.b);
     const auto left = torch::randn({8, rank}), right = torch::randn({rank, 9});
@@ -156,16 +152,16 @@ TEST_P(Soak, GradientsOfEveryRankKeepTheStateSound) {
 TEST_P(Soak, SubnormalGradientsKeepTheStateSound) {
   torch::manual_seed(43);
   for (const double eps : {0.0, 1e-8}) {
-    auto pair = lora_rite::testing::random_pair("pair", 3, 8, 7, torch::kFloat);
+    auto pair = lora_rite::test::random_pair("pair", 3, 8, 7, torch::kFloat);
     LoraRite<Basis> optimizer({pair}, LoraRiteOptions(0.01).eps(eps).engine(GetParam()));
     const auto start = product(pair.a, pair.b);
-    lora_rite::testing::run_steps(optimizer, {pair}, 0, 100, 1e-41);
+    lora_rite::test::run_steps(optimizer, {pair}, 0, 100, 1e-41);
     EXPECT_GT(frobenius(pair.a.grad()), 0);
     expect_sound(optimizer, pair);
     // Without ε they count like any others; with it they are rightly ignored.
     const double moved = frobenius(product(pair.a, pair.b) - start);
     EXPECT_EQ(moved > 0.01, eps == 0) << moved;
-    lora_rite::testing::run_steps(optimizer, {pair}, 100, 103);
+    lora_rite::test::run_steps(optimizer, {pair}, 100, 103);
     EXPECT_GT(frobenius(product(pair.a, pair.b) - start), 0.01);
     expect_sound(optimizer, pair);
   }
@@ -185,7 +181,7 @@ TEST_P(Soak, RepeatedEigenvaluesKeepTheStateSound) {
   EXPECT_GT(relative_difference(pair.a, eye.slice(0, 0, 4), 1), 1e-2);
 }
 
-INSTANTIATE_TEST_SUITE_P(Engines, Soak, ::testing::Values(Engine::Host, Engine::Device),
+INSTANTIATE_TEST_SUITE_P(Engines, Soak, testing::Values(Engine::Host, Engine::Device),
                          [](const auto& info) { return info.param == Engine::Host ? "Host" : "Device"; });
 
 TEST(SoakInDouble, ConditionOf1e12KeepsTheStateSoundAndMoves) {
@@ -217,7 +213,7 @@ TEST(SoakInHalf, LongRunsWithAndWithoutMasterCopyStayFiniteAndMove) {
   for (const auto dtype : {torch::kHalf, torch::kBFloat16}) {
     for (const bool master : {false, true}) {
       torch::manual_seed(53);
-      auto pair = lora_rite::testing::random_pair("pair", 3, 8, 7, dtype);
+      auto pair = lora_rite::test::random_pair("pair", 3, 8, 7, dtype);
       const auto target = torch::randn({7, 8}, torch::kDouble);
       LoraRite<Basis> optimizer({pair}, LoraRiteOptions(0.01).master_weights(master));
       const double first = frobenius(product(pair.a, pair.b) - target);
@@ -235,4 +231,4 @@ TEST(SoakInHalf, LongRunsWithAndWithoutMasterCopyStayFiniteAndMove) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

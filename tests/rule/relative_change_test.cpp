@@ -10,11 +10,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::random_pair;
-using testing::set_gradients;
 
 /// ‖dX X⁺‖ in the spectral norm, for X [n, r] of full rank.
 double relative_change(const torch::Tensor& before, const torch::Tensor& after) {
@@ -60,7 +57,7 @@ TEST(RelativeChange, StaysBelowTheBoundAndNotWithoutOne) {
 
 TEST(RelativeChange, OfAZeroFactorIsNotBounded) {
   for (const bool zero_a : {false, true}) {
-    const FactorPair bounded = random_pair("bounded", 3, 12, 10), free = testing::clone_pairs({bounded})[0];
+    const FactorPair bounded = random_pair("bounded", 3, 12, 10), free = clone_pairs({bounded})[0];
     torch::NoGradGuard no_grad;
     for (const auto& pair : {bounded, free}) (zero_a ? pair.a : pair.b).zero_();
     LoraRite<> with({bounded}, LoraRiteOptions(0.1).max_relative_change(0.01)), without({free}, LoraRiteOptions(0.1));
@@ -123,4 +120,4 @@ TEST(RelativeChange, BoundedKeepsFactorsOfTooHighARankWellConditioned) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -32,13 +32,8 @@
 
 #include "support/duel.hpp"
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
-
-using lora_rite::Engine;
-using lora_rite::FactorPair;
-using lora_rite::LoraRite;
-using lora_rite::LoraRiteOptions;
 
 /// Something that is chosen: its values, the simplest one first, and for an option where it belongs.
 struct Parameter {
@@ -396,4 +391,4 @@ TEST(Property, EveryConfigurationAgreesWithTheOracle) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test

@@ -9,12 +9,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::random_pair;
 
 constexpr int64_t kOptimizers = 3, kSteps = 8;
 
@@ -31,7 +27,7 @@ void train(const std::vector<FactorPair>& pairs, const LoraRiteOptions& options)
   }
 }
 
-class Threads : public ::testing::TestWithParam<std::tuple<Engine, torch::Dtype>> {
+class Threads : public testing::TestWithParam<std::tuple<Engine, torch::Dtype>> {
  protected:
   LoraRiteOptions options() const { return LoraRiteOptions(1e-2).engine(std::get<0>(GetParam())); }
 
@@ -79,13 +75,13 @@ TEST_P(Threads, AnOptimizerGoesOnInAnotherThread) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, Threads,
-                         ::testing::Values(std::tuple(Engine::Host, torch::kFloat),
-                                           std::tuple(Engine::Device, torch::kFloat),
-                                           std::tuple(Engine::Device, torch::kDouble)),
+                         testing::Values(std::tuple(Engine::Host, torch::kFloat),
+                                         std::tuple(Engine::Device, torch::kFloat),
+                                         std::tuple(Engine::Device, torch::kDouble)),
                          [](const auto& info) {
                            return std::string(std::get<0>(info.param) == Engine::Host ? "Host" : "Device") +
                                   (std::get<1>(info.param) == torch::kFloat ? "Float" : "Double");
                          });
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -6,17 +6,8 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
-
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::error_of;
-using testing::mentions;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
-using testing::set_gradients;
 
 /// Two pairs that share a batch and one that does not.
 std::vector<FactorPair> three_pairs(torch::Dtype dtype = torch::kFloat) {
@@ -24,14 +15,14 @@ std::vector<FactorPair> three_pairs(torch::Dtype dtype = torch::kFloat) {
   return {random_pair("q", 3, 8, 6, dtype), random_pair("k", 3, 8, 6, dtype), random_pair("v", 2, 5, 7, dtype)};
 }
 
-class OnEngine : public ::testing::TestWithParam<Engine> {
+class OnEngine : public testing::TestWithParam<Engine> {
  protected:
   static LoraRiteOptions options() {
     return LoraRiteOptions(1e-2).weight_decay(0.01).row_equilibration(true).engine(GetParam());
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(Engines, OnEngine, ::testing::Values(Engine::Host, Engine::Device),
+INSTANTIATE_TEST_SUITE_P(Engines, OnEngine, testing::Values(Engine::Host, Engine::Device),
                          [](const auto& info) { return info.param == Engine::Host ? "Host" : "Device"; });
 
 TEST_P(OnEngine, StateIsWhatTheStepsLeftAndACopy) {
@@ -161,7 +152,7 @@ TEST_P(OnEngine, OthersGoOnBitForBitWithoutAPairThatWasTakenOut) {
     left.erase(left.begin() + static_cast<std::ptrdiff_t>(removed));
     LoraRite<> resumed(left, options());
     resumed.add_pairs(clone_pairs(second), options());
-    testing::load_bytes(resumed, saved_bytes(optimizer));
+    load_bytes(resumed, saved_bytes(optimizer));
     EXPECT_EQ(saved_bytes(resumed), saved_bytes(optimizer));
     optimizer.add_pairs({pairs[removed]}, options());  // it is nobody's now
   }
@@ -182,7 +173,7 @@ TEST(RemovePair, LeavesAnEmptyGroupInItsPlace) {
   EXPECT_TRUE(equal_factors({pairs[0]}, {before[0]}));
   EXPECT_FALSE(equal_factors({pairs[1]}, {before[1]}));
   EXPECT_EQ(optimizer.param_groups()[1].options().get_lr(), 2e-2);
-  testing::load_bytes(optimizer, saved_bytes(optimizer));
+  load_bytes(optimizer, saved_bytes(optimizer));
 }
 
 TEST(Pairs, ThatAreNotThereAreNamedAndNothingChanges) {
@@ -201,4 +192,4 @@ TEST(Pairs, ThatAreNotThereAreNamedAndNothingChanges) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -11,7 +11,7 @@
 
 #include "support/pairs.hpp"
 
-namespace lora_rite {
+namespace lora_rite::test {
 namespace {
 
 using baselines::Lamb;
@@ -25,14 +25,6 @@ using baselines::Shampoo;
 using baselines::ShampooOptions;
 using baselines::Soap;
 using baselines::SoapOptions;
-using testing::clone_pairs;
-using testing::equal_factors;
-using testing::error_of;
-using testing::load_bytes;
-using testing::mentions;
-using testing::random_pair;
-using testing::run_steps;
-using testing::saved_bytes;
 
 using Factors = std::vector<torch::Tensor>;
 using Make = std::function<std::unique_ptr<torch::optim::Optimizer>(const Factors&)>;
@@ -67,7 +59,7 @@ const std::map<std::string, Make>& golden_cases() {
   return cases;
 }
 
-class BaselineGolden : public ::testing::TestWithParam<std::string> {};
+class BaselineGolden : public testing::TestWithParam<std::string> {};
 
 nlohmann::json read_golden() {
   std::ifstream file(std::string(LORA_RITE_TEST_DATA_DIR) + "/golden/baselines.json");
@@ -139,11 +131,11 @@ TEST_P(BaselineGolden, FollowsTheOtherImplementation) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, BaselineGolden,
-                         ::testing::Values("lamb", "lamb_no_decay", "muon", "muon_plain", "shampoo", "soap",
-                                           "scaled_adam"),
+                         testing::Values("lamb", "lamb_no_decay", "muon", "muon_plain", "shampoo", "soap",
+                                         "scaled_adam"),
                          [](const auto& info) { return info.param; });
 
-class EveryOptimizer : public ::testing::TestWithParam<std::string> {};
+class EveryOptimizer : public testing::TestWithParam<std::string> {};
 
 std::vector<FactorPair> some_pairs(torch::Dtype dtype = torch::kFloat) {
   torch::manual_seed(81);
@@ -220,14 +212,14 @@ TEST_P(EveryOptimizer, AFactorWithoutAGradientRests) {
   const auto optimizer = make_optimizer(GetParam(), pairs, 0.01);
   run_steps(*optimizer, pairs, 0, 2);
   const torch::Tensor before = pairs[1].a.detach().clone(), other = pairs[0].a.detach().clone();
-  testing::set_gradients(pairs, 5);
+  set_gradients(pairs, 5);
   torch::Tensor(pairs[1].a).mutable_grad() = torch::Tensor();
   optimizer->step();
   EXPECT_TRUE(torch::equal(pairs[1].a, before));
   EXPECT_FALSE(torch::equal(pairs[0].a, other));
 }
 
-INSTANTIATE_TEST_SUITE_P(Names, EveryOptimizer, ::testing::ValuesIn(optimizer_names()), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(Names, EveryOptimizer, testing::ValuesIn(optimizer_names()), [](const auto& info) {
   std::string name = info.param;
   for (char& c : name) c = c == '-' ? '_' : c == '+' ? 'p' : c;
   return name;
@@ -296,7 +288,7 @@ TEST(Baselines, LongSidesGoWithoutAPreconditioner) {
   Shampoo optimizer(
       {one_sided[0].a},
       ShampooOptions(0.1).betas({0.0, 1.0}).eps(1e-6).interval(1).graft_adam(false).max_preconditioner_dim(4));
-  testing::set_gradients(one_sided, 3);
+  set_gradients(one_sided, 3);
   const torch::Tensor g = one_sided[0].a.grad();
   optimizer.step();
   const auto [values, vectors] = torch::linalg_eigh(torch::matmul(g, g.t()) + 1e-6 * torch::eye(4, torch::kDouble));
@@ -356,4 +348,4 @@ TEST(Baselines, OptionsOutOfRangeAreNamed) {
 }
 
 }  // namespace
-}  // namespace lora_rite
+}  // namespace lora_rite::test

@@ -1,6 +1,6 @@
 // What bench/laboratory.hpp claims of each optimizer, and that its experiments can tell them apart.
 
-#include "../bench/laboratory.hpp"
+#include "../../bench/laboratory.hpp"
 
 #include <gtest/gtest.h>
 
@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-namespace lora_rite::laboratory {
+namespace lora_rite::test {
+using namespace laboratory;
 namespace {
 
 constexpr Kind kKinds[] = {Kind::Scaling, Kind::Diagonal, Kind::Rotation, Kind::General};
@@ -204,4 +205,4 @@ TEST(LaboratoryFeatureLearning, TheSlopeOfAPowerIsItsExponent) {
 }
 
 }  // namespace
-}  // namespace lora_rite::laboratory
+}  // namespace lora_rite::test

@@ -8,7 +8,7 @@
 
 #include <random>
 
-namespace lora_rite_test {
+namespace lora_rite::test {
 namespace {
 
 Matrix gaussian(Eigen::Index rows, Eigen::Index cols, std::mt19937_64& random) {
@@ -75,7 +75,7 @@ void expect_same(const std::vector<Matrix>& left, const std::vector<Matrix>& rig
 
 using OptionChange = void (*)(OracleOptions&);
 
-class OracleForms : public ::testing::TestWithParam<std::pair<const char*, OptionChange>> {};
+class OracleForms : public testing::TestWithParam<std::pair<const char*, OptionChange>> {};
 
 // In ΔW-space there is no basis: agreement shows that roots, transports and their transposes are right.
 TEST_P(OracleForms, EqualsTheBasisFreeForm) {
@@ -97,11 +97,11 @@ TEST_P(OracleForms, EqualsTheBasisFreeForm) {
 
 INSTANTIATE_TEST_SUITE_P(
     Options, OracleForms,
-    ::testing::Values(std::make_pair("escape", OptionChange([](OracleOptions&) {})),
-                      std::make_pair("no_escape", OptionChange([](OracleOptions& o) { o.escape = false; })),
-                      std::make_pair("no_clip", OptionChange([](OracleOptions& o) { o.clip = 0; })),
-                      std::make_pair("weight_decay", OptionChange([](OracleOptions& o) { o.weight_decay = 0.5; })),
-                      std::make_pair("eps_root", OptionChange([](OracleOptions& o) { o.eps_root = 1e-3; }))),
+    testing::Values(std::make_pair("escape", OptionChange([](OracleOptions&) {})),
+                    std::make_pair("no_escape", OptionChange([](OracleOptions& o) { o.escape = false; })),
+                    std::make_pair("no_clip", OptionChange([](OracleOptions& o) { o.clip = 0; })),
+                    std::make_pair("weight_decay", OptionChange([](OracleOptions& o) { o.weight_decay = 0.5; })),
+                    std::make_pair("eps_root", OptionChange([](OracleOptions& o) { o.eps_root = 1e-3; }))),
     [](const auto& info) { return std::string(info.param.first); });
 
 TEST(OracleSelf, IsInvariantUnderGeneralTransformations) {
@@ -148,4 +148,4 @@ TEST(OracleSelf, ScalarPairMovesByTheRateOverThePartner) {
 }
 
 }  // namespace
-}  // namespace lora_rite_test
+}  // namespace lora_rite::test
