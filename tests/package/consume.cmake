@@ -1,4 +1,4 @@
-# Configures, builds and runs the consumer through WAY = find_package, add_subdirectory or FetchContent.
+# Configures, builds and runs the consumer through WAY = find_package or add_subdirectory.
 
 function(run)
   execute_process(COMMAND ${ARGV} COMMAND_ERROR_IS_FATAL ANY)

@@ -1,0 +1,79 @@
+"""The README's installation, pasted: its CMake block builds its program, and its line for find_package installs.
+
+    check_install.py REPOSITORY WORK_DIRECTORY GENERATOR TORCH_CONFIG_DIRECTORY
+
+The block names an address and a tag, which are not asked: FETCHCONTENT_SOURCE_DIR_LORA_RITE gives this checkout.
+The line is run by bash in a copy of what an installation needs.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+INSTALLED = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def only(found: list[str], what: str) -> str:
+    if len(found) != 1:
+        sys.exit(f"README.md has {len(found)} times {what}, expected once")
+    return found[0]
+
+
+def main() -> None:
+    root, work = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    generator, torch = sys.argv[3:]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)
+
+    def run(*command: str, **options) -> str:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        print(result.stdout)
+        if result.returncode != 0:
+            sys.exit(f"{' '.join(command)}: exit status {result.returncode}")
+        return result.stdout
+
+    # The block, in a project of a stranger, with the README's program.
+    app = work / "app"
+    app.mkdir(parents=True)
+    block = only([code for code in blocks(text, "cmake") if "FetchContent" in code], "a block with FetchContent")
+    program = only([code for code in blocks(text, "cpp") if "int main" in code], "a whole program")
+    (app / "main.cpp").write_text(program, encoding="utf-8")
+    (app / "CMakeLists.txt").write_text(
+        f"cmake_minimum_required(VERSION 3.22)\nproject(app LANGUAGES CXX)\nadd_executable(app main.cpp)\n{block}",
+        encoding="utf-8",
+    )
+    settings = [f"-DFETCHCONTENT_SOURCE_DIR_LORA_RITE={root}", f"-DTorch_DIR={torch}"]
+    run("cmake", "-G", generator, "-S", str(app), "-B", str(app / "build"), *settings)
+    run("cmake", "--build", str(app / "build"))
+    shown = only([code for code in blocks(text, "text") if code.startswith("step 100")], "the program's output")
+    printed = run(str(app / "build/app"))
+    for expected, found in zip(shown.splitlines(), printed.splitlines(), strict=True):
+        same_step = expected.split("  loss ")[0] == found.split("  loss ")[0]
+        losses = [float(line.split("  loss ")[1]) for line in (expected, found)]
+        # Another processor rounds otherwise, and 400 steps carry that far; a changed method shows at once.
+        if not same_step or not 0.5 < losses[0] / losses[1] < 2:
+            sys.exit(f"README.md says '{expected}', the program '{found}'")
+
+    # The line, which bash expands.
+    copy = work / "copy"
+    copy.mkdir()
+    for name in INSTALLED:
+        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, copy / name)
+    line = only(re.findall(r"`(cmake -B build [^`]*--install[^`]*)`", text), "a line that installs")
+    if "PREFIX" not in line:
+        sys.exit("README.md: the line that installs does not say PREFIX")
+    environment = {"Torch_DIR": torch, "CMAKE_GENERATOR": generator}
+    run("bash", "-ec", line.replace("PREFIX", str(work / "prefix")), cwd=copy, env={**os.environ, **environment})
+    if not (work / "prefix/include/lora_rite/lora_rite.hpp").exists():
+        sys.exit(f"'{line}' installed no lora_rite/lora_rite.hpp")
+
+
+if __name__ == "__main__":
+    main()
