@@ -56,7 +56,7 @@ class LoraRite(ConanFile):
             toolchain.cache_variables[f"LORA_RITE_BUILD_{part}"] = False
         toolchain.cache_variables["LORA_RITE_INSTALL"] = True
         if "Torch_DIR" in os.environ:
-            toolchain.cache_variables["Torch_DIR"] = os.environ["TORCH_DIR"]
+            toolchain.cache_variables["Torch_DIR"] = os.environ["Torch_DIR"]
         toolchain.generate()
 
     def build(self):
