@@ -10,7 +10,8 @@ int main() {
   auto a = torch::randn({8, 48}).div_(7).requires_grad_();                          // lora_A [r, in]
   auto b = torch::zeros({64, 8}).requires_grad_();                                  // lora_B [out, r]
 
-  lora_rite::LoraRite<> optimizer({lora_rite::FactorPair{"layer", a, b}}, lora_rite::LoraRiteOptions(1e-1));
+  const auto options = lora_rite::LoraRiteOptions(1e-1).max_relative_change(0.3);
+  lora_rite::LoraRite<> optimizer({lora_rite::FactorPair{"layer", a, b}}, options);
   lora_rite::WarmupCosine scheduler(optimizer, /*warmup_steps=*/20, /*total_steps=*/400);
 
   for (int step = 1; step <= 400; ++step) {
@@ -21,5 +22,4 @@ int main() {
     scheduler.step();
     if (step % 100 == 0) std::cout << "step " << step << "  loss " << loss.item<float>() << '\n';
   }
-  return 0;
 }
