@@ -170,8 +170,8 @@ class LoraRiteBase : public torch::optim::Optimizer {
   /// Called by `step`, `load` and `load_matching` when every refusal is behind them and nothing was changed: where
   /// processes agree. `lines` say what else must be the same everywhere.
   virtual void agree_before_change(const std::string& /*lines*/) {}
-  /// The same for a call that only changes what is remembered: `what` is its argument.
-  virtual void agree_on_call(const char* /*call*/, const std::string& /*what*/) {}
+  /// The same for a call that only changes what is remembered: `what` checks its argument, and says it.
+  virtual void agree_on_call(const char* /*call*/, const std::function<std::string()>& what) { what(); }
   /// Does this process keep the state of pair `pair` and move its factors?
   virtual bool keeps(size_t /*group*/, size_t /*pair*/) const { return true; }
   /// The other rows of a pair, where this process holds only some.
@@ -221,6 +221,7 @@ class LoraRiteBase : public torch::optim::Optimizer {
   // step/state.inc
   void with_batches(const std::function<void()>& function);
   void build_batches(size_t index, Group& group);
+  void forget(size_t group, size_t pair);
 
   // step/step.inc
   struct Act1;

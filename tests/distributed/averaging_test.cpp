@@ -77,7 +77,9 @@ const Scenario average_dtypes("average dtypes", [](const Process& process) {
     expect_refusal(parameters, {"parameter 1", "[2, 3]", "[3, 2]"}, average);
     parameters[1].mutable_grad() = last ? full({3, 2}, 1, torch::kInt) : full({3, 2}, 1, torch::kHalf);
     expect_refusal(parameters, {"parameter 1", "Int"}, average);
-    // Strides are nobody's business.
+    parameters[1].mutable_grad() = last ? full({1, 2}, 1, torch::kHalf).expand({3, 2}) : full({3, 2}, 1, torch::kHalf);
+    expect_refusal(parameters, {"parameter 1", "elements that do not overlap"}, average);
+    // Other strides are nobody's business.
     const at::Tensor values = torch::arange(6).to(torch::kHalf).view({3, 2});
     parameters[1].mutable_grad() = last ? values.t().contiguous().t() : values.clone();
     average();

@@ -299,6 +299,8 @@ void one_refuses(const Process& process) {
                        }),
                        "'call: reset_state"));
   EXPECT_TRUE(mentions(error_of([&] { optimizer.reset_state(last ? "q1" : "q2"); }), "reset_state: "));
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.reset_state(last ? "nobody" : "q1"); }), "has no pair 'nobody'"));
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.reset_state(last ? 9 : 0, 0); }), "has no group 9"));
   EXPECT_EQ(saved_bytes(optimizer), now);
   if (last) optimizer.add_pairs({random_pair("new", 4, 24, 16, torch::kFloat)}, some_options());
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "3 groups"));
@@ -313,6 +315,46 @@ const Scenario one_refuses_rows("one refuses rows", &one_refuses<RowShardedLoraR
 TEST(Distributed, WhatOneProcessRefusesAllRefuseAtOnce) {
   for (const char* scenario : {"one refuses pairs", "one refuses rows"})
     expect_success(scenario, 2, fresh_folder("refuses"), /*timeout_seconds=*/10);
+}
+
+/// What only the process that keeps a pair, or only one that does not, can see.
+const Scenario owner_refuses("owner refuses", [](const Process& process) {
+  const int last = process.size - 1;
+  const auto pairs = some_pairs(torch::kFloat);
+  ShardedLoraRite<> optimizer(process.group, pairs, some_options());
+  run_steps(optimizer, pairs, 0, 1);
+  const auto kept_by = [&](int rank) {
+    size_t p = 0;
+    while (optimizer.owner(0, p) != rank) ++p;
+    return pairs[p].b;
+  };
+  const auto refuses = [&](at::Tensor factor, const at::Tensor& spoiled, const std::string& words) {
+    const at::Tensor right = factor.detach();
+    if (process.rank == last) factor.set_data(spoiled);
+    set_gradients(pairs, 3);
+    expect_error(words, [&] { optimizer.step(); });
+    if (process.rank == last) factor.set_data(right);
+  };
+  const auto before = clone_pairs(pairs);
+  const at::Tensor own = kept_by(last), other = kept_by(0);
+  refuses(own, own.detach().t().contiguous().t(), "expected a contiguous one as in the first step");
+  refuses(other, other.detach().slice(0, 0, 1).expand(other.sizes()), "expected elements that do not overlap");
+  EXPECT_TRUE(equal_factors(pairs, before));
+  run_steps(optimizer, pairs, 1, 2);
+  EXPECT_FALSE(equal_factors(pairs, before));
+  expect_same_everywhere(process, pairs);
+
+  // All but one process keep nothing.
+  const std::vector<FactorPair> only = {pairs[0]};
+  ShardedLoraRite<> small(process.group, only, some_options());
+  run_steps(small, only, 0, 1);
+  static_cast<LoraRiteOptions&>(small.param_groups()[0].options()).capturable(true);
+  set_gradients(only, 4);
+  expect_error("capturable was switched on after the engine was chosen", [&] { small.step(); });
+});
+
+TEST(Distributed, WhatOnlyTheOwnerOfAPairSeesAllRefuseAtOnce) {
+  expect_success("owner refuses", 2, fresh_folder("owner"), /*timeout_seconds=*/10);
 }
 
 const Scenario killed("killed", [](const Process& process) {

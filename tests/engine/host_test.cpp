@@ -87,6 +87,31 @@ INSTANTIATE_TEST_SUITE_P(Ranks, HostEngine,
                            return "rank" + std::to_string(std::get<0>(info.param)) + "_" + std::get<1>(info.param).name;
                          });
 
+/// The partner's basis has directions that are only round-off: V has entries in them that shrink from step to step,
+/// until their squares are no numbers.
+TEST(HostEngineTest, QrBasisWithARankFarAboveASideStaysFinite) {
+  for (const auto& [rank, in, out] : {std::tuple(64, 112, 23), std::tuple(16, 128, 2)}) {
+    for (int seed = 1; seed <= 6; ++seed) {
+      torch::manual_seed(static_cast<uint64_t>(seed));
+      const FactorPair pair = random_pair("q", rank, in, out, torch::kFloat);
+      pair.a.detach().div_(std::sqrt(in));
+      pair.b.detach().zero_();
+      LoraRite<QrBasis> optimizer({pair}, with_engine(LoraRiteOptions(1e-2), Engine::Host));
+      for (int step = 0; step < 20; ++step) {
+        torch::manual_seed(static_cast<uint64_t>(1000 * seed + step));
+        const at::Tensor x = torch::randn({in, 50}), y = torch::randn({out, 50});
+        optimizer.zero_grad();
+        (pair.b.mm(pair.a.mm(x)) - y).square().mean().backward();
+        optimizer.step();
+        ASSERT_TRUE(at::isfinite(pair.a).all().item<bool>() && at::isfinite(pair.b).all().item<bool>())
+            << "rank " << rank << ", seed " << seed << ", step " << step;
+      }
+      EXPECT_EQ(optimizer.skipped_steps(), 0);
+      EXPECT_GT(pair.b.abs().max().item<double>(), 0);
+    }
+  }
+}
+
 TEST(HostEngineTest, AgreesForQrBasisAndLongFactors) {
   for (const bool rows : {false, true}) {
     torch::manual_seed(52);

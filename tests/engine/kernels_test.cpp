@@ -131,6 +131,34 @@ TEST(Kernels, EigenvectorsDiagonalise) {
   }
 }
 
+/// Beside a largest entry of 1, entries whose squares, or their reciprocals, are no numbers any more.
+TEST(Kernels, EigenvaluesOfEntriesWhoseSquaresVanish) {
+  for (const Table* table : tables()) {
+    for (const int64_t r : {3, 4, 8, 16}) {
+      const int64_t stride = r + 1;
+      std::vector<MatrixXd> matrices;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        MatrixXd matrix = MatrixXd::Identity(r, r);
+        for (int64_t i = 2; i < r; ++i)
+          matrix(0, i) = matrix(i, 0) = std::pow(10.0, -148.0 - 2.0 * static_cast<double>(lane));
+        matrices.push_back(matrix);
+      }
+      Aligned work = lanes_of(matrices, stride), again = lanes_of(matrices, stride), vectors(r * stride * kLanes);
+      Aligned values(r * kLanes), alone(r * kLanes), space(eigh_work(r) * kLanes);
+      table->eigh(work.data(), r, stride, values.data(), space.data(), vectors.data());
+      table->eigh(again.data(), r, stride, alone.data(), space.data(), nullptr);
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const MatrixXd q = matrix_of(vectors, r, stride, lane);
+        EXPECT_LT((q.transpose() * q - MatrixXd::Identity(r, r)).norm(), 1e-14) << table->name << ", lane " << lane;
+        for (int64_t i = 0; i < r; ++i) {
+          EXPECT_NEAR(values[i * kLanes + lane], 1, 1e-14) << table->name << ", lane " << lane;
+          EXPECT_NEAR(alone[i * kLanes + lane], 1, 1e-14) << table->name << ", lane " << lane;
+        }
+      }
+    }
+  }
+}
+
 TEST(Kernels, ProductsOfLanesAndTheirTransposes) {
   std::srand(2);
   for (const Table* table : tables()) {

@@ -101,9 +101,9 @@ void expect_follows(const std::string& name) {
 
 class Golden : public testing::TestWithParam<const char*> {};
 
-TEST_P(Golden, PolarBasisFollowsTheExistingImplementation) { expect_follows<lora_rite::PolarBasis>(GetParam()); }
+TEST_P(Golden, PolarBasisFollowsTheExistingImplementation) { expect_follows<PolarBasis>(GetParam()); }
 
-TEST_P(Golden, QrBasisFollowsTheExistingImplementation) { expect_follows<lora_rite::QrBasis>(GetParam()); }
+TEST_P(Golden, QrBasisFollowsTheExistingImplementation) { expect_follows<QrBasis>(GetParam()); }
 
 INSTANTIATE_TEST_SUITE_P(Trajectories, Golden,
                          testing::Values("default", "escape", "clip_off", "clip_off_escape", "weight_decay",

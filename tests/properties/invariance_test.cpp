@@ -158,8 +158,8 @@ void expect_invariant(const Trial& trial) {
 
 class Invariance : public testing::TestWithParam<Trial> {};
 
-TEST_P(Invariance, OfThePolarBasis) { expect_invariant<lora_rite::PolarBasis>(GetParam()); }
-TEST_P(Invariance, OfTheQrBasis) { expect_invariant<lora_rite::QrBasis>(GetParam()); }
+TEST_P(Invariance, OfThePolarBasis) { expect_invariant<PolarBasis>(GetParam()); }
+TEST_P(Invariance, OfTheQrBasis) { expect_invariant<QrBasis>(GetParam()); }
 
 INSTANTIATE_TEST_SUITE_P(Trials, Invariance, testing::ValuesIn(trials()),
                          [](const auto& info) { return name_of(info.param); });
@@ -172,7 +172,7 @@ TEST(InvarianceSettings, EachChangesTheTrajectory) {
        {&kDefaults, &kNoEscape, &kWeightDecay, &kClipActive, &kBounded, &kExponent, &kRows, &kTogether}) {
     trial.setting = s;
     LogisticNetwork network(trial.rank, trial.begin, trial.dtype);
-    trajectories.push_back(train(network, make_rite<lora_rite::PolarBasis>(options_of(trial)), kSteps));
+    trajectories.push_back(train(network, make_rite<PolarBasis>(options_of(trial)), kSteps));
     for (size_t i = 0; i + 1 < trajectories.size(); ++i) {
       EXPECT_GT(difference(trajectories[i], trajectories.back()), 1e-6) << s->name << " and " << i;
     }
@@ -181,7 +181,7 @@ TEST(InvarianceSettings, EachChangesTheTrajectory) {
 
 template <class Basis>
 class InvarianceOfShapes : public testing::Test {};
-using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
+using Bases = testing::Types<PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(InvarianceOfShapes, Bases);
 
 TYPED_TEST(InvarianceOfShapes, ConvolutionAndEmbeddingPairsAreInvariant) {

@@ -315,12 +315,12 @@ class OracleAgreement : public testing::TestWithParam<Parameters> {};
 
 TEST_P(OracleAgreement, OfThePolarBasisInDouble) {
   const auto [test_case, setting] = GetParam();
-  expect_agreement<lora_rite::PolarBasis>(*test_case, *setting, torch::kDouble);
+  expect_agreement<PolarBasis>(*test_case, *setting, torch::kDouble);
 }
 
 TEST_P(OracleAgreement, OfTheQrBasisInDouble) {
   const auto [test_case, setting] = GetParam();
-  expect_agreement<lora_rite::QrBasis>(*test_case, *setting, torch::kDouble);
+  expect_agreement<QrBasis>(*test_case, *setting, torch::kDouble);
 }
 
 INSTANTIATE_TEST_SUITE_P(Table, OracleAgreement, testing::ValuesIn(all_parameters()), name_of);
@@ -329,12 +329,12 @@ class OracleAgreementInFloat : public testing::TestWithParam<Parameters> {};
 
 TEST_P(OracleAgreementInFloat, OfThePolarBasis) {
   const auto [test_case, setting] = GetParam();
-  expect_agreement<lora_rite::PolarBasis>(*test_case, *setting, torch::kFloat);
+  expect_agreement<PolarBasis>(*test_case, *setting, torch::kFloat);
 }
 
 TEST_P(OracleAgreementInFloat, OfTheQrBasis) {
   const auto [test_case, setting] = GetParam();
-  expect_agreement<lora_rite::QrBasis>(*test_case, *setting, torch::kFloat);
+  expect_agreement<QrBasis>(*test_case, *setting, torch::kFloat);
 }
 
 INSTANTIATE_TEST_SUITE_P(Table, OracleAgreementInFloat, testing::ValuesIn(float_parameters()), name_of);

@@ -341,7 +341,7 @@ class Run {
 };
 
 std::optional<std::string> failure(const Case& c, Count& count) {
-  return c.uses_qr() ? Run<lora_rite::QrBasis>(c).failure(count) : Run<lora_rite::PolarBasis>(c).failure(count);
+  return c.uses_qr() ? Run<QrBasis>(c).failure(count) : Run<PolarBasis>(c).failure(count);
 }
 
 /// The smallest case near `failing` that still fails: every parameter as simple as it gets, one at a time, until none

@@ -18,7 +18,7 @@ torch::Tensor orthonormal_columns(int64_t rows, int64_t columns) {
 
 template <class Basis>
 class Robustness : public testing::Test {};
-using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
+using Bases = testing::Types<PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(Robustness, Bases);
 
 /// A float pair with n = 2048 and r = 64, and gradients with singular values 0.8^i: κ = 1e6.

@@ -50,7 +50,7 @@ class ExternalEdit : public testing::Test {
   }
 };
 
-using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
+using Bases = testing::Types<PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(ExternalEdit, Bases);
 
 TYPED_TEST(ExternalEdit, CopyIntoAFactorIsNoticed) {
@@ -149,7 +149,7 @@ TYPED_TEST(ExternalEdit, WorksTogetherWithWeightDecayAndCap) {
 TYPED_TEST(ExternalEdit, OfOnePairLeavesItsNeighboursInTheBatchAlone) {
   const auto last_of_three = [](bool edit_first) {
     torch::manual_seed(43);
-    std::vector<lora_rite::FactorPair> pairs;
+    std::vector<FactorPair> pairs;
     for (int i = 0; i < 3; ++i) {
       pairs.push_back({"p" + std::to_string(i), torch::randn({3, 9}, torch::kDouble).requires_grad_(),
                        torch::randn({8, 3}, torch::kDouble).requires_grad_()});

@@ -62,7 +62,7 @@ Factors run(torch::ScalarType dtype, int steps, const LoraRiteOptions& options) 
 
 template <class Basis>
 class HalfPrecision : public testing::Test {};
-using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
+using Bases = testing::Types<PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(HalfPrecision, Bases);
 
 /// An infinity in a factor would be in the model for good.

@@ -48,7 +48,7 @@ void expect_no_trace(torch::ScalarType dtype, const LoraRiteOptions& options, in
 
 template <class Basis>
 class SkippedStep : public testing::Test {};
-using Bases = testing::Types<lora_rite::PolarBasis, QrBasis>;
+using Bases = testing::Types<PolarBasis, QrBasis>;
 TYPED_TEST_SUITE(SkippedStep, Bases);
 
 TYPED_TEST(SkippedStep, BadValueInAnyParameterSkipsTheWholeStep) {

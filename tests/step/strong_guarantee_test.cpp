@@ -179,7 +179,7 @@ TEST_P(StrongGuarantee, HoldsWhereverMemoryRunsOut) {
 
 TEST(StrongGuarantee, KeepsTheMasterCopiesThatAFailedStepWouldDrop) {
   FailingAllocator& allocator = FailingAllocator::installed();
-  Twins<lora_rite::PolarBasis> twins(torch::kHalf, LoraRiteOptions(0.02).master_weights(true), 2);
+  Twins<PolarBasis> twins(torch::kHalf, LoraRiteOptions(0.02).master_weights(true), 2);
   auto& options = static_cast<LoraRiteOptions&>(twins.hit.optimizer->param_groups()[0].options());
   twins.expect_no_trace([&] {
     options.master_weights(false);
@@ -199,7 +199,7 @@ TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {
   const ThreadCount three(3);
   const auto pairs_of = [] {
     torch::manual_seed(69);
-    std::vector<lora_rite::FactorPair> pairs;
+    std::vector<FactorPair> pairs;
     for (const int64_t rank : {3, 3, 4}) {
       pairs.push_back({"pair " + std::to_string(pairs.size()), torch::randn({rank, 6}).to(GetParam().dtype),
                        torch::randn({8, rank}).to(GetParam().dtype)});

@@ -14,13 +14,13 @@ namespace lora_rite::test {
 /// AdamW steps, of a float and a half parameter.
 template <class Basis>
 struct MixedGroups {
-  std::vector<lora_rite::FactorPair> first, second;
+  std::vector<FactorPair> first, second;
   torch::Tensor head, half_head;
-  std::unique_ptr<lora_rite::LoraRite<Basis>> optimizer;
+  std::unique_ptr<LoraRite<Basis>> optimizer;
 
   MixedGroups(torch::ScalarType dtype, const LoraRiteOptions& options) {
     torch::manual_seed(67);
-    const auto add = [&](std::vector<lora_rite::FactorPair>& group, int64_t out, int64_t in, int64_t rank) {
+    const auto add = [&](std::vector<FactorPair>& group, int64_t out, int64_t in, int64_t rank) {
       group.push_back({"pair", torch::randn({rank, in}).to(dtype).requires_grad_(),
                        torch::randn({out, rank}).to(dtype).requires_grad_()});
     };
@@ -31,7 +31,7 @@ struct MixedGroups {
     add(second, 7, 7, 4);
     head = torch::randn({5}).requires_grad_();
     half_head = torch::randn({4}).to(torch::kHalf).requires_grad_();
-    optimizer = std::make_unique<lora_rite::LoraRite<Basis>>(first, options);
+    optimizer = std::make_unique<LoraRite<Basis>>(first, options);
     optimizer->add_pairs(second, LoraRiteOptions(0.03).escape(false));
     optimizer->add_parameters({head, half_head}, torch::optim::AdamWOptions(0.01));
   }

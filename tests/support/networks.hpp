@@ -25,7 +25,7 @@ class Network {
   virtual ~Network() = default;
   virtual torch::Tensor loss() const = 0;
 
-  std::vector<lora_rite::FactorPair> pairs;
+  std::vector<FactorPair> pairs;
 
   /// (A, B) → (T A, B T^{-1}) for every pair, computed in double and rounded once.
   void transform(const torch::Tensor& t) {
@@ -115,7 +115,7 @@ class ImageNetwork : public Network {
   torch::Tensor tokens_, labels_, embedding_, kernel_;
 };
 
-using Pairs = std::vector<lora_rite::FactorPair>;
+using Pairs = std::vector<FactorPair>;
 using MakeOptimizer = std::function<std::unique_ptr<torch::optim::Optimizer>(const Pairs&)>;
 
 /// ΔW of every pair at the start and after every step.

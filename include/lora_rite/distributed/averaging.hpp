@@ -32,6 +32,8 @@ inline void check_gradient(const char* who, size_t place, const at::Tensor& para
   TORCH_CHECK(gradient.sizes() == parameter.sizes() && gradient.device() == parameter.device(), who,
               ": the gradient of parameter ", place, " has shape ", gradient.sizes(), " on ", gradient.device(),
               ", expected ", parameter.sizes(), " on ", parameter.device(), "; the gradients are as they were");
+  TORCH_CHECK(!may_overlap(gradient), who, ": the gradient of parameter ", place, " has strides ", gradient.strides(),
+              ", expected elements that do not overlap (give it a clone()); the gradients are as they were");
   TORCH_CHECK(!at::isIntegralType(gradient.scalar_type(), /*includeBool=*/true), who, ": the gradient of parameter ",
               place, " is ", gradient.scalar_type(), ", expected a floating type; the gradients are as they were");
 }

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -122,10 +123,10 @@ class DistributedLoraRite : public LoraRite<Basis> {
     collectives_->agree(all, device_);
   }
 
-  void agree_on_call(const char* call, const std::string& what) override {
+  void agree_on_call(const char* call, const std::function<std::string()>& what) override {
     together(call, [&] {
       agree_on_groups();
-      agree_before_change(std::string(call) + ": " + what + "\n");
+      agree_before_change(std::string(call) + ": " + what() + "\n");
     });
   }
 

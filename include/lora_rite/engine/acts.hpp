@@ -62,6 +62,9 @@ class BatchGroup {
 
   virtual at::Device device() const = 0;
 
+  /// Throws c10::Error if these batches cannot be stepped with `options`. Changes nothing.
+  virtual void check_options(const LoraRiteOptions& /*options*/) const {}
+
   /// Act 1. Null if no pair has a gradient: then there is nothing to do.
   virtual std::unique_ptr<Observation> observe(const LoraRiteOptions& options) = 0;
 

@@ -43,6 +43,8 @@ class CudaBatch final : public device::DeviceBatch {
 
   int64_t rows_of(Side side) const { return pairs_[0].factor(side).numel() / rank_; }
 
+  bool can_step(const at::Tensor& factor) const override { return factor.is_contiguous(); }
+
   /// Appends A and B of every pair to `all`; `kept` keeps alive what the pointers point at. Returns whether anyone has
   /// a gradient.
   bool add_pointers(std::vector<Pointers>& all, std::vector<at::Tensor>& kept) const {
@@ -51,9 +53,6 @@ class CudaBatch final : public device::DeviceBatch {
     for (size_t i = 0; i < pairs_.size(); ++i) {
       for (const Side side : kSides) {
         const at::Tensor& factor = pairs_[i].factor(side);
-        TORCH_CHECK(factor.is_contiguous(), labels_[i], ": factor ", name_of(side), " now has strides ",
-                    factor.strides(),
-                    ", expected a contiguous one as in the first step; give it set_data(x.contiguous())");
         at::Tensor gradient = gradients.of(factor);
         Pointers at = {factor.mutable_data_ptr(), nullptr};
         if (gradient.defined()) {

@@ -45,6 +45,8 @@ class HostBatch : public engine::Batch {
     packing_.reserve(2 * packed, plain_.shape(Side::B).rows, rank_);
   }
 
+  bool can_step(const at::Tensor& factor) const override { return is_packed(factor) || factor.is_contiguous(); }
+
   Pairs& plain() { return plain_; }
 
   /// Factors and gradients in one step. `gradients` keeps alive what the views point at.
@@ -62,9 +64,6 @@ class HostBatch : public engine::Batch {
       for (size_t i = 0; i < pairs_.size(); ++i) {
         const at::Tensor& factor = pairs_[i].factor(side);
         const bool packed = is_packed(factor);
-        TORCH_CHECK(packed || factor.is_contiguous(), labels_[i], ": factor ", name_of(side), " now has strides ",
-                    factor.strides(),
-                    ", expected a contiguous one as in the first step; give it set_data(x.contiguous())");
         at::Tensor gradient = gradients.of(factor);
         const bool is_plain =
             !gradient.defined() || (gradient.scalar_type() == at::kFloat && (gradient.is_contiguous() || packed));
@@ -204,10 +203,13 @@ class HostGroup final : public engine::BatchGroup {
 
   at::Device device() const override { return at::kCPU; }
 
-  std::unique_ptr<engine::Observation> observe(const LoraRiteOptions& options) override {
+  void check_options(const LoraRiteOptions& options) const override {
     TORCH_CHECK(!options.capturable(),
                 "LoraRite: capturable was switched on after the engine was chosen, expected before the first step or "
                 "`load`");
+  }
+
+  std::unique_ptr<engine::Observation> observe(const LoraRiteOptions& options) override {
     HostBatch::Inputs inputs = batch_.inputs();
     if (!inputs.any_gradient) return nullptr;
     auto found = batch_.plain().observe(inputs.views, batch_.state_view(), hyperparameters(options), torch_threads());

@@ -347,7 +347,7 @@ inline LaneMatrix orthogonal_factor(const Transposed& matrix) {
       v[static_cast<size_t>(k)] = head > 0 ? -tail / (head + norm) : head - norm;
       double length = 0;
       for (int64_t i = k; i < r; ++i) length += v[static_cast<size_t>(i)] * v[static_cast<size_t>(i)];
-      if (length == 0) continue;
+      if (length <= kernels::kVanishing) continue;
       const auto reflect = [&](auto element) {
         double inner = 0;
         for (int64_t i = k; i < r; ++i) inner += v[static_cast<size_t>(i)] * element(i);

@@ -30,6 +30,12 @@ typedef double Double8 __attribute__((vector_size(64)));
 typedef int64_t Mask4 __attribute__((vector_size(32)));
 #endif
 
+/// A sum of squares that counts as zero, for its reciprocal comes near the largest number: beside entries of 1 it is
+/// nothing, and what squares of floats add up to is 1e-90 or more.
+constexpr double kVanishing = 1e-280;
+/// Numbers below it have reciprocals that overflow.
+constexpr double kSmallest = 1e-307;
+
 inline int64_t padded_rank(int64_t rank) { return (rank + 3) / 4 * 4; }
 
 // --- Tall data -----------------------------------------------------------------------------------------------------
