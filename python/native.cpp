@@ -381,13 +381,22 @@ PYBIND11_MODULE(_native, module) {
       .def_readonly("escaped_mass", &FactorDiagnostics::escaped_mass)
       .def_readonly("effective_rank", &FactorDiagnostics::effective_rank)
       .def_readonly("update_rms", &FactorDiagnostics::update_rms)
-      .def_readonly("in_double", &FactorDiagnostics::in_double);
+      .def_readonly("in_double", &FactorDiagnostics::in_double)
+      .def("__repr__", [](const FactorDiagnostics& factor) {
+        return py::str("(condition {:.2g}, ‖Ḡ‖ {:.2g}, ρ {:.2g}, effective rank {:.1f}, update RMS {:.2g})")
+            .format(factor.condition_number, factor.unmagnified_gradient_norm, factor.escaped_mass,
+                    factor.effective_rank, factor.update_rms);
+      });
   py::class_<PairDiagnostics>(module, "PairDiagnostics", py::module_local())
       .def_readonly("name", &PairDiagnostics::name)
       .def_readonly("a", &PairDiagnostics::a)
       .def_readonly("b", &PairDiagnostics::b)
       .def_readonly("clip_factor", &PairDiagnostics::clip_factor)
-      .def_readonly("skipped_steps", &PairDiagnostics::skipped_steps);
+      .def_readonly("skipped_steps", &PairDiagnostics::skipped_steps)
+      .def("__repr__", [](const PairDiagnostics& pair) {
+        return py::str("'{}': a {}, b {}, clip factor {:.2g}, {} skipped steps")
+            .format(pair.name, pair.a, pair.b, pair.clip_factor, pair.skipped_steps);
+      });
   py::class_<LoadReport>(module, "LoadReport", py::module_local())
       .def_readonly("loaded", &LoadReport::loaded)
       .def_readonly("kept", &LoadReport::kept)

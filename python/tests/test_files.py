@@ -33,11 +33,24 @@ class Files(unittest.TestCase):
 
     def test_no_file_and_no_optimizer_are_refused(self):
         optimizer = LoraRite(toy.model())
-        with self.assertRaises((ValueError, RuntimeError)):
+        words = "cannot be read .*, expected a file of LoraRite.save"
+        with self.assertRaisesRegex(ValueError, words):
             optimizer.load(self.path)
         self.path.write_bytes(b"nothing")
-        with self.assertRaises((ValueError, RuntimeError)):
+        with self.assertRaisesRegex(ValueError, words):
             optimizer.load(self.path)
+        torch.save(optimizer.state_dict(), self.path)
+        with self.assertRaisesRegex(ValueError, words + r".*load_state_dict\(torch.load\(path\)\)"):
+            optimizer.load(self.path)
+
+    def test_pairs_of_groups_with_different_options_are_not_mixed(self):
+        net = toy.model()
+        one, two = (list(net[place].named_parameters(str(place))) for place in (0, 2))
+        LoraRite([{"params": one, "lr": 0.1}, {"params": two}], lr=1e-2).save(self.path)
+        together = LoraRite(one + two, lr=7.0)
+        with self.assertRaisesRegex(ValueError, r"pairs of group 0 are in groups \[0, 1\] of the state, whose options"):
+            together.load(self.path)
+        self.assertEqual(together.param_groups[0]["lr"], 7.0)
 
     @unittest.skipUnless(os.environ.get("LORA_RITE_EXCHANGE"), "LORA_RITE_EXCHANGE names no program (tests/python)")
     def test_files_of_cpp_load_here_and_files_of_here_load_in_cpp(self):

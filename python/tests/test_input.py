@@ -83,12 +83,30 @@ class Input(unittest.TestCase):
         toy.train(net, optimizer, 2)
         self.assertTrue(toy.moved(start, toy.trained(net)))
 
+    def test_a_group_that_is_refused_leaves_nothing(self):
+        net = toy.model()
+        optimizer = LoraRite(net[0], lr=1e-2)
+        group = {"params": nn.ModuleList([net[2], net[3]]), "lr": 1e-3}
+        for wrong, words in (({"others": {"lr": -3.0}}, "lr is -3"), ({"lr_ratio_b": 0.0}, "lr_ratio_b is 0")):
+            with self.assertRaisesRegex(ValueError, words):
+                optimizer.add_param_group({**group, **wrong})
+            self.assertEqual(len(optimizer.param_groups), 1)
+        optimizer.add_param_group(group)
+        start = toy.trained(net)
+        toy.train(net, optimizer, 2)
+        self.assertTrue(toy.moved(start, toy.trained(net)))
+        with self.assertRaisesRegex(ValueError, "1.weight' is in another group already"):
+            optimizer.add_param_group({"params": nn.ModuleList([toy.LoraLinear(4, 4, 2), net[3]])})
+        self.assertEqual(len(optimizer.param_groups), 3)
+
     def test_wrappers_of_a_model_change_no_name(self):
         net = toy.model()
         names = [pair.name for pair in find_factor_pairs(net)]
         self.assertEqual(names, ["0.default.weight", "2.default.weight"])
         self.assertEqual([pair.name for pair in find_factor_pairs(torch.compile(net))], names)
         self.assertEqual([pair.name for pair in find_factor_pairs(nn.DataParallel(net))], names)
+        self.assertEqual([pair.name for pair in find_factor_pairs(torch.compile(nn.DataParallel(net)))], names)
+        self.assertEqual([pair.name for pair in find_factor_pairs(nn.DataParallel(torch.compile(net)))], names)
 
     def test_experts_in_one_tensor_are_pairs_of_their_own(self):
         a, b = nn.Parameter(torch.randn(3 * 2, 8)), nn.Parameter(torch.randn(12, 2 * 3))

@@ -133,6 +133,23 @@ class Peft(unittest.TestCase):
         self.assertTrue(any("score" in name for name in names))
         self.assertFalse(any("lora_A" in name or "lora_B" in name for name in names))
 
+    def test_adapters_that_become_active_later_are_trained_whole(self):
+        def config():
+            return LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", use_dora=True)
+
+        model = get_peft_model(base(head="ForSequenceClassification", num_labels=3), config(), adapter_name="first")
+        model.add_adapter("second", config())
+        optimizer = LoraRite(model, lr=1e-2)
+        model.set_adapter("second")
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.assertTrue(any("magnitude" in name for name in before) and any("score" in name for name in before))
+        for _ in range(2):  # A's gradient is zero where B is
+            optimizer.zero_grad()
+            model(input_ids=torch.arange(12).view(3, 4), labels=torch.tensor([0, 1, 2])).loss.backward()
+            optimizer.step()
+        still = [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])]
+        self.assertEqual(still, [])
+
     def test_embeddings_and_convolutions_are_pairs(self):
         model = adapted(target_modules=["embed_tokens", "q_proj"])
         optimizer = LoraRite(model, lr=1e-2)

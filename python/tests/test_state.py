@@ -115,6 +115,39 @@ class State(unittest.TestCase):
         for tree, place in ((optimizer.state, "1"), (resumed.state, "0")):
             self.assertEqual(tree["1"][place]["mean"].shape, (4,))
 
+    def test_options_of_groups_follow_their_pairs_and_parameters(self):
+        rates = {"one": 1e-2, "two": 1e-3, "three": 0.0}
+
+        def make(order):
+            net = toy.model(order)
+            named = list(net.named_parameters())
+            groups = [{"params": [n for n in named if f".{name}." in n[0]], "lr": rates[name]} for name in order]
+            head = [{"params": [n for n in named if n[0] == f"3.{what}"], "lr": lr} for what, lr in heads[order[0]]]
+            return net, LoraRite(groups + head)
+
+        heads = {"one": [("weight", 0.1), ("bias", 0.2)], "three": [("bias", 0.2), ("weight", 0.1)]}
+        net, optimizer = make(("one", "two", "three"))
+        other, resumed = make(("three", "one", "two"))
+        toy.train(net, optimizer, 2)
+        for group in resumed.param_groups:
+            group["lr"] = 7.0
+        other.load_state_dict(net.state_dict())
+        resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+        self.assertEqual([group["lr"] for group in resumed.param_groups], [0.0, 1e-2, 1e-3, 0.2, 0.1])
+        toy.train(net, optimizer, 2, first=2)
+        toy.train(other, resumed, 2, first=2)
+        for name, p in other.named_parameters():  # sums over pairs are in another order
+            torch.testing.assert_close(p, dict(net.named_parameters())[name], rtol=1e-4, atol=1e-6)
+
+    def test_emptying_the_state_forgets_it(self):
+        net = toy.model()
+        optimizer = LoraRite(net, lr=1e-2)
+        toy.train(net, optimizer, 2)
+        optimizer.state = {}
+        self.assertIsNone(optimizer.state_of("0.default.weight"))
+        with self.assertRaisesRegex(AttributeError, "expected load_state_dict"):
+            optimizer.state = {"0": 1}
+
     def test_a_state_that_does_not_fit_is_refused_by_name_and_nothing_changes(self):
         net, other = toy.model(), toy.model(("default", "more"))
         optimizer = LoraRite(net, lr=1e-2)
@@ -203,6 +236,7 @@ class State(unittest.TestCase):
             optimizer.state_of("x")
         told = optimizer.diagnostics()[0]
         self.assertEqual(told.name, "0.default.weight")
+        self.assertRegex(repr(told), "^'0.default.weight': a .condition .*, 0 skipped steps$")
         factor = net[0].lora_A["default"].weight.detach()
         self.assertAlmostEqual(told.a.condition_number, torch.linalg.cond(factor).item(), places=4)
 

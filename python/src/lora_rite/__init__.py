@@ -86,10 +86,14 @@ def _named(parameters: nn.Module | Iterable[Named]) -> list[Named]:
     if isinstance(parameters, nn.Module):
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in parameters.modules()):
             raise ValueError(f"the module is sharded by FullyShardedDataParallel, expected of each factor {_WHOLE}")
-        if isinstance(parameters, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            parameters = parameters.module
+        while isinstance(inner := getattr(parameters, _inner_of.get(type(parameters).__name__, ""), None), nn.Module):
+            parameters = inner
     named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
     return [(name.replace("_orig_mod.", ""), tensor) for name, tensor in named]  # of torch.compile
+
+
+# Wrappers of a whole model, and where they keep it.
+_inner_of = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
 
 
 def _check_can_be_stepped(name: str, parameter: Tensor) -> None:
@@ -118,6 +122,8 @@ _OTHER_KINDS = {
     "shadow_up": "Shadow", "shira_": "SHiRA", "tinylora_": "TinyLoRA", "unilora_": "UniLoRA", "vblora_": "VB-LoRA",
     "vera_": "VeRA", "waveft_": "WaveFT",
 }  # fmt: skip
+# What else PEFT trains beside the factors of an adapter, and freezes where another adapter is the active one.
+_of_an_adapter = re.compile(r"(?:^|\.)(?:lora_|modules_to_save\.|trainable_tokens_)").search
 _of_other_kind = re.compile(rf"(?:^|\.)({'|'.join(_OTHER_KINDS)})[^.]*(?:\.[^.]*){{0,2}}$").search
 
 
@@ -150,7 +156,8 @@ def _contents(params: Params, adamw: bool) -> tuple[list[FactorPair], list[Named
     if not adamw:
         pairs += find_factor_pairs(named)
         known = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
-        named = list({id(p): (n, p) for n, p in named if p.requires_grad and id(p) not in known}.values())
+        others = {id(p): (n, p) for n, p in named if p.requires_grad or _of_an_adapter(n)}
+        named = [other for key, other in others.items() if key not in known]
         for name, _ in named:
             if found := _of_other_kind(name):
                 raise ValueError(
@@ -274,16 +281,25 @@ class LoraRite(torch.optim.Optimizer):
         if not pairs and not others:
             raise ValueError(f"group {len(self.param_groups)} has no trainable parameters, expected at least one")
         of_pairs = {**self.defaults, **options}
+        if not pairs:
+            of_adamw = {**options, **of_adamw}
+        like_pairs = {name: of_pairs[name] for name in ("lr", "weight_decay", "maximize")}
+        of_adamw = {**_native.adamw_options, **like_pairs, **self._others, **of_adamw}
+        if others and all(name for name, _ in others):
+            of_adamw["param_names"] = [name for name, _ in others]
+        tensors = [parameter for _, parameter in others]
+        if pairs and others:  # both or none
+            trial = _native.Optimizer(self._basis, self.defaults)
+            trial.add_pairs(pairs, of_pairs)
+            trial.add_parameters(tensors, of_adamw, of_adamw["maximize"])
+            here = {id(parameter) for params in self._params for parameter in params}
+            for name, parameter in others:
+                if id(parameter) in here:
+                    raise ValueError(f"parameter '{name}' is in another group already, expected each once")
         if pairs:
             self._add_group(pairs, [], of_pairs)
-        else:
-            of_adamw = {**options, **of_adamw}
         if others:
-            like_pairs = {name: of_pairs[name] for name in ("lr", "weight_decay", "maximize")}
-            of_adamw = {**_native.adamw_options, **like_pairs, **self._others, **of_adamw}
-            if all(name for name, _ in others):
-                of_adamw["param_names"] = [name for name, _ in others]
-            self._add_group([], [parameter for _, parameter in others], of_adamw)
+            self._add_group([], tensors, of_adamw)
 
     def _add_group(self, pairs: list[FactorPair], params: list[Tensor], options: dict[str, Any]) -> None:
         if pairs:
@@ -347,6 +363,8 @@ class LoraRite(torch.optim.Optimizer):
     def state(self, value: Any) -> None:  # the base class's constructor, which begins with an empty one
         if value:
             raise AttributeError("state cannot be set, expected load_state_dict")
+        if self.__dict__.get("_params"):  # emptied, as one resets other optimizers
+            self._native.reset_state(None)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"pairs": self._pairs, "basis": self._basis, "others": self._others, "tree": self.state}
@@ -372,7 +390,7 @@ class LoraRite(torch.optim.Optimizer):
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Takes over a file of `save`, or of C++'s torch::save. Pairs are found by name; errors as load_state_dict."""
-        self._load(_native.read_file(os.fspath(path)))
+        self._load(_read(path))
 
     def load_matching(
         self,
@@ -385,7 +403,7 @@ class LoraRite(torch.optim.Optimizer):
 
         `rename` gives the name here of a pair there, "" leaves it out. Raises ValueError if no pair is in both.
         """
-        tree = source["state"] if isinstance(source, Mapping) else _native.read_file(os.fspath(source))
+        tree = source["state"] if isinstance(source, Mapping) else _read(source)
         _check_is_tree(tree)
         self._push()
         return self._native.load_matching(tree, rename, other_parameters)
@@ -393,41 +411,72 @@ class LoraRite(torch.optim.Optimizer):
     def _load(self, tree: dict[str, Any], groups: list[dict[str, Any]] | None = None) -> None:
         """Takes over a tree, and of param groups with it all but the parameters."""
         _check_is_tree(tree)
-        tree = self._in_own_order(tree, [group.get("param_names") for group in groups or ()])
-        for index, group in enumerate(groups or ()):
+        groups = groups or []
+        names_there = [group.get("param_names") for group in groups]
+        sources = self._sources(tree, names_there)
+        tree = self._in_own_order(tree, sources, names_there)
+        there = [groups[source] if source < len(groups) else {} for source in sources]
+        for index, group in enumerate(there):
             saved = tree.get(str(index), {})
             options = {name: type(v)(group.get(name, v)) for name, v in saved.get("options", {}).items()}
-            tree[str(index)] = {**saved, "options": options}
+            if saved:
+                tree[str(index)] = {**saved, "options": options}
         self._load_tree(tree)
         for index, group in enumerate(self.param_groups):
             own: dict[str, Any] = {name: group[name] for name in ("params", "adamw", "param_names") if name in group}
-            group.update({**(groups[index] if groups else {}), **self._native.options_of(index), **own})
+            group.update({**there[index], **self._native.options_of(index), **own})
 
     def _load_tree(self, tree: dict[str, Any]) -> None:
         self._native.load_tree(tree)
-        if not any(entry.get("stepped") for _, entry in _entries(tree)):
+        if not any(entry.get("stepped") for _, entry, _ in _entries(tree)):
             self._native.reset_state()  # so that the module may still be moved and converted, as before the first step
 
-    def _in_own_order(self, tree: dict[str, Any], names_there: list[list[str] | None]) -> dict[str, Any]:
-        """The tree with pairs and named parameters in the places that they have here."""
-        tree, entries = dict(tree), _entries(tree)
+    def _sources(self, tree: dict[str, Any], names_there: list[list[str] | None]) -> list[int]:
+        """For each group the one of the state whose options it takes: its pairs', or that of the same parameters.
+
+        Raises ValueError if pairs of one group come from groups whose options differ.
+        """
+        groups_of: dict[str, set[int]] = {}
+        for name, _, index in _entries(tree):
+            groups_of.setdefault(name, set()).add(index)
+        sources = []
+        for index, group in enumerate(self.param_groups):
+            of_each = [groups_of.get(name, set()) for name in self._native.pair_names(index)]
+            found = set.intersection(*of_each) if of_each else set()  # that have all of the pairs
+            if not of_each and (own := group.get("param_names")):
+                found = {i for i, there in enumerate(names_there) if there and sorted(there) == sorted(own)}
+            some = sorted(set().union(*of_each))
+            options = [tree[str(source)].get("options") for source in some]
+            if not found and any(other != options[0] for other in options[1:]):
+                raise ValueError(
+                    f"pairs of group {index} are in groups {some} of the state, whose options differ, expected them in "
+                    "one; load_matching takes pairs without options"
+                )
+            sources.append(index if index in found else min(found or some or [index]))
+        return sources
+
+    def _in_own_order(
+        self, tree: dict[str, Any], sources: list[int], names_there: list[list[str] | None]
+    ) -> dict[str, Any]:
+        """The tree with groups, pairs and named parameters in the places that they have here."""
+        there, tree, entries = tree, dict(tree), _entries(tree)
         own = [self._native.pair_names(index) for index in range(len(self._params))]
         if entries:
-            _check_same("pairs", [name for name, _ in entries], [name for names in own for name in names])
-        by_name: dict[str, list[Any]] = {name: [] for name, _ in entries}
-        for name, entry in entries:
+            _check_same("pairs", [name for name, _, _ in entries], [name for names in own for name in names])
+        by_name: dict[str, list[Any]] = {name: [] for name, _, _ in entries}
+        for name, entry, _ in entries:
             by_name[name].append(entry)
-        for index, names in enumerate(own):
-            group = dict(tree.get(str(index), {}))
+        for index, (names, source) in enumerate(zip(own, sources)):
+            group = dict(there.get(str(source), {}))
             entries_here: list[Any] = []
             if names and entries and group.get("kind") == "factor pairs":
                 entries_here = [by_name[name].pop(0) for name in names]
                 group["size"] = 2 * len(names)
-            elif not names and index < len(names_there):
-                here, there = self.param_groups[index].get("param_names"), names_there[index]
-                if here and there and group:
-                    _check_same(f"parameters of group {index}", there, here)
-                    entries_here = [group.get(str(there.index(name))) for name in here]
+            elif not names and source < len(names_there):
+                here, saved = self.param_groups[index].get("param_names"), names_there[source]
+                if here and saved and group:
+                    _check_same(f"parameters of group {index}", saved, here)
+                    entries_here = [group.get(str(saved.index(name))) for name in here]
             if entries_here:
                 group = {name: value for name, value in group.items() if not name.isdigit()}
                 group.update({str(place): entry for place, entry in enumerate(entries_here) if entry is not None})
@@ -493,14 +542,25 @@ def _checked(others: Mapping[str, Any]) -> dict[str, Any]:
     return dict(others)
 
 
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tree in a file of `save`. Raises ValueError, with the file's name, for what is none."""
+    try:
+        return _native.read_file(os.fspath(path))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"'{os.fspath(path)}' cannot be read ({str(error).splitlines()[0]}), expected a file of LoraRite.save or "
+            "of C++'s torch::save; what torch.save wrote is for load_state_dict(torch.load(path))"
+        ) from error
+
+
 def _check_is_tree(state: Mapping[Any, Any]) -> None:
     """Raises ValueError for a state by parameter."""
     if not all(isinstance(key, str) for key in state):
         raise ValueError("the state is that of another optimizer, expected one of LoraRite")
 
 
-def _entries(tree: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Names and entries of the pairs in a tree; a pair without a name is called by its place, as in C++."""
+def _entries(tree: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], int]]:
+    """Names, entries and groups of the pairs in a tree; one without a name is called by its place, as in C++."""
     entries = []
     for index in range(len(tree)):
         group = tree.get(str(index))
@@ -509,7 +569,7 @@ def _entries(tree: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for place in range(len(group)):
             entry = group.get(str(place))
             if isinstance(entry, Mapping):
-                entries.append((entry.get("name") or f"pair {place} of group {index}", dict(entry)))
+                entries.append((entry.get("name") or f"pair {place} of group {index}", dict(entry), index))
     return entries
 
 
