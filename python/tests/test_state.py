@@ -139,6 +139,18 @@ class State(unittest.TestCase):
         for name, p in other.named_parameters():  # sums over pairs are in another order
             torch.testing.assert_close(p, dict(net.named_parameters())[name], rtol=1e-4, atol=1e-6)
 
+    def test_a_state_without_its_momentum_is_refused(self):
+        net = toy.model()
+        optimizer = LoraRite(net, lr=1e-2)
+        toy.train(net, optimizer, 2)
+        for broken in (None, "x", {}):
+            state = through_a_file(optimizer.state_dict())
+            state["state"]["0"]["1"]["momentum_b"] = broken
+            if broken is None:
+                del state["state"]["0"]["1"]["momentum_b"]
+            with self.assertRaisesRegex(ValueError, "'2.default.weight'.* no entry 'momentum_b'"):
+                LoraRite(toy.model(), lr=1e-2).load_state_dict(state)
+
     def test_emptying_the_state_forgets_it(self):
         net = toy.model()
         optimizer = LoraRite(net, lr=1e-2)
