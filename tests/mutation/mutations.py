@@ -148,6 +148,7 @@ MUTATIONS = [
     ("engine/host/lane_algebra.hpp", "x[lane] -= «lower.at(i, k, lane)» * right(k, lane);", "lower.at(k, i, lane)", ""),
     # --- The kernels of Engine::Cuda: a barrier less ----------------------------------------------------------------
     ("engine/host/kernels/eigen.inc", "const Flag reflect = «all(kVanishing)» < tail;", "zero", ""),
+    ("engine/pair_state.hpp", "TORCH_CHECK(«state.momentum[side].defined() ||» steps", "true ||", ""),
     ("engine/host/lane_algebra.hpp", "if («length <= kernels::kVanishing») continue;", "length == 0", ""),
     ("engine/cuda/kernels.hpp", "const double n = «of_n[i * T::kStride + k]»;",
      "static_cast<double>(factor.momentum[factor.offset(first + i, k, rank)])", ""),

@@ -299,6 +299,29 @@ TEST(Serialization, SaysOfAMissingEntryThatItIsMissing) {
   }
 }
 
+TEST(Serialization, APairThatHasSteppedHasItsMomentum) {
+  for (const auto& [steps, words] :
+       {std::pair{3.0, "pair 'q' has no entry 'momentum_b', expected one after the first step"},
+        std::pair{-1.0, "pair 'q': factor b has -1 steps, expected 0 or more"}, std::pair{0.0, ""}}) {
+    torch::serialize::OutputArchive out;
+    const torch::Tensor scalars = torch::zeros({4, 2, 1, 1, 1}, torch::kDouble);
+    scalars[0][1].fill_(steps);
+    out.write("scalars", scalars, /*is_buffer=*/true);
+    for (const char* name : {"second_moment", "inverse_root", "column_sums"})
+      out.write(name, torch::zeros({2, name[0] == 'c' ? 2 : 1, name[0] == 'c' ? 1 : 2, 2}, torch::kDouble), true);
+    std::stringstream stream;
+    out.save_to(stream);
+    torch::serialize::InputArchive in;
+    in.load_from(stream);
+    const PerSide<std::vector<int64_t>> shapes = {{2, 5}, {4, 2}};
+    const auto load = [&] { PairState::load(in, "pair 'q'", shapes, 2, torch::kFloat, torch::kCPU); };
+    if (steps == 0)
+      EXPECT_NO_THROW(load());
+    else
+      EXPECT_TRUE(mentions(error_of(load), words));
+  }
+}
+
 TEST(Serialization, NamesAnOptionOfAnotherType) {
   for (const auto& [name, value, words] :
        {std::tuple{"lr", c10::IValue("fast"), "the saved option lr is fast, expected a double"},
