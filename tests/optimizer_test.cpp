@@ -267,6 +267,8 @@ TEST(LoraRite, NamesAGroupThatWasAddedPastIt) {
   base.add_param_group(torch::optim::OptimizerParamGroup({torch::zeros({2}).requires_grad_()}));
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "has 2 param groups, expected 1"));
   EXPECT_TRUE(mentions(error_of([&] { saved_bytes(optimizer); }), "add_param_group is not virtual"));
+  optimizer.param_groups().clear();
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "has 0 param groups, expected 1: one was taken out"));
 }
 
 TEST(LoraRite, NamesAFactorThatChangedItsDtypeAfterTheFirstStep) {
