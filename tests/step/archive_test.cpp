@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <lora_rite/engine/pair_state.hpp>
 
 #include "support/pairs.hpp"
 
