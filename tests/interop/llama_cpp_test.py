@@ -6,7 +6,7 @@ we wrote.
 
 CHECKOUT is a checkout of llama.cpp, or the folder vendor/llama.cpp in the source package of llama-cpp-python; without
 it the test is skipped. C++ gives a tiny random Llama or Gemma an adapter and writes it; the script converts that by
-the command that docs/finetune.md has; each layer's ΔW = alpha / rank · B A, as llama.cpp computes it, is PEFT's.
+the command that docs/merge.md has; each layer's ΔW = alpha / rank · B A, as llama.cpp computes it, is PEFT's.
 """
 
 import json
@@ -110,7 +110,7 @@ def main(program: str) -> int:
             base.mkdir()
             (base / "config.json").write_bytes((folder / "model/config.json").read_bytes())
             given = folder / "made"
-            if theirs.get("use_rslora"):  # the script knows lora_alpha alone: docs/finetune.md says what to write there
+            if theirs.get("use_rslora"):  # the script knows lora_alpha alone: docs/merge.md says what to write there
                 given = shutil.copytree(given, folder / "given")
                 config = json.loads((given / "adapter_config.json").read_text())
                 config |= dict(use_rslora=False, lora_alpha=config["lora_alpha"] * config["r"] ** 0.5)

@@ -306,7 +306,7 @@ void add_merge_command(CLI::App& app, std::function<int()>& action) {
       "Biases, modules that were trained whole (modules_to_save) and a classifier's head replace the base's, and have\n"
       "no sum or share: such an adapter is merged without a weight. If an adapter changes\n"
       "embedding or output of a decoder that has one matrix for both, both are written, and config.json says so\n"
-      "(of Llama, Gemma, Mistral, Qwen, Phi, OLMo and others of their layout; docs/finetune.md).\n"
+      "(of Llama, Gemma, Mistral, Qwen, Phi, OLMo and others of their layout; docs/merge.md).\n"
       "Any model works whose tensors are called as transformers calls them, also such that cannot be trained here.\n"
       "\n"
       "An adapter that is in the weights already is refused: the files remember what was merged into them. So is one\n"

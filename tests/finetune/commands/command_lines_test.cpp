@@ -1,4 +1,4 @@
-// The command lines that docs/finetune.md and the --help texts show are such as the program takes.
+// The command lines that docs/finetune.md, docs/merge.md and the --help texts show are such as the program takes.
 
 #include <fstream>
 
@@ -45,15 +45,17 @@ void expect_taken(const std::vector<std::string>& words) {
 }
 
 TEST(CommandLines, OfTheDocumentationAreTaken) {
-  std::ifstream file(std::filesystem::path(LORA_RITE_TEST_DATA_DIR).parent_path() / "docs/finetune.md");
-  ASSERT_TRUE(file.is_open());
   std::string blocks;  // what stands between ```sh and ```
-  bool is_shown = false;
-  for (std::string line; std::getline(file, line);) {
-    if (line.rfind("```", 0) == 0) {
-      is_shown = line == "```sh";
-    } else if (is_shown) {
-      blocks += line + "\n";
+  for (const char* page : {"docs/finetune.md", "docs/merge.md"}) {
+    std::ifstream file(std::filesystem::path(LORA_RITE_TEST_DATA_DIR).parent_path() / page);
+    ASSERT_TRUE(file.is_open()) << page;
+    bool is_shown = false;
+    for (std::string line; std::getline(file, line);) {
+      if (line.rfind("```", 0) == 0) {
+        is_shown = line == "```sh";
+      } else if (is_shown) {
+        blocks += line + "\n";
+      }
     }
   }
   const auto lines = lines_in(blocks);

@@ -1,4 +1,4 @@
-// What docs/finetune.md and the --help text promise of inspect, and no other test holds.
+// What docs/merge.md and the --help text promise of inspect, and no other test holds.
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// What docs/finetune.md and the --help text promise of merge, and no other test holds.
+// What docs/merge.md and the --help text promise of merge, and no other test holds.
 
 #include "commands/merge.hpp"
 
@@ -316,7 +316,7 @@ TEST(MergePromises, OnlyNamedEndingsAreWeightsAndWhatIsLeftOutIsSaid) {
     return log.str();
   };
   EXPECT_EQ(log_of("bare").find("left out"), std::string::npos) << "nothing was";
-  // In the order of their names; docs/finetune.md lists the endings.
+  // In the order of their names; docs/merge.md lists the endings.
   std::string left_out;
   for (const char* name :
        {"a.bin", "a.ckpt", "a.gguf", "a.h5", "a.msgpack", "a.nemo", "a.npz", "a.onnx", "a.onnx_data", "a.ot", "a.pt",

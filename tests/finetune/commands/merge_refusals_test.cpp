@@ -1,4 +1,4 @@
-// The table of docs/finetune.md that says what merge refuses, as far as no other test holds it.
+// The table of docs/merge.md that says what merge refuses, as far as no other test holds it.
 
 #include "commands/merge.hpp"
 
