@@ -50,9 +50,9 @@ class CudaBatch final : public device::DeviceBatch {
   bool add_pointers(std::vector<Pointers>& all, std::vector<at::Tensor>& kept) const {
     lora_rite::detail::Gradients gradients;
     bool any = false;
-    for (size_t i = 0; i < pairs_.size(); ++i) {
+    for (const FactorPair& pair : pairs_) {
       for (const Side side : kSides) {
-        const at::Tensor& factor = pairs_[i].factor(side);
+        const at::Tensor& factor = pair.factor(side);
         at::Tensor gradient = gradients.of(factor);
         Pointers at = {factor.mutable_data_ptr(), nullptr};
         if (gradient.defined()) {
