@@ -92,7 +92,7 @@ def load(folder: pathlib.Path) -> dict[tuple, dict[str, Entry]]:
         if run["contender"] in CONTENDERS and run["task"] in TASKS:
             groups[run["task"], run["rank"], run["start"]][run["contender"]].append(run)
     order = {name: index for index, name in enumerate(TASKS)}
-    cells = sorted(groups, key=lambda cell: (order[cell[0]], cell[2] == "lopsided", cell[1] != 16, cell[1]))
+    cells = sorted(groups, key=lambda cell: (order[cell[0]], cell[2] == "lopsided", cell[1] != MIDDLE_RANK, cell[1]))
     return {
         cell: {name: Entry(cell[0], groups[cell][name]) for name in CONTENDERS if name in groups[cell]}
         for cell in cells

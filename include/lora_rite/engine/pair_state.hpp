@@ -169,13 +169,13 @@ struct PairState {
     for (const Side side : kSides) {
       std::vector<int64_t> shape = sizes[side];
       shape.insert(shape.begin(), 1);
-      const at::Tensor steps = scalars[0][side == Side::A ? 0 : 1];
-      TORCH_CHECK((steps >= 0).all().item<bool>(), "load: ", label, ": factor ", name_of(side), " has ",
-                  steps.item<double>(), " steps, expected 0 or more");
+      const double steps = scalars[0][index_of(side)].item<double>();
+      TORCH_CHECK(steps >= 0, "load: ", label, ": factor ", name_of(side), " has ", steps,
+                  " steps, expected 0 or more");
       const std::string momentum = key("momentum", side);
       state.momentum[side] = read(momentum, shape, wide_dtype, false);
-      TORCH_CHECK(state.momentum[side].defined() || steps.item<double>() == 0, "load: ", label, " has no entry '",
-                  momentum, "', expected one after the first step");
+      TORCH_CHECK(state.momentum[side].defined() || steps == 0, "load: ", label, " has no entry '", momentum,
+                  "', expected one after the first step");
       state.row_moments[side] =
           read(key("rows", side), {1, c10::multiply_integers(sizes[side]) / rank}, wide_dtype, false);
       state.master[side] = read(key("master", side), shape, wide_dtype, false);
