@@ -48,6 +48,12 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def filled(rows: list[list[str]]) -> list[list[str]]:
+    """The table without the columns that have nothing below their heading."""
+    columns = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    return [[row[column] for column in columns] for row in rows]
+
+
 def shape_of(case: str) -> tuple[int, ...]:
     return tuple(map(int, case.split("x")))
 
@@ -74,54 +80,29 @@ def milliseconds(microseconds: float) -> str:
     return f"{microseconds / 1e3:.3g}"
 
 
-def passes_limit(limits: list[dict], threads: int, rank: int, parameters: int) -> float:
-    """Microseconds that the passes over the rows take at the machine's limits, nothing else counted."""
-    passes = [
-        max(r["memory_limit"], r["arithmetic_limit"])
-        for r in limits
-        if r["threads"] == threads and r["rank"] == rank and r["factor"] == "A"
-    ]
-    return 1e-3 * parameters * sum(passes)
-
-
-def targets(times: Times, suite: str, peers: list[dict], limits: list[dict]) -> str:
-    rows = [
-        [
-            "pairs × (in, out) × r",
-            "LoRA-RITE ms",
-            "AdamW ms",
-            "fused AdamW ms",
-            "÷ AdamW",
-            "target",
-            "passes at the limit ÷ AdamW",
-            "÷ Adam",
-            "÷ fused",
-            "pytorch_optimizer.LoRARite ms",
-            "times faster",
-        ]
-    ]
-    for case in times.cases(suite):
-        run = times.of(suite, case)
-        rite = run["rite"]["median_us"]
-        peer = [p["median_us"] for p in peers if p["case"] == case and p["contender"].endswith("LoRARite")]
-        target = run["rite"]["target"] if suite == "targets" else 0
-        limit = passes_limit(limits, run["rite"]["threads"], shape_of(case)[3], run["rite"]["parameters"])
+def targets(times: Times, peers: list[dict]) -> str:
+    peer_name = "pytorch_optimizer.LoRARite"
+    header = ["LoRA-RITE ms", "AdamW ms", "fused AdamW ms", "÷ AdamW", "÷ fused", f"{peer_name} ms", "times faster"]
+    rows = [["pairs × (in, out) × r", *header, "one thread: ms", "÷ AdamW", "÷ fused"]]
+    for case in times.cases("targets"):
+        two, one = times.of("targets", case), times.of("one-thread", case)
+        of = {name: result["median_us"] for name, result in two.items()}
+        alone = {name: result["median_us"] for name, result in one.items()}
+        peer = [p["median_us"] for p in peers if p["case"] == case and p["contender"] == peer_name]
         rows.append(
             [
                 words(case),
-                milliseconds(rite),
-                milliseconds(run["adamw"]["median_us"]),
-                milliseconds(run["fused_adamw"]["median_us"]),
-                f"{rite / run['adamw']['median_us']:.2f}",
-                f"{target:g}" if target else "",
-                f"{limit / run['adamw']['median_us']:.2f}",
-                f"{rite / run['adam']['median_us']:.2f}",
-                f"{rite / run['fused_adamw']['median_us']:.1f}",
+                *(milliseconds(of[name]) for name in ("rite", "adamw", "fused_adamw")),
+                f"{of['rite'] / of['adamw']:.2f}",
+                f"{of['rite'] / of['fused_adamw']:.1f}",
                 milliseconds(statistics.mean(peer)) if peer else "",
-                f"{statistics.mean(peer) / rite:.0f}" if peer else "",
+                f"{statistics.mean(peer) / of['rite']:.0f}" if peer else "",
+                milliseconds(alone["rite"]),
+                f"{alone['rite'] / alone['adamw']:.2f}",
+                f"{alone['rite'] / alone['fused_adamw']:.1f}",
             ]
         )
-    return markdown(rows)
+    return markdown(filled(rows))
 
 
 def in_python(times: Times, suite: str, peers: list[dict]) -> str:
@@ -160,34 +141,15 @@ def in_python(times: Times, suite: str, peers: list[dict]) -> str:
     return markdown(rows)
 
 
-def scaling(times: Times, suite: str, variable: str) -> str:
-    rows = [
-        [
-            variable,
-            "factors' elements",
-            "LoRA-RITE ms",
-            "ns an element",
-            "AdamW ms",
-            "ns an element",
-            "operator calls a step",
-            "AdamW's",
-        ]
-    ]
+def scaling(times: Times, suite: str, variable: str, index: int) -> str:
+    """Cases that differ in one number of their shape, the one at `index`."""
+    rows = [[variable, "LoRA-RITE ms", "ns an element", "AdamW ms", "ns an element"]]
     for case in times.cases(suite):
         run = times.of(suite, case)
-        rite, adamw = run["rite"], run["adamw"]
-        rows.append(
-            [
-                words(case),
-                f"{rite['parameters']:,}",
-                milliseconds(rite["median_us"]),
-                f"{1e3 * rite['median_us'] / rite['parameters']:.1f}",
-                milliseconds(adamw["median_us"]),
-                f"{1e3 * adamw['median_us'] / adamw['parameters']:.1f}",
-                str(rite["operator_calls"]),
-                str(adamw["operator_calls"]),
-            ]
-        )
+        row = [f"{shape_of(case)[index]:,}"]
+        for result in (run["rite"], run["adamw"]):
+            row += [milliseconds(result["median_us"]), f"{1e3 * result['median_us'] / result['parameters']:.1f}"]
+        rows.append(row)
     return markdown(rows)
 
 
@@ -266,32 +228,16 @@ def memory_of_others(results: list[dict]) -> str:
 
 
 def roofline(results: list[dict]) -> str:
-    rows = [
-        [
-            "threads",
-            "rank",
-            "factor",
-            "pass",
-            "ns an element",
-            "memory's limit",
-            "arithmetic's limit",
-            "times the limit",
-        ]
-    ]
-    for r in results:
-        limit = max(r["memory_limit"], r["arithmetic_limit"])
-        rows.append(
-            [
-                str(r["threads"]),
-                str(r["rank"]),
-                r["factor"],
-                r["pass"],
-                f"{r['nanoseconds']:.2f}",
-                f"{r['memory_limit']:.2f}",
-                f"{r['arithmetic_limit']:.2f}",
-                f"{r['nanoseconds'] / limit:.1f}",
-            ]
-        )
+    """A row a rank, a column for each pass over a factor: its time ÷ what the machine allows."""
+    passes = list(dict.fromkeys((r["threads"], r["pass"], r["factor"]) for r in results))
+    rows = [["rank", *(f"{act} of {factor}, {threads}" for threads, act, factor in passes)]]
+    for rank in dict.fromkeys(r["rank"] for r in results):
+        times = {
+            (r["threads"], r["pass"], r["factor"]): r["nanoseconds"] / max(r["memory_limit"], r["arithmetic_limit"])
+            for r in results
+            if r["rank"] == rank
+        }
+        rows.append([str(rank), *(f"{times[each]:.1f}" for each in passes)])
     return markdown(rows)
 
 
@@ -409,7 +355,6 @@ def main() -> None:
     folder = sys.argv[1]
     times = Times(load(folder, "step_time.json"))
     peers = load(folder, "peers-before.json") + load(folder, "peers-after.json")
-    limits = load(folder, "roofline.json")
     draw_targets(times, os.path.join(folder, "targets.png"))
     draw_scaling(times, os.path.join(folder, "scaling.png"))
     of_memory = load(folder, "memory.json")
@@ -420,22 +365,15 @@ def main() -> None:
         "process; `-O2` without `-march`. Peers in Python ran before and after, means of both.",
         "![Ratios to AdamW](targets.png)",
         "![Time of an element](scaling.png)",
-        folded(
-            "A step, two threads",
-            "The passes at the limit: what the passes over the rows would cost if they ran at the "
-            "rate of the library's own double matrix product, or at the memory's bandwidth, and the r×r part were free "
-            "(last table).",
-            targets(times, "targets", peers, limits),
-        ),
+        folded("A step", "Two threads, and one in the last columns.", targets(times, peers)),
     ]
     python = in_python(times, "targets", peers)
     if python:
         text.append(folded("In Python, two threads", python))
     text += [
-        folded("One thread", targets(times, "one-thread", [], limits)),
-        folded("Ranks", scaling(times, "ranks", "pairs × (in, out) × r")),
-        folded("Number of pairs", scaling(times, "pairs", "pairs × (in, out) × r")),
-        folded("Width", scaling(times, "width", "pairs × (in, out) × r")),
+        folded("Ranks", "32 pairs of 1024 × 1024.", scaling(times, "ranks", "rank", 3)),
+        folded("Number of pairs", "256 × 256, r = 8.", scaling(times, "pairs", "pairs", 0)),
+        folded("Width", "8 pairs, in = out, r = 16.", scaling(times, "width", "in = out", 1)),
         folded("Variants, 24 × (1024, 1024) × 16", variants(times)),
         folded(
             "Other optimizers, 24 × (1024, 1024) × 16",
@@ -445,9 +383,10 @@ def main() -> None:
         folded("Memory", memory(of_memory), memory_of_others(of_memory)),
         folded(
             "How far from the machine's limits",
-            "Limits: the bytes at the measured bandwidth, the operations at the rate "
-            "of the library's own matrix product.",
-            roofline(limits),
+            "The time of a pass over a factor with one and two threads ÷ what the machine allows: the bytes at the "
+            "measured bandwidth, or the operations at the rate of the library's own double matrix product, whichever "
+            "takes longer. Less than 1 comes from sums in float.",
+            roofline(load(folder, "roofline.json")),
         ),
         folded(
             "Compile time",
