@@ -18,10 +18,11 @@ namespace {
 torch::Tensor wide(const torch::Tensor& tensor) { return tensor.detach().to(torch::kDouble); }
 
 /// From B = 0, where the first step moves B alone, by a gradient of rank k: the share of the step outside of the
-/// gradient's column space.
-double share_outside(torch::ScalarType dtype, int64_t rank, int64_t k, const LoraRiteOptions& options) {
+/// gradient's column space. `later`: of a second step, by the gradient times 1e-6, beside which V is large.
+double share_outside(torch::ScalarType dtype, int64_t rank, int64_t k, const LoraRiteOptions& options,
+                     int64_t out = 192, bool later = false) {
   torch::manual_seed(81);
-  const int64_t in = 256, out = 192;
+  const int64_t in = 256;
   const torch::Tensor a = torch::randn({rank, in}, torch::kDouble).to(dtype).requires_grad_();
   const torch::Tensor b = torch::zeros({out, rank}, dtype).requires_grad_();
   const torch::Tensor left = torch::randn({out, k}, torch::kDouble), right = torch::randn({k, in}, torch::kDouble);
@@ -29,7 +30,13 @@ double share_outside(torch::ScalarType dtype, int64_t rank, int64_t k, const Lor
   torch::Tensor(b).mutable_grad() = left.matmul(right).matmul(wide(a).t()).to(dtype);
   LoraRite<> optimizer({FactorPair{"pair", a, b}}, options);
   optimizer.step();
-  const torch::Tensor basis = std::get<0>(torch::linalg_qr(left)), step = wide(b);
+  torch::Tensor start = torch::zeros_like(wide(b));
+  if (later) {
+    start = wide(b).clone();
+    torch::Tensor(b).mutable_grad().mul_(1e-6);
+    optimizer.step();
+  }
+  const torch::Tensor basis = std::get<0>(torch::linalg_qr(left)), step = wide(b) - start;
   EXPECT_GT(step.norm().item<double>(), 0.1 * options.lr() * std::sqrt(static_cast<double>(k)));
   return ((step - basis.matmul(basis.t().matmul(step))).norm() / step.norm()).item<double>();
 }
@@ -46,6 +53,18 @@ TEST(RoundOff, OfALowRankGradientMovesNothing) {
         for (const int64_t k : {int64_t{1}, int64_t{2}, rank - 1})
           EXPECT_LT(share_outside(dtype, rank, k, LoraRiteOptions(1e-2).engine(engine)), 2 * stored)
               << dtype << ", rank " << rank << ", gradient of rank " << k;
+}
+
+/// Sums over many rows leave more in double than rounding left in the gradient, and so does a gradient that was far
+/// larger before.
+TEST(RoundOff, OfALowRankGradientMovesNothingWithManyRowsAndAfterALargeGradient) {
+  for (const Engine engine : {Engine::Automatic, Engine::Device})
+    for (const int64_t rank : {4, 16})
+      for (const int64_t k : {int64_t{1}, int64_t{2}, rank - 1})
+        for (const int64_t out : {192, 16384, 65536})
+          for (const bool later : {false, true})
+            EXPECT_LT(share_outside(torch::kFloat, rank, k, LoraRiteOptions(1e-2).engine(engine), out, later), 4e-7)
+                << "rank " << rank << ", gradient of rank " << k << ", out = " << out << ", later " << later;
 }
 
 /// Without eigenvectors noise is damped, not taken out: some hundredths at r = 64.

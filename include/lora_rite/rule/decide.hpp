@@ -17,8 +17,7 @@ namespace lora_rite::rule {
 /// Eigenvalues of a factor's Gram matrix up to this share of the largest are round-off: (unit round-off of the factors'
 /// dtype)², and no less than what summing and the eigensolver leave in double.
 LORA_RITE_FUNCTION inline double relative_cutoff(double dtype_epsilon, int64_t rank) {
-  const double solver = 16.0 * static_cast<double>(rank) * std::numeric_limits<double>::epsilon();
-  return std::max(0.25 * dtype_epsilon * dtype_epsilon, solver);
+  return std::max(0.25 * dtype_epsilon * dtype_epsilon, solver_round_off(rank));
 }
 
 /// Every step rounds a factor Y and its momentum anew, at random, each column by a share of itself. After t steps an
@@ -107,7 +106,7 @@ LORA_RITE_FUNCTION Decision<Matrix> decide(const Moments<Matrix>& old, const Unm
   const bool coarse = is_coarse(gradient_epsilon);
   Scalar<Matrix> scale{};
   if (coarse) scale = clip_factor * clip_factor * (gradient_epsilon * gradient_epsilon) / rows;
-  const RoundOff<Matrix> round_off = {now.magnified_gram, now.inverse_root, scale};
+  const RoundOff<Matrix> round_off = {now.magnified_gram, now.inverse_root, scale, rows};
   Matrix adaptive = roots.preconditioner(second_moment, escaped_mass, coarse ? &round_off : nullptr, numbers);
   Matrix row_map;
   if (numbers.row_equilibration) row_map = matmul(now.inverse_root, adaptive) * clip_factor;

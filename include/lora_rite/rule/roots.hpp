@@ -14,6 +14,11 @@ LORA_RITE_FUNCTION inline bool is_coarse(double dtype_epsilon) {
   return dtype_epsilon > std::numeric_limits<double>::epsilon();
 }
 
+/// What the eigensolver leaves in double, as a share of a matrix's largest eigenvalue.
+LORA_RITE_FUNCTION inline double solver_round_off(int64_t rank) {
+  return 16.0 * static_cast<double>(rank) * std::numeric_limits<double>::epsilon();
+}
+
 /// What rounding left in Ḡ = G R⁺: E = scale^{1/2} diag(GᵀG)^{1/2} R⁺. Rounding changes each number of G by a share
 /// below ε / 2, at random, and so direction v of ḠᵀḠ by no more than some 0.05 ‖E v‖² on average, with ε² for a scale.
 /// Where Y is ill-conditioned R⁺ makes it large. ε is the gradients' dtype's.
@@ -22,9 +27,15 @@ struct RoundOff {
   const Matrix& gradient_gram;  ///< GᵀG
   const Matrix& inverse_root;   ///< R⁺
   Scalar<Matrix> scale;
+  Scalar<Matrix> rows;  ///< n, of G
 
   /// E without its scale.
   LORA_RITE_FUNCTION Matrix unscaled() const { return scale_rows_by_norms(gradient_gram, inverse_root); }
+
+  /// What doubles leave of V: sums over n rows, and the eigensolver, as a share of V's largest eigenvalue.
+  LORA_RITE_FUNCTION Scalar<Matrix> of_doubles() const {
+    return sqrt(rows) * (2 * std::numeric_limits<double>::epsilon()) + solver_round_off(rank_of(inverse_root));
+  }
 };
 
 /// w = (tr V / r + ρ)^{1/2} + ε
@@ -57,8 +68,9 @@ struct Eigenvalues {
   /// direction blows up. `round_off` is null where rounding does not matter. (A pointer, for std::optional checks
   /// itself by a function that a GPU does not have.)
   ///
-  /// A faint direction is an eigenvector v of V with an eigenvalue λ near ‖E v‖². It tells less of the gradient than of
-  /// how it was rounded. Its share of H is (1 − ‖E v‖² / λ)⁺: it rests where there is nothing but round-off.
+  /// A faint direction is an eigenvector v of V with an eigenvalue λ near ν = ‖E v‖², or near what doubles leave of V.
+  /// It tells less of the gradient than of how it was rounded. Its share of H is (1 − ν / λ)⁺: it rests where there is
+  /// nothing but round-off.
   template <class Matrix>
   LORA_RITE_FUNCTION static Matrix preconditioner(const Matrix& second_moment, const Scalar<Matrix>& escaped_mass,
                                                   const RoundOff<Matrix>* round_off, const Hyperparameters& numbers) {
@@ -76,16 +88,18 @@ struct Eigenvalues {
       const auto scale = power == 1 ? reciprocal(root) : pow(root, -power);
       return choose(root > 0.0, scale, 0.0);  // V = 0 and ε = 0: nothing to scale
     });
-    // No ‖E v‖² is more than ‖E‖². Where that is negligible beside all of V, every share is 1.
-    constexpr double negligible = 1e-9;
+    const auto left_by_doubles = [&] { return at_least(trace_of(second_moment), 0.0) * round_off->of_doubles(); };
+    // No ‖E v‖² is more than ‖E‖². Where that is negligible beside all of V, every share is 1 to a float's precision.
+    constexpr double negligible = 1e-8;
     const auto is_negligible = [&] {
       const auto most = squared_norm_of_scaled_rows(round_off->gradient_gram, round_off->inverse_root);
-      return smallest(spectrum.values) * negligible > most * round_off->scale;
+      return smallest(spectrum.values) * negligible > at_least(most * round_off->scale, left_by_doubles());
     };
     if (round_off && !surely(second_moment, is_negligible)) {
       const auto noise = squared_column_norms(matmul(round_off->unscaled(), spectrum.vectors));
+      const Scalar<Matrix> least = left_by_doubles();
       const auto share = map_values(spectrum.values, noise, [&](const auto& value, const auto& of_noise) {
-        const auto scaled = of_noise * round_off->scale;
+        const auto scaled = at_least(of_noise * round_off->scale, least);
         return choose(value > scaled, 1.0 - scaled / value, 0.0);
       });
       inverse = inverse * share;
