@@ -104,7 +104,7 @@ def build(folder: pathlib.Path, programs: list[str]) -> pathlib.Path:
     source, binary = folder / "source", folder / "build"
     write_sources(source)
     # mutant.hpp comes by its name, since a precompiled header wants the same flags everywhere.
-    flags = f"-O1 -include {source / 'mutant.hpp'} -Wno-unused -Wno-parentheses"
+    flags = f"-O1 -include '{source / 'mutant.hpp'}' -Wno-unused -Wno-parentheses"
     for command in (
         [
             "cmake",
