@@ -6,6 +6,12 @@ set(_package_dir "${CMAKE_INSTALL_DATADIR}/cmake/lora_rite") # share/: headers f
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/lora_rite-config-version.cmake"
   COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 
+set(_built_for "") # LibTorch's version, MAJOR.MINOR, where something is compiled
+if(LORA_RITE_BUILD_COMPILED OR LORA_RITE_BUILD_CUDA)
+  string(REGEX MATCH "^[0-9]+\\.[0-9]+" _built_for "${LibTorch_VERSION}")
+endif()
+configure_file(cmake/lora_rite-config.cmake.in "${PROJECT_BINARY_DIR}/lora_rite-config.cmake" @ONLY)
+
 set(_targets lora_rite)
 if(LORA_RITE_BUILD_COMPILED)
   list(APPEND _targets lora_rite_compiled)
@@ -19,5 +25,5 @@ install(EXPORT lora_rite-targets NAMESPACE lora_rite:: DESTINATION "${_package_d
 install(DIRECTORY include/lora_rite DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DOCDIR}")
 install(FILES
-  cmake/lora_rite-config.cmake cmake/FindLibTorch.cmake "${PROJECT_BINARY_DIR}/lora_rite-config-version.cmake"
+  cmake/FindLibTorch.cmake "${PROJECT_BINARY_DIR}/lora_rite-config.cmake" "${PROJECT_BINARY_DIR}/lora_rite-config-version.cmake"
   DESTINATION "${_package_dir}")

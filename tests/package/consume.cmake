@@ -23,6 +23,19 @@ if(WAY STREQUAL "find_package")
     endforeach()
   endforeach()
   set(library -D "lora_rite_ROOT=${WORK}/prefix")
+
+  # Static libraries of another LibTorch are refused.
+  file(COPY "${WORK}/prefix/" DESTINATION "${WORK}/other")
+  set(config "${WORK}/other/share/cmake/lora_rite/lora_rite-config.cmake")
+  file(READ "${config}" text)
+  string(REGEX REPLACE "built_for \"[0-9.]*\"" "built_for \"1.9\"" text "${text}")
+  file(WRITE "${config}" "${text}")
+  execute_process(COMMAND "${CMAKE_COMMAND}" -G "${GENERATOR}" -S "${SOURCE}/tests/package/consumer" -B "${WORK}/refused"
+    -D WAY=${WAY} -D "lora_rite_ROOT=${WORK}/other" -D "Torch_DIR=${TORCH}" OUTPUT_QUIET ERROR_VARIABLE said)
+  string(REGEX REPLACE "[ \n]+" " " said "${said}") # CMake wraps lines
+  if(NOT said MATCHES "lora_rite::cuda was compiled with LibTorch 1\\.9, and LibTorch [0-9.+a-z]* is here")
+    message(FATAL_ERROR "a package with static libraries of another LibTorch was not refused: ${said}")
+  endif()
 endif()
 
 run("${CMAKE_COMMAND}" -G "${GENERATOR}" -S "${SOURCE}/tests/package/consumer" -B "${WORK}/build"
