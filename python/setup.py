@@ -111,7 +111,10 @@ setup(
     version=VERSION,
     # The module fits the torch that it was built against: LibTorch promises no binary interface beyond that.
     install_requires=["torch=={}.{}.*".format(*TORCH_VERSION)],
-    setup_requires=[] if tool("cmake") else ["cmake>=3.22"],
+    setup_requires=[
+        *([] if tool("cmake") else ["cmake>=3.22"]),
+        *([] if tool("ninja") or tool("make") else ["ninja"]),
+    ],
     ext_modules=[Extension("lora_rite._native", sources=[])],
     cmdclass={"build_ext": BuildByCMake},
 )

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # scripts/launch with shells as its processes: launch_test.sh PATH/TO/launch
+# shellcheck disable=SC2016 # expanded by the shells that are launched
 set -euo pipefail
 
 launch=$1
