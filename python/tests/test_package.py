@@ -1,6 +1,7 @@
 """Versions, stubs, the factory, and Python's share of a step."""
 
 import ast
+import importlib.metadata
 import pathlib
 import re
 import subprocess
@@ -22,6 +23,14 @@ class Package(unittest.TestCase):
     def test_versions(self):
         header = (REPOSITORY / "include/lora_rite/version.hpp").read_text(encoding="utf-8")
         self.assertEqual(lora_rite.__version__, ".".join(re.findall(r"VERSION_\w+ (\d+)", header)))
+
+    def test_the_wheel_has_the_licence(self):
+        try:
+            files = importlib.metadata.files("lora_rite")
+        except importlib.metadata.PackageNotFoundError:
+            self.skipTest("the package is not installed")
+        licences = [file.read_text() for file in files if file.name == "LICENSE"]
+        self.assertEqual(licences, [(REPOSITORY / "LICENSE").read_text(encoding="utf-8")])
 
     def test_another_torch_than_it_was_built_for_is_refused(self):
         code = "import torch; torch.__version__ = '2.99.0'; import lora_rite"
