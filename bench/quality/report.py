@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tables and pictures of what study.py ran: report.py FOLDER reads FOLDER/runs.jsonl.
+"""Makes tables and pictures of what study.py ran: report.py FOLDER reads FOLDER/runs.jsonl and runs.jsonl.xz.
 
 Writes FOLDER/study.md and FOLDER/study-*.png, of whatever is there: a study that is under way can be looked at.
 """

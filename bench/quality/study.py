@@ -3,16 +3,19 @@
 
     study.py --results FOLDER --build FOLDER                 everything that is missing
     study.py --results FOLDER --build FOLDER --grid quick    another grid of grid.py
+    study.py --results FOLDER --pack                         moves what runs.jsonl has into runs.jsonl.xz
 
 For every cell (task, rank, start) and contender: a search on validation data over a logarithmic grid of rates, which
 grows while its best rate lies at an edge and is then refined around it; then the best rate with fresh seeds on test
-data that the search has not seen. FOLDER/runs.jsonl keeps one line a run and is all the state there is: what it holds
-is not run again, so the study can be stopped at any time. `report.py` makes tables and pictures of it.
+data that the search has not seen. FOLDER/runs.jsonl and runs.jsonl.xz keep one line a run and are all the state there
+is: what they hold is not run again, so the study can be stopped at any time. The packed file is the one that git has.
+`report.py` makes tables and pictures of them.
 """
 
 import argparse
 import dataclasses
 import json
+import lzma
 import math
 import os
 import pathlib
@@ -106,21 +109,39 @@ class Study:
 
 
 def read_runs(path: pathlib.Path) -> list[dict]:
-    """The runs so far; a line that a crash has cut short is dropped."""
+    """The runs so far, packed ones first; a line that a crash has cut short is dropped."""
     runs = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    for file in (packed(path), path):
+        if not file.exists():
+            continue
+        data = file.read_bytes()
+        for line in (data if file == path else lzma.decompress(data)).decode().splitlines():
             try:
                 runs.append(json.loads(line))
             except json.JSONDecodeError:
-                print(f"{path}: a line that is not JSON is left out", file=sys.stderr)
+                print(f"{file}: a line that is not JSON is left out", file=sys.stderr)
     return runs
+
+
+def packed(path: pathlib.Path) -> pathlib.Path:
+    """Where older runs are kept, a seventh as large."""
+    return path.with_name(path.name + ".xz")
+
+
+def pack(path: pathlib.Path) -> None:
+    """Moves all runs into the packed file."""
+    text = "".join(json.dumps(run) + "\n" for run in read_runs(path))
+    new = path.with_name(path.name + ".part")
+    new.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    new.replace(packed(path))
+    path.unlink(missing_ok=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=pathlib.Path, required=True, help="folder of runs.jsonl")
-    parser.add_argument("--build", type=pathlib.Path, required=True, help="build folder with regression and finetune")
+    parser.add_argument("--build", type=pathlib.Path, help="build folder with regression and finetune")
+    parser.add_argument("--pack", action="store_true", help="pack the runs and do nothing else")
     parser.add_argument("--grid", choices=GRIDS, default="full", help="which runs (default %(default)s)")
     parser.add_argument("--only", default="", help="contenders to run, separated by semicolons (default: all)")
     parser.add_argument("--tasks", default="", help="tasks to run, separated by commas (default: all)")
@@ -129,6 +150,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where text tasks are run: cpu, cuda (default %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default %(default)s)")
     options = parser.parse_args()
+    if options.pack:
+        pack(options.results / "runs.jsonl")
+        return
+    if not options.build:
+        parser.error("--build is missing")
 
     from tqdm import tqdm
 

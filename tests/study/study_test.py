@@ -4,6 +4,7 @@
 import math
 import pathlib
 import sys
+import tempfile
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench/quality"))
@@ -110,6 +111,17 @@ class Search(unittest.TestCase):
         self.addCleanup(path.unlink)
         path.write_text('{"lr": 1}\n{"lr": 2}\n{"lr": 3, "se', encoding="utf-8")
         self.assertEqual([run["lr"] for run in study.read_runs(path)], [1, 2])
+
+    def test_packed_runs_are_read_and_new_ones_come_behind_them(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "runs.jsonl"
+            for first, runs in ((1, '{"lr": 1}\n{"lr": 2}\n'), (3, '{"lr": 3}\n')):
+                path.write_text(runs, encoding="utf-8")
+                study.pack(path)
+                self.assertEqual([run["lr"] for run in study.read_runs(path)], [1, 2, 3][: max(first, 2)])
+            self.assertEqual([file.name for file in path.parent.iterdir()], ["runs.jsonl.xz"])
+            path.write_text('{"lr": 4}\n', encoding="utf-8")
+            self.assertEqual([run["lr"] for run in study.read_runs(path)], [1, 2, 3, 4])
 
 
 class Report(unittest.TestCase):
