@@ -76,6 +76,30 @@ TEST(RoundOff, OfALowRankGradientMovesLittleInACapturableStep) {
             << dtype << ", rank " << rank << ", gradient of rank " << k;
 }
 
+/// Eight factors are decided together on the Host engine. What one of them has must not change a bit of the others.
+TEST(RoundOff, OfOnePairChangesNoBitOfItsNeighbours) {
+  const auto options = LoraRiteOptions(1e-2).clip_unmagnified_norm(0);  // which is over all pairs
+  torch::manual_seed(84);
+  const std::vector<FactorPair> both = {random_pair("of low rank", 4, 240, 256, torch::kFloat),
+                                        random_pair("of full rank", 4, 240, 256, torch::kFloat)};
+  const std::vector<FactorPair> alone = clone_pairs({both[1]});
+  const torch::Tensor direction = torch::randn({1, 4});
+  LoraRite<> beside(both, options), by_itself(alone, options);
+  for (uint64_t step = 0; step < 20; ++step) {
+    set_gradients(both, 90 + step);
+    torch::Tensor full_rank = both[1].b.grad();
+    full_rank.select(1, 3).mul_(5e-3);  // one direction is faint, and far above round-off
+    torch::Tensor(both[0].b).mutable_grad() = torch::randn({256, 1}).matmul(direction);
+    torch::Tensor(both[0].a).mutable_grad() = torch::Tensor();  // so that the basis stays, and V has rank 1
+    for (const Side side : kSides)
+      torch::Tensor(alone[0].factor(side)).mutable_grad() = both[1].factor(side).grad().clone();
+    beside.step();
+    by_itself.step();
+    for (const Side side : kSides)
+      ASSERT_TRUE(torch::equal(both[1].factor(side), alone[0].factor(side))) << "step " << step;
+  }
+}
+
 /// How far two factorisations of one start end apart, relative to the way, after 20 steps of least squares on k
 /// samples.
 double difference(int64_t k, torch::ScalarType dtype, int64_t rank, double condition, bool from_zero, uint64_t seed) {

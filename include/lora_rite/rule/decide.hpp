@@ -17,7 +17,8 @@ namespace lora_rite::rule {
 /// Eigenvalues of a factor's Gram matrix up to this share of the largest are round-off: (unit round-off of the factors'
 /// dtype)², and no less than what summing and the eigensolver leave in double.
 LORA_RITE_FUNCTION inline double relative_cutoff(double dtype_epsilon, int64_t rank) {
-  return std::max(0.25 * dtype_epsilon * dtype_epsilon, solver_round_off(rank));
+  const double solver = 16.0 * static_cast<double>(rank) * std::numeric_limits<double>::epsilon();
+  return std::max(0.25 * dtype_epsilon * dtype_epsilon, solver);
 }
 
 /// Every step rounds a factor Y and its momentum anew, at random, each column by a share of itself. After t steps an
