@@ -695,5 +695,24 @@ TEST(Experts, AreNotTakenForPartsWhereAViewIsALeafItself) {
   EXPECT_FALSE(torch::equal(before, flat.detach()));
 }
 
+/// A frozen view of a matrix is taken for an expert's part of it. Once it has a gradient of its own it is none.
+TEST(Experts, AViewThatBecomesALeafIsRefused) {
+  torch::manual_seed(7);
+  const torch::Tensor matrix = torch::randn({12, 10});
+  const FactorPair pair = {"layer", matrix.narrow(0, 0, 4), torch::randn({6, 4}).requires_grad_()};
+  LoraRite<> optimizer({pair}, LoraRiteOptions(1e-2));
+  torch::Tensor(pair.b).mutable_grad() = torch::randn_like(pair.b);
+  optimizer.step();
+  pair.a.requires_grad_();
+  torch::Tensor(pair.a).mutable_grad() = torch::randn_like(pair.a);
+  const torch::Tensor a = pair.a.detach().clone(), b = pair.b.detach().clone();
+  const std::string error = error_of([&] { optimizer.step(); });
+  EXPECT_TRUE(mentions(error,
+                       "pair 'layer': factor a is a view of a tensor of shape [12, 10], whose gradient it had a "
+                       "part of when it was added, and now does not"))
+      << error;
+  EXPECT_TRUE(torch::equal(pair.a, a) && torch::equal(pair.b, b));
+}
+
 }  // namespace
 }  // namespace lora_rite::test

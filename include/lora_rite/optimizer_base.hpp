@@ -214,6 +214,7 @@ class LoraRiteBase : public torch::optim::Optimizer {
   const LoraRiteOptions& rite_options(size_t group) const;
   const torch::optim::AdamWOptions& adamw_options(size_t group) const;
   [[noreturn]] void refuse_tensor(size_t group, size_t place) const;
+  [[noreturn]] void refuse_new_leaf(size_t group, size_t pair, Side side) const;
   std::pair<size_t, size_t> find_pair(const std::string& name) const;
   void check_pair(size_t group, size_t pair) const;
   std::string name_of(size_t group, size_t pair) const;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -34,7 +35,14 @@ struct LoraRiteBase::Group {
   struct Pairs {
     std::vector<FactorPair> all;
     std::vector<at::Tensor> leaves;          ///< the param group's tensors: without those that an earlier group has
+    std::vector<PerSide<bool>> were_parts;   ///< which factors were parts of a leaf when they were added
     std::optional<engine::Batches> batches;  ///< built in the first step
+
+    Pairs() = default;
+    Pairs(std::vector<FactorPair> pairs, std::vector<at::Tensor> tensors)
+        : all(std::move(pairs)), leaves(std::move(tensors)) {
+      for (const FactorPair& pair : all) were_parts.push_back({detail::is_part(pair.a), detail::is_part(pair.b)});
+    }
 
     std::optional<engine::Batches::Slot> slot_of(size_t pair) const {
       return batches ? batches->slots[pair] : std::nullopt;
