@@ -69,8 +69,9 @@ class Batch {
         if (!gradient.defined()) continue;
         TORCH_CHECK(gradient.layout() == at::kStrided, labels_[i], ": the gradient of factor ", which, " has layout ",
                     gradient.layout(), ", expected a dense one (for an embedding: sparse(false))");
-        TORCH_CHECK(gradient.sizes() == leaf.sizes(), labels_[i], ": the gradient of factor ", which, " has shape ",
-                    gradient.sizes(), ", expected ", leaf.sizes());
+        TORCH_CHECK(gradient.sizes() == leaf.sizes() && gradient.device() == leaf.device(), labels_[i],
+                    ": the gradient of factor ", which, " has shape ", gradient.sizes(), " on ", gradient.device(),
+                    ", expected ", leaf.sizes(), " on ", leaf.device());
       }
     }
   }

@@ -83,6 +83,31 @@ INSTANTIATE_TEST_SUITE_P(Ranks, CudaEngine,
                            return "rank" + std::to_string(std::get<0>(info.param)) + "_" + std::get<1>(info.param).name;
                          });
 
+/// A loss scaler leaves float gradients of half factors, of which half would make zero.
+TEST(CudaEngineTest, FloatGradientsOfHalfFactorsAreNotRounded) {
+  const Emulation emulation;
+  torch::manual_seed(63);
+  const std::vector<FactorPair> cuda = {random_pair("", 4, 10, 12, torch::kHalf)};
+  const auto device = clone_pairs(cuda), start = clone_pairs(cuda);
+  LoraRite<> on_cuda(cuda, LoraRiteOptions(1e-1).engine(Engine::Cuda));
+  LoraRite<> on_device(device, LoraRiteOptions(1e-1).engine(Engine::Device));
+  for (uint64_t step = 0; step < 4; ++step) {
+    for (const auto* pairs : {&cuda, &device}) {
+      torch::manual_seed(70 + step);
+      for (const Side side : kSides) {
+        const torch::Tensor& factor = (*pairs)[0].factor(side);
+        torch::Tensor(factor).mutable_grad() =
+            torch::randn(factor.sizes()) * (step == 2 ? 1e6 : 1e-9);  // in half: infinite, and zero
+      }
+    }
+    on_cuda.step();
+    on_device.step();
+    EXPECT_EQ(distance(cuda, device), 0) << "step " << step;
+  }
+  EXPECT_EQ(on_cuda.skipped_steps(), 0);
+  EXPECT_GT(distance(start, cuda), 1e-3) << "the factors moved";
+}
+
 /// Which engine steps: the kernels count their launches.
 TEST(CudaEngineTest, StepsByItsOwnKernels) {
   const Emulation emulation;

@@ -45,6 +45,16 @@ class CudaBatch final : public device::DeviceBatch {
 
   bool can_step(const at::Tensor& factor) const override { return factor.is_contiguous(); }
 
+  /// Has a factor a gradient of another dtype, as a loss scaler leaves it (float of half factors)?
+  bool has_other_gradients() const {
+    for (const FactorPair& pair : pairs_)
+      for (const Side side : kSides)
+        if (const at::Tensor& gradient = lora_rite::detail::leaf_of(pair.factor(side)).grad();
+            gradient.defined() && gradient.scalar_type() != dtype_)
+          return true;
+    return false;
+  }
+
   /// Appends A and B of every pair to `all`; `kept` keeps alive what the pointers point at. Returns whether anyone has
   /// a gradient.
   bool add_pointers(std::vector<Pointers>& all, std::vector<at::Tensor>& kept) const {
@@ -56,7 +66,6 @@ class CudaBatch final : public device::DeviceBatch {
         at::Tensor gradient = gradients.of(factor);
         Pointers at = {factor.mutable_data_ptr(), nullptr};
         if (gradient.defined()) {
-          if (gradient.scalar_type() != dtype_) gradient = gradient.to(dtype_);
           if (!gradient.is_contiguous()) gradient = gradient.contiguous();
           at.gradient = gradient.const_data_ptr();
           kept.push_back(std::move(gradient));

@@ -125,9 +125,12 @@ class CudaGroup final : public engine::BatchGroup {
     return {options.lr(), options.lr() * options.lr_ratio_b()};
   }
 
-  /// These options are Engine::Device's.
-  static bool needs_other_engine(const LoraRiteOptions& options) {
-    return options.row_equilibration() || options.balance() || options.max_update_rms() > 0;
+  /// These options are Engine::Device's, and so are gradients that the factors' dtype would round, to nothing or to
+  /// infinity.
+  bool needs_other_engine(const LoraRiteOptions& options) const {
+    return options.row_equilibration() || options.balance() || options.max_update_rms() > 0 ||
+           std::any_of(batches_.begin(), batches_.end(),
+                       [](const CudaBatch* batch) { return batch->has_other_gradients(); });
   }
 
   /// Divides the factors into parts and tiles, and asks for the memory that stays.
