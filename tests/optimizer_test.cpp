@@ -194,6 +194,19 @@ TEST(LoraRite, MaximizeIsDescentOnTheNegatedGradient) {
   EXPECT_TRUE(equal_factors(up, down));
 }
 
+TEST(LoraRite, RefusesAGradientOnAnotherDeviceAndChangesNothing) {
+  for (const Engine engine : {Engine::Host, Engine::Device}) {
+    const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4, torch::kFloat)};
+    LoraRite<> optimizer(pairs, LoraRiteOptions(1e-2).engine(engine));
+    run_steps(optimizer, pairs, 0, 1);
+    const auto before = clone_pairs(pairs);
+    torch::Tensor(pairs[0].a).mutable_grad() = torch::ones({2, 4}, torch::kMeta);
+    EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }),
+                         "pair 'q': the gradient of factor a has shape [2, 4] on meta, expected [2, 4] on cpu"));
+    EXPECT_TRUE(equal_factors(pairs, before));
+  }
+}
+
 TEST(LoraRite, RefusesASparseGradientAndChangesNothing) {
   const std::vector<FactorPair> pairs = {random_pair("q", 2, 4, 4)};
   LoraRite<> optimizer(pairs);
