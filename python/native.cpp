@@ -1,7 +1,8 @@
 // The Python package's native module: LoraRiteBase with Python's tensors and options. It computes nothing.
 //
 // What crosses the border, beside tensors: options as dicts by name, factor pairs as tuples (name, a, b, experts), and
-// the optimizer's archive as nested dicts of tensors and plain values.
+// the optimizer's archive as nested dicts of tensors and plain values. Other threads of Python run while an archive is
+// written, read or loaded, as in a step; not while a dict is walked.
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
@@ -27,6 +28,7 @@
 #include <vector>
 
 #include "lora_rite/diagnostics.hpp"
+#include "lora_rite/io/files.hpp"
 #include "lora_rite/leaf.hpp"
 #include "lora_rite/names.hpp"
 #include "lora_rite/optimizer.hpp"
@@ -177,7 +179,7 @@ void write_tree(torch::serialize::OutputArchive& archive, const py::dict& tree, 
   }
 }
 
-/// What was written, to be read.
+/// What was written, to be read. Needs no GIL.
 torch::serialize::InputArchive reread(torch::serialize::OutputArchive& written) {
   std::stringstream bytes;
   written.save_to(bytes);
@@ -189,6 +191,7 @@ torch::serialize::InputArchive reread(torch::serialize::OutputArchive& written) 
 torch::serialize::InputArchive to_archive(const py::dict& tree) {
   torch::serialize::OutputArchive archive;
   write_tree(archive, tree, "the state");
+  const py::gil_scoped_release release;
   return reread(archive);
 }
 
@@ -233,6 +236,10 @@ class NativeOptimizer : public LoraRiteBase {
       auto& rite = static_cast<LoraRiteOptions&>(own);
       const auto changed = with_values(rite, values);
       detail::check_options(changed, where);
+      TORCH_CHECK(changed.engine() == rite.engine() || group >= placed_groups_, where, ": engine is '",
+                  kEngines.at(static_cast<size_t>(changed.engine())), "' after the first step, expected '",
+                  kEngines.at(static_cast<size_t>(rite.engine())),
+                  "', with which it was taken; build the optimizer anew and load the state");
       rite = changed;
     }
   }
@@ -256,30 +263,60 @@ class NativeOptimizer : public LoraRiteBase {
   }
 
   py::dict tree() const {
-    torch::serialize::OutputArchive archive;
-    save(archive);
-    torch::serialize::InputArchive written = reread(archive);
+    torch::serialize::InputArchive written = [this] {
+      const py::gil_scoped_release release;
+      torch::serialize::OutputArchive archive;
+      save(archive);
+      return reread(archive);
+    }();
     return to_tree(written);
   }
 
   void load_tree(const py::dict& tree) {
     torch::serialize::InputArchive archive = to_archive(tree);
+    const py::gil_scoped_release release;
     load(archive);
   }
 
   LoadReport load_matching_tree(const py::dict& tree, const std::function<std::string(const std::string&)>& rename,
                                 bool other_parameters) {
     torch::serialize::InputArchive archive = to_archive(tree);
+    const py::gil_scoped_release release;  // pybind11's function takes the GIL for each call and copy of `rename`
     return load_matching(archive, {rename, other_parameters});
   }
 
+  /// An interruption leaves the old file or the new one.
   void save_file(const std::string& path) const {
     torch::serialize::OutputArchive archive;
     save(archive);
-    archive.save_to(path);
+    lora_rite::detail::replace_file(path, "'" + path + "' ", [&](lora_rite::detail::FileWriter& file) {
+      archive.save_to([&](const void* data, size_t size) {
+        file.append(data, size);
+        return size;
+      });
+    });
+  }
+
+  torch::Tensor step(LossClosure closure = nullptr) override {
+    torch::Tensor loss = LoraRiteBase::step(std::move(closure));
+    placed_groups_ = param_groups().size();
+    return loss;
+  }
+
+  void load(torch::serialize::InputArchive& archive) override {
+    LoraRiteBase::load(archive);
+    placed_groups_ = param_groups().size();
+  }
+
+  /// Forgets everything, the choice of the engines as well.
+  void reset_all() {
+    reset_state();
+    placed_groups_ = 0;
   }
 
  private:
+  size_t placed_groups_ = 0;  ///< the first so many have their engines
+
   static engine::BasisFunctions basis_of(const std::string& name) {
     for (const auto& basis : {engine::BasisFunctions::of<PolarBasis>(), engine::BasisFunctions::of<QrBasis>()})
       if (name == basis.name) return basis;
@@ -289,7 +326,10 @@ class NativeOptimizer : public LoraRiteBase {
 
 py::dict read_file(const std::string& path) {
   torch::serialize::InputArchive archive;
-  archive.load_from(path, at::Device(at::kCPU));
+  {
+    const py::gil_scoped_release release;
+    archive.load_from(path, at::Device(at::kCPU));
+  }
   return to_tree(archive);
 }
 
@@ -415,14 +455,14 @@ PYBIND11_MODULE(_native, module) {
       .def("tree", &NativeOptimizer::tree)
       .def("load_tree", &NativeOptimizer::load_tree, "tree"_a)
       .def("load_matching", &NativeOptimizer::load_matching_tree, "tree"_a, "rename"_a, "other_parameters"_a)
-      .def("save_file", &NativeOptimizer::save_file, "path"_a)
+      .def("save_file", &NativeOptimizer::save_file, "path"_a, release_gil())
       .def("skipped_steps", &NativeOptimizer::skipped_steps, release_gil())
       .def("diagnostics", &NativeOptimizer::diagnostics, release_gil())
       .def("state_of", [](const NativeOptimizer& self, const std::string& name) { return state_of(self, name); })
       .def(
           "reset_state",
           [](NativeOptimizer& self, const std::optional<std::string>& name) {
-            name ? self.reset_state(*name) : self.reset_state();
+            name ? self.reset_state(*name) : self.reset_all();
           },
           "name"_a = py::none());
 }

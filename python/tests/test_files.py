@@ -3,8 +3,12 @@
 import copy
 import os
 import pathlib
+import resource
+import signal
 import subprocess
+import sys
 import tempfile
+import textwrap
 import unittest
 
 import torch
@@ -30,6 +34,51 @@ class Files(unittest.TestCase):
         other.load(self.path)
         self.assertEqual([g["lr"] for g in other.param_groups], [1e-2, 1e-2])
         self.assertEqual(toy.train(net, optimizer, 3, first=3), toy.train(other_net, other, 3, first=3))
+
+    def test_a_file_that_cannot_be_written_leaves_the_old_one(self):
+        net = toy.model()
+        optimizer = LoraRite(net, lr=1e-2)
+        optimizer.save(self.path)
+        old = self.path.read_bytes()
+        toy.train(net, optimizer, 1)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # a full disk
+            with self.assertRaisesRegex(ValueError, "optimizer.pt' cannot be written: File too large"):
+                optimizer.save(self.path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, handler)
+        self.assertEqual(self.path.read_bytes(), old)
+        self.assertEqual([path.name for path in self.path.parent.iterdir()], ["optimizer.pt"])
+        with self.assertRaisesRegex(ValueError, "none/optimizer.pt' cannot be written: No such file or directory"):
+            optimizer.save(self.path.parent / "none" / "optimizer.pt")
+        optimizer.save(self.path)
+        self.assertNotEqual(self.path.read_bytes(), old)
+
+    def test_other_threads_run_while_a_file_is_written(self):
+        """A pipe waits for its other end, which another thread has."""
+        program = """
+            import os, sys, threading
+            import toy
+            from lora_rite import LoraRite
+
+            path = sys.argv[1]
+            os.mkfifo(path + ".tmp")
+            reader = threading.Thread(target=lambda: print(len(open(path + ".tmp", "rb").read()) > 1000))
+            reader.start()
+            try:
+                LoraRite(toy.model()).save(path)
+            except ValueError as error:  # a pipe cannot be brought to the disk
+                reader.join()
+                print(error)
+        """
+        command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program), str(self.path)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, "^True\n'.*' cannot be written: Invalid argument\n$")
 
     def test_no_file_and_no_optimizer_are_refused(self):
         optimizer = LoraRite(toy.model())

@@ -108,6 +108,16 @@ class Input(unittest.TestCase):
         self.assertEqual([pair.name for pair in find_factor_pairs(torch.compile(nn.DataParallel(net)))], names)
         self.assertEqual([pair.name for pair in find_factor_pairs(nn.DataParallel(torch.compile(net)))], names)
 
+    def test_a_state_of_a_compiled_models_list_of_names_loads_into_one_of_its_module(self):
+        net = toy.model()
+        optimizer = LoraRite(list(torch.compile(net).named_parameters()), lr=1e-2)
+        self.assertEqual(optimizer.param_groups[1]["param_names"], ["3.weight", "3.bias"])
+        toy.train(net, optimizer, 2)
+        other_net = copy.deepcopy(net)
+        other = LoraRite(other_net, lr=1.0)
+        other.load_state_dict(optimizer.state_dict())
+        self.assertEqual(toy.train(net, optimizer, 2, first=2), toy.train(other_net, other, 2, first=2))
+
     def test_experts_in_one_tensor_are_pairs_of_their_own(self):
         a, b = nn.Parameter(torch.randn(3 * 2, 8)), nn.Parameter(torch.randn(12, 2 * 3))
         pair = FactorPair("experts", a, b, experts=3)

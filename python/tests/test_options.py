@@ -45,6 +45,37 @@ class Options(unittest.TestCase):
         others = {"lr": 0.5, "betas": (0.1, 0.2), "eps": 0.3, "weight_decay": 0.4, "amsgrad": True, "maximize": True}
         self.assertEqual(LoraRite(toy.model(), others=others)._native.options_of(1), others)
 
+    def test_an_engine_in_param_groups_is_obeyed_before_the_first_step_and_refused_after_it(self):
+        net = toy.model()
+        optimizer = LoraRite(net, lr=1e-2)
+        optimizer.param_groups[0]["engine"] = "device"
+        toy.train(net, optimizer, 1)
+        self.assertEqual(optimizer._native.options_of(0)["engine"], "device")
+        start = toy.trained(net)
+        optimizer.param_groups[0]["engine"] = "host"
+        with self.assertRaisesRegex(ValueError, "group 0: engine is 'host' after the first step, expected 'device'"):
+            toy.train(net, optimizer, 1)
+        self.assertTrue(toy.same(start, toy.trained(net)))
+        optimizer.param_groups[0]["engine"] = "device"
+        optimizer.add_param_group({"params": toy.LoraLinear(4, 4, 2)})
+        optimizer.param_groups[2]["engine"] = "device"  # a group that has not stepped yet
+        toy.train(net, optimizer, 1)
+        self.assertTrue(toy.moved(start, toy.trained(net)))
+        optimizer.reset_state()  # the next step is the first one of a new optimizer
+        optimizer.param_groups[0]["engine"] = "automatic"
+        toy.train(net, optimizer, 1)
+        loaded = LoraRite(net, lr=1e-2)
+        loaded.load_state_dict(LoraRite(net).state_dict())  # nothing was remembered there
+        loaded.param_groups[0]["engine"] = "device"
+        toy.train(net, loaded, 1)
+        loaded = LoraRite(net, lr=1e-2)
+        state = LoraRite(net, lr=1e-2)
+        state.step()
+        loaded.load_state_dict(state.state_dict())
+        loaded.param_groups[0]["engine"] = "device"
+        with self.assertRaisesRegex(ValueError, "after the first step"):
+            loaded.step()
+
     def test_a_rate_in_param_groups_is_obeyed_at_the_next_step_be_it_a_number_or_a_tensor(self):
         net = toy.model()
         optimizer = LoraRite(net, lr=1e-2)

@@ -89,7 +89,12 @@ def _named(parameters: nn.Module | Iterable[Named]) -> list[Named]:
         while isinstance(inner := getattr(parameters, _inner_of.get(type(parameters).__name__, ""), None), nn.Module):
             parameters = inner
     named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
-    return [(name.replace("_orig_mod.", ""), tensor) for name, tensor in named]  # of torch.compile
+    return [(_plain(name), tensor) for name, tensor in named]
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 # Wrappers of a whole model, and where they keep it.
@@ -137,7 +142,7 @@ def _contents(params: Params, adamw: bool) -> tuple[list[FactorPair], list[Named
         parts = item if isinstance(item, (tuple, list)) else ()
         kinds = [Tensor if isinstance(part, Tensor) else type(part) for part in parts]
         if kinds == [str, Tensor]:
-            named.append((item[0], item[1]))
+            named.append((_plain(item[0]), item[1]))
         elif kinds == [Tensor, Tensor]:
             pairs.append(FactorPair("", *item))
         elif kinds in ([str, Tensor, Tensor], [str, Tensor, Tensor, int]):
