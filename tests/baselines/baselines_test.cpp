@@ -309,6 +309,70 @@ TEST(Baselines, WhereBothSidesAreLongItIsAdam) {
   EXPECT_GT((long_sided[0].a - start[0].a).norm().item<double>(), 0.1);
 }
 
+TEST(Baselines, ShampoosAdamForgetsAsSlowlyAsTheOptionsSay) {
+  const auto long_sided = some_pairs(torch::kDouble), adam = clone_pairs(long_sided);
+  Shampoo optimizer({long_sided[0].a}, ShampooOptions(0.1).betas({0.9, 0.9999}).max_preconditioner_dim(1));
+  torch::optim::Adam reference({adam[0].a}, torch::optim::AdamOptions(0.1).betas({0.9, 0.9999}));
+  for (int64_t i = 0; i < 20; ++i) {
+    const double scale = i < 10 ? 1 : 0.1;  // the longer memory is felt where gradients change
+    run_steps(optimizer, long_sided, i, i + 1, scale);
+    run_steps(reference, adam, i, i + 1, scale);
+  }
+  EXPECT_LT((long_sided[0].a - adam[0].a).norm().item<double>(), 1e-12);
+}
+
+/// Square roots, products and the state are rounded to the half type, decompositions are not.
+TEST(Baselines, SoapStepsHalfFactors) {
+  for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
+    const auto halves = some_pairs(dtype), start = clone_pairs(halves);
+    std::vector<FactorPair> floats;
+    for (const auto& pair : halves)
+      floats.push_back({pair.name, pair.a.detach().to(torch::kFloat).requires_grad_(),
+                        pair.b.detach().to(torch::kFloat).requires_grad_()});
+    const auto factors = [](const std::vector<FactorPair>& pairs) { return Factors{pairs[0].a, pairs[0].b}; };
+    Soap optimizer(factors(halves), SoapOptions(1e-2).eps(1e-3).interval(2));
+    Soap reference(factors(floats), SoapOptions(1e-2).eps(1e-3).interval(2));
+    run_steps(optimizer, halves, 0, 8);
+    run_steps(reference, floats, 0, 8);
+    for (const Side side : kSides) {
+      const torch::Tensor moved = floats[0].factor(side) - start[0].factor(side).to(torch::kFloat);
+      const torch::Tensor apart = floats[0].factor(side) - halves[0].factor(side).to(torch::kFloat);
+      EXPECT_GT(moved.norm().item<double>(), 0.1);
+      // A step moves an element by about 1e-2 and rounds a bfloat16 of 1 by up to 2⁻⁸, two fifths of that, this way or
+      // the other.
+      EXPECT_LT(apart.norm().item<double>(), 0.5 * moved.norm().item<double>()) << dtype;
+    }
+  }
+}
+
+/// LibTorch looks at no shape when it loads.
+TEST(Baselines, AStateOfAnotherShapeIsRefusedByNameWhereItIsUsed) {
+  torch::manual_seed(83);
+  const auto refusal = [](at::IntArrayRef saved_sizes, at::IntArrayRef sizes, int64_t count) {
+    const auto stepped = [](Factors& factors, Lamb& optimizer) {
+      for (auto& factor : factors) factor.mutable_grad() = torch::randn_like(factor.detach());
+      optimizer.step();
+    };
+    Factors saved, loaded, before;
+    for (int64_t i = 0; i < count; ++i) {
+      saved.push_back(torch::randn(saved_sizes).requires_grad_());
+      loaded.push_back(torch::randn(sizes).requires_grad_());
+      before.push_back(loaded.back().detach().clone());
+    }
+    Lamb first(saved), second(loaded);
+    stepped(saved, first);
+    load_bytes(second, saved_bytes(first));
+    const std::string message = error_of([&] { stepped(loaded, second); });
+    for (size_t i = 0; i < loaded.size(); ++i) EXPECT_TRUE(torch::equal(loaded[i], before[i]));
+    return message;
+  };
+  EXPECT_TRUE(mentions(refusal({8, 64}, {4, 64}, 1),
+                       "lora_rite::baselines::Lamb: the state 'exp_avg' of a parameter [4, 64] is [8, 64], expected "
+                       "[4, 64]"));
+  EXPECT_TRUE(mentions(refusal({64, 8}, {8, 64}, 1), "is [64, 8], expected [8, 64]"));
+  EXPECT_TRUE(mentions(refusal({1, 8}, {4, 8}, 2), "is [1, 8], expected [4, 8]"));  // it could be broadcast
+}
+
 TEST(Baselines, LoraPlusIsAdamWithTwoRates) {
   const auto plus = some_pairs(), a_only = clone_pairs(plus), b_only = clone_pairs(plus);
   LoraPlus optimizer(plus, torch::optim::AdamOptions(1e-3), 8);

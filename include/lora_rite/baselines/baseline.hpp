@@ -86,9 +86,15 @@ class Batch {
   double bias_correction(double beta) const { return 1 - std::pow(beta, static_cast<double>(step)); }
 
   /// The state `name` of all parameters [k, sizes], to be changed in place; zeros at first. The slices are the states'
-  /// tensors.
+  /// tensors. Throws c10::Error if one has other sizes: LibTorch loads whatever an archive has at a parameter's place.
   at::Tensor state(const std::string& name, at::IntArrayRef sizes) {
     const int64_t count = static_cast<int64_t>(states.size());
+    for (State* one : states) {
+      const at::Tensor& slice = one->tensors[name];
+      TORCH_CHECK(!slice.defined() || slice.sizes() == sizes, c10::demangle(typeid(*optimizer).name()), ": the state '",
+                  name, "' of a parameter ", gradient.sizes().slice(1), " is ", slice.sizes(), ", expected ", sizes,
+                  "; it was loaded from an optimizer of other parameters");
+    }
     std::vector<int64_t> all = sizes.vec();
     all.insert(all.begin(), count);
     at::Tensor& first = states[0]->tensors[name];
@@ -125,10 +131,11 @@ class Batch {
     at::_foreach_sub_(parameters, update.unbind(0));
   }
 
-  std::vector<at::Tensor> parameters;  ///< k of them
-  at::Tensor gradient;                 ///< [k, shape]
-  std::vector<State*> states;          ///< what is remembered of each parameter, never null
-  int64_t step = 0;                    ///< t, this one included
+  std::vector<at::Tensor> parameters;                  ///< k of them
+  at::Tensor gradient;                                 ///< [k, shape]
+  std::vector<State*> states;                          ///< what is remembered of each parameter, never null
+  int64_t step = 0;                                    ///< t, this one included
+  const torch::optim::Optimizer* optimizer = nullptr;  ///< whose batch it is, for errors
 };
 
 /// torch::optim::Optimizer over param groups, each stepped with options of its own.
@@ -194,6 +201,7 @@ class OverGroups : public torch::optim::Optimizer {
       ++batch.states.back()->step;
     }
     batch.step = batch.states[0]->step;
+    batch.optimizer = this;
     batch.gradient = at::stack(of_batch);
   }
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -88,7 +87,9 @@ class Shampoo : public Baseline<ShampooOptions> {
     direction = direction.reshape(batch.gradient.sizes());
 
     if (options.graft_adam() || !(left || right)) {
-      const at::Tensor adam = adam_direction(batch, batch.gradient, beta1, std::min(beta2, 0.999), options.graft_eps());
+      // β₂ = 1 sums statistics; Adam, which has no mean of it, is left then for tensors of long sides alone.
+      const double adam_beta2 = beta2 < 1 ? beta2 : 0.999;
+      const at::Tensor adam = adam_direction(batch, batch.gradient, beta1, adam_beta2, options.graft_eps());
       if (left || right) {
         direction = direction * (norms(adam) / norms(direction).clamp_min(1e-30));
       } else {

@@ -105,15 +105,19 @@ class Soap : public Baseline<SoapOptions> {
 
  private:
   /// Takes a gradient's outer product into the statistics and keeps the basis near their eigenvectors, sorted by
-  /// falling eigenvalues; the columns of `square` go along.
+  /// falling eigenvalues; the columns of `square` go along. Decompositions of half types, which LibTorch has not, are
+  /// those of float.
   static void follow(const SoapOptions& options, at::Tensor statistics, const at::Tensor& fresh, at::Tensor basis,
                      bool first, bool correct, at::Tensor square, int64_t dimension) {
     statistics.lerp_(fresh, 1 - options.shampoo_beta());
+    if (!first && !correct) return;
+    const auto dtype = basis.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const at::Tensor wide = statistics.to(dtype), old = basis.to(dtype);
     if (first) {
-      basis.copy_(std::get<1>(at::linalg_eigh(statistics)).flip({-1}));
-    } else if (correct) {
-      const at::Tensor power = at::matmul(statistics, basis);
-      const at::Tensor order = (basis * power).sum(-2).argsort(-1, /*descending=*/true);  // [k, d]
+      basis.copy_(std::get<1>(at::linalg_eigh(wide)).flip({-1}));
+    } else {
+      const at::Tensor power = at::matmul(wide, old);
+      const at::Tensor order = (old * power).sum(-2).argsort(-1, /*descending=*/true);  // [k, d]
       const at::Tensor columns = order.unsqueeze(1).expand_as(power);
       basis.copy_(std::get<0>(at::linalg_qr(power.gather(2, columns))));
       const at::Tensor along = dimension == 1 ? order.unsqueeze(2) : order.unsqueeze(1);
