@@ -556,6 +556,35 @@ TEST(InjectNames, PatternsOfAHostileFileAreRefusedOrMatchedSoon) {
   EXPECT_TRUE(mentions(error_of([&] { inject_lora(nested, config); }), "names no module"));
 }
 
+TEST(Inject, ALaterAdapterThawsNoFactorThatSomebodyFroze) {
+  Small model;
+  inject_lora(*model, lora_config(2, 4, {"0", "head"}), "one");
+  inject_lora(*model, lora_config(2, 4, {"2"}), "two");
+  nn::set_active_adapters(*model, {"one", "two"});
+  for (const auto& pair : nn::factor_pairs(*model, "one")) pair.a.set_requires_grad(false);
+  inject_lora(*model, lora_config(2, 4, {"0"}), "two");  // as an active one: it is active elsewhere
+  inject_lora(*model, lora_config(2, 4, {"0"}), "three");
+  for (const auto& pair : nn::factor_pairs(*model, "one")) {
+    EXPECT_FALSE(pair.a.requires_grad()) << pair.name;
+    EXPECT_TRUE(pair.b.requires_grad()) << pair.name;
+  }
+  for (const auto& pair : nn::factor_pairs(*model, "two")) EXPECT_TRUE(pair.a.requires_grad()) << pair.name;
+  for (const auto& pair : nn::factor_pairs(*model, "three")) EXPECT_FALSE(pair.a.requires_grad()) << pair.name;
+}
+
+/// The base is not in a checkpoint either, and an injection makes both of it.
+TEST(Inject, ACheckpointHasNotTheStartOfPissa) {
+  Small model, other;
+  LoraConfig config = lora_config(2, 4, {"0", "head"});
+  inject_lora(*other, config);
+  config.init = nn::LoraInit::Pissa;
+  inject_lora(*model, config);
+  EXPECT_EQ(model->named_buffers().size(), 4U);
+  const auto found = trained_tensors(*model), expected = trained_tensors(*other);
+  EXPECT_EQ(found.size(), expected.size());
+  for (const auto& [name, tensor] : expected) EXPECT_EQ(found.count(name), 1U) << name;
+}
+
 TEST(TrainableParameters, PrintsAsPeftDoes) {
   EXPECT_EQ((nn::TrainableParameters{294912, 109777152}.text()),
             "trainable params: 294,912 || all params: 109,777,152 || trainable%: 0.2686");

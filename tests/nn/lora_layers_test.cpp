@@ -175,6 +175,19 @@ TEST_P(EveryLayer, TrainsTheActiveAdaptersAndNoOther) {
   EXPECT_GT(layer().adapter("two").b.grad().norm().item<double>(), 0);
 }
 
+TEST_P(EveryLayer, ANewAdapterThawsNoFactorThatSomebodyFroze) {
+  layer().add_adapter("one", lora_config(2, 3));
+  layer().adapter("one").a.set_requires_grad(false);  // LoRA-FA, say
+  layer().add_adapter("two", lora_config(3, 3));
+  EXPECT_FALSE(layer().adapter("one").a.requires_grad());
+  EXPECT_TRUE(layer().adapter("one").b.requires_grad());
+  EXPECT_FALSE(layer().adapter("two").a.requires_grad() || layer().adapter("two").b.requires_grad());
+  layer().add_active("two");
+  EXPECT_EQ(layer().active(), (std::vector<std::string>{"one", "two"}));
+  EXPECT_FALSE(layer().adapter("one").a.requires_grad());
+  EXPECT_TRUE(layer().adapter("two").a.requires_grad() && layer().adapter("two").b.requires_grad());
+}
+
 TEST_P(EveryLayer, DisabledAdaptersTakeNoPart) {
   const auto base = forward();
   layer().add_adapter("default", lora_config(2, 3));
@@ -469,6 +482,7 @@ TEST_P(EveryLayer, RefusesWhatItCannotHaveAndStaysAsItWas) {
   refused("factor_dtype is Int", add("x", [](LoraConfig& config) { config.factor_dtype = torch::kInt; }));
   refused("LoraInit::Pissa", add("x", [](LoraConfig& config) { config.init = LoraInit::Pissa; }));
   refused("there is no adapter 'x', expected one of 'default'", [&] { layer().set_active({"x"}); });
+  refused("there is no adapter 'x'", [&] { layer().add_active("x"); });
   refused("twice", [&] { layer().set_active({"default", "default"}); });
   refused("there is no adapter 'x'", [&] { layer().delete_adapter("x"); });
   refused("there is no adapter 'x'", [&] { layer().delta_weight("x"); });
@@ -677,6 +691,26 @@ TEST(LoraLinear, PissaKeepsTheFunctionAndGivesTheBaseBack) {
     layer->delete_adapter("default");
     EXPECT_LT(largest_difference(layer->base_layer()->weight, weight), 4 * epsilon);
   }
+}
+
+TEST(LoraLinear, PissasStartIsABufferBesideTheFactorAndGoesWithTheLayer) {
+  LoraLinear layer(6, 5);
+  auto config = lora_config(2, 3);
+  config.init = LoraInit::Pissa;
+  layer->add_adapter("x", config);
+  const auto names = parameter_names(*layer);
+  EXPECT_EQ(names,
+            (std::vector<std::string>{"base_layer.weight", "base_layer.bias", "lora_A.x.weight", "lora_B.x.weight"}));
+  EXPECT_EQ(layer->named_buffers().keys(), (std::vector<std::string>{"lora_A.x.initial", "lora_B.x.initial"}));
+  EXPECT_EQ(find_factor_pairs(*layer).size(), 1U);
+  const auto copy = std::dynamic_pointer_cast<nn::LoraLinearImpl>(layer->clone());
+  EXPECT_TRUE(copy->named_buffers()["lora_A.x.initial"].is_same(copy->adapter("x").initial_a));
+  EXPECT_FALSE(copy->adapter("x").initial_a.is_alias_of(layer->adapter("x").initial_a));
+  EXPECT_TRUE(same_bits(copy->adapter("x").initial_a, layer->adapter("x").initial_a));
+  layer->to(torch::kDouble);
+  EXPECT_EQ(layer->adapter("x").initial_a.scalar_type(), torch::kDouble);
+  layer->delete_adapter("x");
+  EXPECT_EQ(layer->named_buffers().size(), 0U);
 }
 
 TEST(LoraLinear, RefusesARankThatTheInitialisationCannotHave) {

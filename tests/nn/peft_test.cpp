@@ -479,6 +479,30 @@ TEST(PeftAdapter, OfPissaIsTheDifferenceToItsStartAndFitsTheOrdinaryBase) {
   }
 }
 
+TEST(PeftAdapter, OfPissaIsTheSameFromAModelThatTorchLoadFilled) {
+  torch::manual_seed(9);
+  auto config = lora_config(2, 3, {"0", "head"});
+  config.init = LoraInit::Pissa;
+  Small trained, loaded;  // of different bases
+  const auto base = copies_of(nn::base_state(*trained));
+  inject_lora(*trained, config);
+  randomize_factors(*trained);
+  inject_lora(*loaded, config);
+  EXPECT_FALSE(same_bits(loaded->head->adapter("default").initial_a, trained->head->adapter("default").initial_a));
+  load_bytes(loaded, saved_bytes(trained));
+  const Adapter expected = peft_adapter(*trained), found = peft_adapter(*loaded);
+  ASSERT_EQ(found.tensors.size(), 4U);
+  for (const auto& [name, tensor] : expected.tensors) EXPECT_TRUE(same_bits(found.tensors.at(name), tensor)) << name;
+  const auto changed = loaded->head->base_layer()->weight.detach().clone();
+  nn::delete_adapter(*loaded, "default");
+  nn::delete_adapter(*trained, "default");
+  EXPECT_TRUE(same_bits(loaded->head->base_layer()->weight, trained->head->base_layer()->weight));
+  // As LoraLinear.PissaKeepsTheFunctionAndGivesTheBaseBack has it.
+  const auto& weight = base.at("head.weight");
+  EXPECT_LT(largest_difference(loaded->head->base_layer()->weight, weight), 4 * std::ldexp(1.0, -23));
+  EXPECT_GT(largest_difference(changed, weight), 0.1);
+}
+
 TEST(PeftAdapter, OfPissaBesideAnotherStartDoublesTheRanksOfItsOwnLayersOnly) {
   torch::manual_seed(8);
   Small model;

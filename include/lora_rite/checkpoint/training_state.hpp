@@ -63,14 +63,19 @@ struct TrainingState {
 
 /// The tensors of a module that training changes: parameters that require a gradient, LoRA factors whether they do or
 /// not (an inactive adapter's do not, and LoraRite(module) holds them; a checkpoint fits whichever is active), and all
-/// buffers. By the names that LibTorch gives them.
+/// buffers but the factors that nn::LoraInit::Pissa started with: these belong to the base weight, which lacks their
+/// product and is not there either, and an injection makes both anew. By the names that LibTorch gives them.
 inline std::map<std::string, torch::Tensor> trained_tensors(const torch::nn::Module& module) {
   std::map<std::string, torch::Tensor> result;
   for (const auto& item : module.named_parameters()) {
     const bool is_factor = detail::first_factor_token(item.key()).position != std::string::npos;
     if (is_factor || item.value().requires_grad()) result.emplace(item.key(), item.value());
   }
-  for (const auto& item : module.named_buffers()) result.emplace(item.key(), item.value());
+  for (const auto& item : module.named_buffers()) {
+    const bool is_start = detail::ends_with(item.key(), ".initial") &&
+                          detail::first_factor_token(item.key()).position != std::string::npos;
+    if (!is_start) result.emplace(item.key(), item.value());
+  }
   return result;
 }
 

@@ -259,12 +259,9 @@ inline std::vector<InjectedLayer> carry_out(Injection injection, torch::nn::Modu
     adapted.insert(step.layer);
     step.layer->attach_adapter(adapter, std::move(step.adapter));
     if (step.replacement.module != nullptr) replace(step.target, step.replacement);
-    std::vector<std::string> active = step.layer->active();
-    const bool is_active = std::find(active.begin(), active.end(), adapter) != active.end();
-    if (injection.is_active && !is_active) {
-      active.push_back(adapter);
-      step.layer->set_active(active);
-    } else if (!injection.is_active && active == std::vector<std::string>{adapter}) {
+    if (injection.is_active) {
+      step.layer->add_active(adapter);
+    } else if (step.layer->active() == std::vector<std::string>{adapter}) {
       step.layer->set_active({});
     }
   }

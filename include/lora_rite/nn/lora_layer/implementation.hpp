@@ -171,7 +171,7 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     }
     if (adapters_.empty()) active_ = {name};
     adapters_.emplace_back(name, std::move(adapter));
-    set_trainable();
+    set_trainable(name, adapters_.back().second);  // what somebody froze of the others stays frozen
     register_all();
   }
 
@@ -302,16 +302,19 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     const auto all_a = this->register_module(token_a, std::make_shared<detail::Holder>(token_a));
     const auto all_b = this->register_module(token_b, std::make_shared<detail::Holder>(token_b));
     for (const auto& [name, adapter] : adapters_) {
-      register_factor(*all_a, name, adapter.a);
-      register_factor(*all_b, name, adapter.b);
+      register_factor(*all_a, name, adapter.a, adapter.initial_a);
+      register_factor(*all_b, name, adapter.b, adapter.initial_b);
     }
     this->train(this->is_training());
   }
 
-  void register_factor(detail::Holder& holder, const std::string& name, const torch::Tensor& factor) {
+  void register_factor(detail::Holder& holder, const std::string& name, const torch::Tensor& factor,
+                       const torch::Tensor& initial) {
     if constexpr (Derived::kFactorsAreModules) {
       const auto module = holder.register_module(name, std::make_shared<detail::Holder>(name));
       detail::ParameterAccess::of(*module).insert("weight", factor);
+      // A file that has the base weight needs what was taken out of it. Only linear layers start so.
+      if (initial.defined()) module->register_buffer("initial", initial);
     } else {
       detail::ParameterAccess::of(holder).insert(name, factor);
     }

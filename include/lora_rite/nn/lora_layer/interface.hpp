@@ -22,7 +22,7 @@ struct LoraAdapter {
   LoraConfig config;        ///< with the rank and the alpha of this layer
   torch::Tensor a;          ///< [r, in...]
   torch::Tensor b;          ///< [out, r, ...]
-  torch::Tensor initial_a,  ///< LoraInit::Pissa only: A as it started
+  torch::Tensor initial_a,  ///< LoraInit::Pissa only: A as it started, a buffer "lora_A.<adapter>.initial"
       initial_b;            ///< likewise; the base weight lacks the product of the two
 };
 
@@ -99,6 +99,14 @@ class LoraLayer {
     set_trainable();
   }
 
+  /// set_active with one adapter more, which becomes trainable; the factors of all others stay as trainable as they
+  /// are. Throws if it is not there.
+  void add_active(const std::string& name) {
+    const LoraAdapter& added = adapter(name);
+    if (std::find(active_.begin(), active_.end(), name) == active_.end()) active_.push_back(name);
+    set_trainable(name, added);
+  }
+
   /// The adapters that take part, if enabled: what set_active was told, at first the one that was added first.
   const std::vector<std::string>& active() const { return active_; }
 
@@ -165,11 +173,13 @@ class LoraLayer {
 
   /// Makes the factors of enabled, active adapters trainable, and no others.
   void set_trainable() {
-    for (auto& [name, adapter] : adapters_) {
-      const bool trainable = enabled_ && std::find(active_.begin(), active_.end(), name) != active_.end();
-      adapter.a.set_requires_grad(trainable);
-      adapter.b.set_requires_grad(trainable);
-    }
+    for (const auto& [name, adapter] : adapters_) set_trainable(name, adapter);
+  }
+  /// The same for the factors of one adapter.
+  void set_trainable(const std::string& name, const LoraAdapter& adapter) const {
+    const bool trainable = enabled_ && std::find(active_.begin(), active_.end(), name) != active_.end();
+    adapter.a.set_requires_grad(trainable);
+    adapter.b.set_requires_grad(trainable);
   }
 
   std::vector<std::pair<std::string, LoraAdapter>> adapters_;  ///< by name, in the order in which they were added
