@@ -4,6 +4,7 @@
 /// docs/distributed.md. All calls here are collective: every process of the group makes them, in the same order.
 
 #include "lora_rite/distributed/averaging.hpp"
+#include "lora_rite/distributed/checkpoints.hpp"
 #include "lora_rite/distributed/process_group.hpp"
 #include "lora_rite/distributed/row_sharded.hpp"
 #include "lora_rite/distributed/sharded.hpp"

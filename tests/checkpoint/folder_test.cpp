@@ -3,12 +3,33 @@
 #include "checkpoint/support.hpp"
 
 #include <signal.h>
+#include <sys/fsuid.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <random>
 #include <thread>
+
+namespace {
+
+/// What was synchronised while a test listened.
+std::vector<std::string>* synchronised = nullptr;
+
+}  // namespace
+
+/// The C library's, for this whole program: nothing else tells that a folder's entry was brought to the disk.
+extern "C" int fsync(int descriptor) {
+  std::error_code error;
+  if (synchronised != nullptr) {
+    const auto link = std::filesystem::path("/proc/self/fd") / std::to_string(descriptor);
+    synchronised->push_back(std::filesystem::read_symlink(link, error).string());
+  }
+  return static_cast<int>(syscall(SYS_fsync, descriptor));
+}
 
 namespace lora_rite::test {
 namespace {
@@ -54,6 +75,84 @@ TEST(CheckpointFolder, SkipsDamagedOnesAndLetsTheRunWriteOverThem) {
   checkpoints.save(run.state);
   EXPECT_EQ(*checkpoints.latest(), folder / "step-20.ckpt");
   EXPECT_EQ(names_in(folder.string()), (std::set<std::string>{"step-15.ckpt", "step-20.ckpt", "step-30.ckpt"}));
+}
+
+TEST(CheckpointFolder, FindsTheLatestUpToAStep) {
+  const TemporaryFolder folder;
+  const CheckpointFolder checkpoints(folder.string());
+  TrainingRun run;
+  for (const int64_t step : {10, 20, 30}) {
+    run.state.step = step;
+    checkpoints.save(run.state);
+  }
+  EXPECT_EQ(checkpoints.latest_step(), 30);
+  EXPECT_EQ(checkpoints.latest_step(29), 20);
+  EXPECT_EQ(*checkpoints.latest(20), checkpoints.path_of(20));
+  write_bytes(folder / "step-20.ckpt", "");
+  EXPECT_EQ(*checkpoints.latest(20), folder / "step-10.ckpt");
+  EXPECT_FALSE(checkpoints.latest(9));
+}
+
+/// While this lives the thread has only the rights of others, also if it is root's.
+class AsNobody {
+ public:
+  AsNobody() {
+    if (geteuid() == 0) setfsuid(65534);
+  }
+  ~AsNobody() { setfsuid(geteuid()); }
+};
+
+/// A run that took an older step, or none, for the latest would write over the files.
+TEST(CheckpointFolder, SaysWhatTheSystemRefusesInsteadOfTakingItForDamage) {
+  const TemporaryFolder folder;
+  const CheckpointFolder checkpoints(folder.string());
+  TrainingRun run;
+  for (const int64_t step : {10, 20}) {
+    run.state.step = step;
+    checkpoints.save(run.state);
+  }
+  const auto refusal = [&] {
+    return error_of([&] {
+      const AsNobody nobody;
+      checkpoints.latest();
+    });
+  };
+  chmod(folder.string().c_str(), 0755);
+  chmod((folder / "step-20.ckpt").c_str(), 0);
+  EXPECT_TRUE(mentions(refusal(), "step-20.ckpt: cannot be read: Permission denied"));
+  chmod((folder / "step-20.ckpt").c_str(), 0644);
+  chmod(folder.string().c_str(), 0311);
+  EXPECT_TRUE(mentions(refusal(), "checkpoint folder " + folder.string() + ": cannot be read: Permission denied"));
+  chmod(folder.string().c_str(), 0755);
+
+  rlimit limit{};
+  getrlimit(RLIMIT_NOFILE, &limit);
+  const rlimit none{0, limit.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &none);
+  const std::string message = error_of([&] { checkpoints.latest(); });
+  setrlimit(RLIMIT_NOFILE, &limit);
+  EXPECT_TRUE(mentions(message, "cannot be read: Too many open files"));
+
+  std::filesystem::create_directory(folder / "step-30.ckpt");
+  EXPECT_TRUE(mentions(error_of([&] { checkpoints.latest(); }), "step-30.ckpt: cannot be read: it is a folder"));
+  std::filesystem::remove(folder / "step-30.ckpt");
+  EXPECT_EQ(checkpoints.latest_step(), 20);
+  EXPECT_FALSE(CheckpointFolder(folder / "none").latest());
+  const CheckpointFolder below_a_file(folder / "step-20.ckpt/checkpoints");
+  EXPECT_TRUE(mentions(error_of([&] { below_a_file.latest(); }), "cannot be read: Not a directory"));
+}
+
+/// A file in a new folder outlives a power failure only if every folder on the way to it does.
+TEST(CheckpointFolder, BringsEveryNewFolderToTheDisk) {
+  const TemporaryFolder temporary;
+  const std::filesystem::path folder = std::filesystem::canonical(temporary.string());
+  TrainingRun run;
+  std::vector<std::string> found;
+  synchronised = &found;
+  CheckpointFolder(folder / "a/b/c").save(run.state);
+  synchronised = nullptr;
+  EXPECT_EQ(found, (std::vector<std::string>{folder, folder / "a", folder / "a/b", folder / "a/b/c/step-0.ckpt.tmp",
+                                             folder / "a/b/c"}));
 }
 
 /// The run that is killed: goes on from its latest checkpoint, saves after every step and reports the step then.

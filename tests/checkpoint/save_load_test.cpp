@@ -361,6 +361,45 @@ TEST(Checkpoint, RefusedByTheLastObjectChangesNothing) {
   EXPECT_NE(fingerprint(state), before);
 }
 
+/// The file may be as good as any, and be loaded another time.
+TEST(Checkpoint, IsNotSaidToBeOfAnotherRunForWantOfMemoryOrOfAProcess) {
+  const TemporaryFolder folder;
+  struct Object {
+    std::function<void()> fail = [] {};
+    void save(torch::serialize::OutputArchive&) const {}
+    void load(torch::serialize::InputArchive&) {
+      std::exchange(fail, [] {})();
+    }
+  };
+  TrainingRun run;
+  Object object;
+  run.state.others.emplace_back(&object);
+  save_checkpoint(folder / "c", run.state);
+  run.train(1);
+  const std::string before = fingerprint(run.state);
+  const auto refused = [&](const char* words, bool for_memory, const std::function<void()>& fail) {
+    object.fail = fail;
+    try {
+      load_checkpoint(folder / "c", run.state);
+      ADD_FAILURE() << words;
+    } catch (const c10::Error& error) {
+      EXPECT_TRUE(mentions(error.what_without_backtrace(), words));
+      EXPECT_EQ(dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr, for_memory) << words;
+    }
+    EXPECT_EQ(fingerprint(run.state), before) << words;
+  };
+  refused("c: cannot be loaded: CUDA out of memory", true,
+          [] { TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory"); });
+  refused("c: cannot be loaded: there is no memory for it", true, [] { throw std::bad_alloc(); });
+  // More than any address space: LibTorch's own words for it.
+  refused("you tried to allocate", true, [] { torch::empty({int64_t{1} << 60}, torch::kByte); });
+  refused("c: cannot be loaded: distributed: another process has left", false,
+          [] { TORCH_CHECK(false, "distributed: another process has left"); });
+  refused("c: does not fit this run: another shape", false, [] { TORCH_CHECK(false, "another shape"); });
+  load_checkpoint(folder / "c", run.state);
+  EXPECT_EQ(run.state.step, 0);
+}
+
 std::filesystem::path version_1() { return LORA_RITE_TEST_DATA_DIR "/data/checkpoint-v1.ckpt"; }
 
 /// The sum of each tensor.

@@ -91,6 +91,33 @@ TEST(AverageGradients, ProcessesAgreeOnDtypesAndShapesBeforeTheySend) {
   expect_success("average dtypes", 2, fresh_folder("dtypes"), /*timeout_seconds=*/10);
 }
 
+const Scenario average_large_halves("average large halves", [](const Process& process) {
+  const auto parameters = half_parameters();
+  GradientAverager averager(parameters, process.group);
+  for (const bool overlapped : {false, true}) {
+    // Their sum is beyond 65504, the largest half; quarters of them are exact.
+    const double large = 40000, own = process.rank == 0 ? 1.0 : -3.0;
+    if (overlapped) {
+      for (torch::Tensor parameter : parameters) parameter.mutable_grad() = torch::Tensor();
+      (parameters[0] * large).sum().backward();
+      (parameters[1] * own).sum().backward();
+      EXPECT_EQ(averager.messages_under_way(), 1U);
+      averager.finish();
+    } else {
+      torch::Tensor(parameters[0]).mutable_grad() = torch::full({4}, large, torch::kHalf);
+      torch::Tensor(parameters[1]).mutable_grad() = torch::full({3, 2}, own, torch::kHalf);
+      average_gradients(parameters, process.group);
+    }
+    EXPECT_TRUE(parameters[0].grad().equal(torch::full({4}, large, torch::kHalf)));
+    const double mean = (1.0 - 3.0 * (process.size - 1)) / process.size;
+    EXPECT_TRUE(parameters[1].grad().equal(torch::full({3, 2}, mean, torch::kHalf)));
+  }
+});
+
+TEST(AverageGradients, OfHalvesAreFiniteWhereTheirSumIsNot) {
+  for (const int size : {2, 4}) expect_success("average large halves", size, fresh_folder("halves"));
+}
+
 const Scenario average_layouts("average layouts", [](const Process& process) {
   const bool last = process.rank == process.size - 1;
   const auto with_gradients = [](std::vector<torch::Tensor> parameters) {

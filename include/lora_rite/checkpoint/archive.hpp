@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -172,8 +173,10 @@ class Restoration {
   std::map<std::string, torch::Tensor> generators_;
 };
 
-/// Everything that can be refused comes first; what follows cannot fail.
-inline void load_archive(torch::serialize::InputArchive& archive, TrainingState& state) {
+/// Everything that can be refused comes first; what follows cannot fail. In between `agree(step)` is called, if given:
+/// optimizers of several processes wait for each other in what follows.
+inline void load_archive(torch::serialize::InputArchive& archive, TrainingState& state,
+                         const std::function<void(int64_t)>& agree = nullptr) {
   const auto tensors = read_tensors(archive, state.tensors);
   check_count(archive, "optimizer_count", state.optimizers.size());
   check_count(archive, "other_count", state.others.size());
@@ -192,6 +195,7 @@ inline void load_archive(torch::serialize::InputArchive& archive, TrainingState&
   const int64_t step = read_value(archive, "step").toInt();
   auto values = read_named(archive, "values");
 
+  if (agree) agree(step);
   Restoration(state).load(others, optimizers, generators);
   const at::NoGradGuard no_grad;
   for (auto& [name, tensor] : state.tensors) tensor.copy_(tensors.at(name));

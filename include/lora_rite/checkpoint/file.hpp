@@ -63,11 +63,9 @@ inline std::string checkpoint_file(const std::string& payload) {
   return file;
 }
 
-/// The file with what surrounds its payload verified. Throws c10::Error naming the file, what was found and what was
-/// expected.
-inline std::string read_checkpoint_file(const std::filesystem::path& path) {
-  const std::string label = checkpoint_label(path);
-  std::string file = read_file(path, label);
+/// Verifies what surrounds a file's payload. Throws c10::Error with the label, what was found and what was expected:
+/// the file is no whole checkpoint, or one of a later version.
+inline void check_checkpoint_file(const std::string& file, const std::string& label) {
   TORCH_CHECK(file.compare(0, kMagicBytes, kCheckpointMagic, std::min(file.size(), kMagicBytes)) == 0, label,
               "is no checkpoint (its first bytes are not '", kCheckpointMagic, "')");
   TORCH_CHECK(file.size() >= kHeaderBytes + kChecksumBytes, label, "is truncated: it has ", file.size(),
@@ -82,6 +80,14 @@ inline std::string read_checkpoint_file(const std::filesystem::path& path) {
   const size_t end = file.size() - kChecksumBytes;
   TORCH_CHECK(crc64(file.data(), end) == read_little_endian(file, end, kChecksumBytes), label,
               "checksum differs: the file is damaged");
+}
+
+/// The file, verified. Throws c10::Error naming the file, what was found and what was expected, or what the system
+/// says.
+inline std::string read_checkpoint_file(const std::filesystem::path& path) {
+  const std::string label = checkpoint_label(path);
+  std::string file = read_file(path, label);
+  check_checkpoint_file(file, label);
   return file;
 }
 

@@ -8,6 +8,7 @@
 #include <exception>
 #include <filesystem>
 #include <map>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -22,6 +23,15 @@ namespace lora_rite {
 
 namespace detail {
 
+/// Throws c10::Error for what loading a checkpoint threw. A machine without memory and a process that has left say
+/// nothing of the file, which may be loaded another time.
+[[noreturn]] inline void refuse_checkpoint(const std::filesystem::path& path, const std::string& message,
+                                           bool is_for_memory) {
+  TORCH_CHECK_WITH(OutOfMemoryError, !is_for_memory, checkpoint_label(path), "cannot be loaded: ", message);
+  const bool is_of_others = message.rfind("distributed: ", 0) == 0;
+  TORCH_CHECK(false, checkpoint_label(path), is_of_others ? "cannot be loaded: " : "does not fit this run: ", message);
+}
+
 /// use(archive) with the content of a checkpoint. Throws c10::Error naming the file, also for what `use` throws.
 template <class Use>
 void with_archive(const std::filesystem::path& path, std::optional<torch::Device> device, const Use& use) {
@@ -30,10 +40,16 @@ void with_archive(const std::filesystem::path& path, std::optional<torch::Device
     torch::serialize::InputArchive archive;
     archive.load_from(file.data() + kHeaderBytes, file.size() - kHeaderBytes - kChecksumBytes, device);
     use(archive);
+  } catch (const c10::OutOfMemoryError& error) {
+    refuse_checkpoint(path, error.what_without_backtrace(), /*is_for_memory=*/true);
   } catch (const c10::Error& error) {
-    TORCH_CHECK(false, checkpoint_label(path), "does not fit this run: ", error.what_without_backtrace());
+    const std::string message = error.what_without_backtrace();
+    // LibTorch has no type of its own for this of a CPU.
+    refuse_checkpoint(path, message, message.find("DefaultCPUAllocator: ") != std::string::npos);
+  } catch (const std::bad_alloc&) {
+    refuse_checkpoint(path, "there is no memory for it", /*is_for_memory=*/true);
   } catch (const std::exception& error) {
-    TORCH_CHECK(false, checkpoint_label(path), "does not fit this run: ", error.what());
+    refuse_checkpoint(path, error.what(), /*is_for_memory=*/false);
   }
 }
 
@@ -57,8 +73,9 @@ inline void save_checkpoint(const std::filesystem::path& path, const TrainingSta
 /// tensors of the same names, shapes and dtypes, optimizers and others of the same classes over the same parameters.
 /// Optimizer state comes to the device it was saved from, or all of it to `device`, as with torch::load;
 /// `state.tensors` stay where they are. Throws c10::Error naming the file, what was found and what was expected if it
-/// is missing, damaged, of a later version, or of another run; the run, generators included, is as it was before then.
-/// As with torch::load, load only files that you trust.
+/// is missing, damaged, of a later version, or of another run, and c10::OutOfMemoryError, which is one, if there is no
+/// memory for it; the run, generators included, is as it was before then. As with torch::load, load only files that you
+/// trust.
 inline void load_checkpoint(const std::filesystem::path& path, TrainingState& state,
                             std::optional<torch::Device> device = std::nullopt) {
   detail::with_archive(path, device,

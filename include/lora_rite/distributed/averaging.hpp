@@ -97,6 +97,22 @@ inline at::Tensor gradient_or_zeros(const at::Tensor& parameter, at::ScalarType 
   return parameter.grad();
 }
 
+/// Sums of half gradients can leave half's range where their mean does not: these are divided before they are sent.
+/// Others after, which rounds once.
+inline bool is_divided_first(const at::Tensor& tensor) { return tensor.scalar_type() == at::kHalf; }
+
+/// Tensors as one, as it is sent to become a sum.
+inline at::Tensor summand_of(const std::vector<at::Tensor>& tensors, const Collectives& collectives) {
+  at::Tensor summand = flat(tensors);
+  if (is_divided_first(summand)) summand.div_(collectives.size());
+  return summand;
+}
+
+/// What the processes' summands have become → their mean, in place.
+inline at::Tensor mean_of(const at::Tensor& sum, const Collectives& collectives) {
+  return is_divided_first(sum) ? sum : sum.div_(collectives.size());
+}
+
 /// Replaces tensors, which agree in everything but values, by their means over the processes.
 inline void average(const std::vector<at::Tensor>& tensors, int64_t bucket_bytes, Collectives& collectives) {
   struct Message {
@@ -106,12 +122,12 @@ inline void average(const std::vector<at::Tensor>& tensors, int64_t bucket_bytes
   const auto parts = buckets(tensors, bucket_bytes);
   std::vector<Message> messages;
   for (const auto& bucket : parts) {
-    const at::Tensor sum = flat(bucket);
+    const at::Tensor sum = summand_of(bucket, collectives);
     messages.push_back({sum, collectives.start_reduce(sum, kAveraging)});
   }
   for (size_t i = 0; i < parts.size(); ++i) {
     collectives.finish(messages[i].pending, kAveraging);
-    copy_back(messages[i].sum.div_(collectives.size()), parts[i]);
+    copy_back(mean_of(messages[i].sum, collectives), parts[i]);
   }
 }
 
@@ -305,7 +321,7 @@ class GradientAverager {
                         gradient.scalar_type() == parameter.scalar_type();
       gradients.push_back(fits ? gradient : at::zeros_like(parameter));
     }
-    const at::Tensor sum = detail::flat(gradients);
+    const at::Tensor sum = detail::summand_of(gradients, collectives_);
     messages_.push_back({bucket, sum, collectives_.start_reduce(sum, detail::kAveraging)});
   }
 
@@ -327,7 +343,7 @@ class GradientAverager {
         targets.push_back(dtypes[i] == parameter.scalar_type() ? detail::gradient_or_zeros(parameter, dtypes[i])
                                                                : at::empty_like(parameter));
       }
-      detail::copy_back(message.sum.div_(collectives_.size()), targets);
+      detail::copy_back(detail::mean_of(message.sum, collectives_), targets);
     }
     // Gradients of another type than their parameter's, such as GradScaler's.
     std::vector<at::Tensor> others;

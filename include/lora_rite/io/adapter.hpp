@@ -121,9 +121,7 @@ inline void save_adapter(const std::filesystem::path& folder, const Adapter& ada
     TORCH_CHECK(!name.empty(), label, "a tensor has no name");
     tensors.emplace(detail::kPeftPrefix + name, tensor);
   }
-  std::error_code error;
-  std::filesystem::create_directories(folder, error);
-  TORCH_CHECK(!error, label, "the folder cannot be made: ", error.message());
+  detail::make_folders(folder, label + "the folder ");
   save_safetensors(folder / "adapter_model.safetensors", tensors, {{"format", "pt"}});
   const std::filesystem::path path = folder / "adapter_config.json";
   detail::replace_file(path, "adapter description " + path.string() + ": ", description);

@@ -15,6 +15,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 
 /// Files as all readers and writers of this library treat them: replaced whole and durably, read only if they are
@@ -72,6 +73,20 @@ inline bool sync_folder(const std::filesystem::path& folder) {
   if (opened.number() < 0) return false;
   // EINVAL: a file system whose folders cannot be synchronised, and there is nothing to wait for.
   return ::fsync(opened.number()) == 0 || errno == EINVAL;
+}
+
+/// Makes a folder, and those above it that are missing, and waits until the disk has each: a file in the last one is
+/// found only by way of all of them. Throws c10::Error with the label if the system refuses.
+inline void make_folders(const std::filesystem::path& folder, const std::string& label) {
+  std::error_code error;
+  if (std::filesystem::is_directory(folder, error)) return;
+  const std::filesystem::path parent = folder.parent_path();
+  if (!parent.empty() && parent != folder && !std::filesystem::exists(parent, error)) make_folders(parent, label);
+  const bool is_new = std::filesystem::create_directory(folder, error);
+  TORCH_CHECK(!error, label, "cannot be made: ", error.message());
+  // EACCES: a folder that may be written to and not read, and so not be synchronised.
+  TORCH_CHECK(!is_new || sync_folder(parent) || errno == EACCES, label,
+              "cannot be made: the folder above it cannot be synchronised: ", std::strerror(errno));
 }
 
 /// Makes a new file of what `write(FileWriter&)` appends and waits until the disk has it. False with errno set if the
