@@ -122,7 +122,7 @@ TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
 
 TEST(Capturable, NothingToScaleGivesZeroAndNoNaN) {
   const torch::Tensor zero = torch::zeros({2, 4, 4}, torch::kDouble), none = torch::zeros({2, 1, 1}, torch::kDouble);
-  const rule::RoundOff<at::Tensor> round_off = {zero, zero, none, none};
+  const rule::RoundOff<at::Tensor> round_off = {zero, zero, none, none, 0};
   EXPECT_TRUE(torch::equal(device::PivotedCholesky::inverse_root(zero, 1e-13), zero));
   for (const double exponent : {0.5, 0.25}) {
     const auto numbers = hyperparameters(LoraRiteOptions().eps(0).preconditioner_exponent(exponent));

@@ -107,7 +107,7 @@ LORA_RITE_FUNCTION Decision<Matrix> decide(const Moments<Matrix>& old, const Unm
   const bool coarse = is_coarse(gradient_epsilon);
   Scalar<Matrix> scale{};
   if (coarse) scale = clip_factor * clip_factor * (gradient_epsilon * gradient_epsilon) / rows;
-  const RoundOff<Matrix> round_off = {now.magnified_gram, now.inverse_root, scale, rows};
+  const RoundOff<Matrix> round_off = {now.magnified_gram, now.inverse_root, scale, rows, Roots::kOfSums};
   Matrix adaptive = roots.preconditioner(second_moment, escaped_mass, coarse ? &round_off : nullptr, numbers);
   Matrix row_map;
   if (numbers.row_equilibration) row_map = matmul(now.inverse_root, adaptive) * clip_factor;

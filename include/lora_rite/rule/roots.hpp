@@ -23,14 +23,15 @@ struct RoundOff {
   const Matrix& inverse_root;   ///< R⁺
   Scalar<Matrix> scale;
   Scalar<Matrix> rows;  ///< n, of G
+  double of_sums;       ///< what a sum over n rows leaves in double, ÷ ε √n
 
   /// E without its scale.
   LORA_RITE_FUNCTION Matrix unscaled() const { return scale_rows_by_norms(gradient_gram, inverse_root); }
 
-  /// What doubles leave of V, as a share of its largest eigenvalue: sums over n rows, one after the other where an
-  /// engine has no better, and the eigensolver (LAPACK was seen to leave 3 ε for r up to 128).
+  /// What doubles leave of V, as a share of its largest eigenvalue: sums over n rows, and the eigensolver (LAPACK was
+  /// seen to leave 3 ε for r up to 128).
   LORA_RITE_FUNCTION Scalar<Matrix> of_doubles() const {
-    return (sqrt(rows) * 2.0 + 8.0) * std::numeric_limits<double>::epsilon();
+    return (sqrt(rows) * of_sums + 8.0) * std::numeric_limits<double>::epsilon();
   }
 };
 
@@ -46,6 +47,8 @@ LORA_RITE_FUNCTION Scalar<Matrix> root_of_mean(const Matrix& second_moment, cons
 /// How act 2 takes roots and compares spectra: by eigenvalues, to round-off. (`ProductRoots` of the device engine does
 /// without them.)
 struct Eigenvalues {
+  static constexpr double kOfSums = 2;  ///< RoundOff::of_sums of ATen's products, which add one row after the other
+
   /// d = max(0, min( max_i (λ_i(V) − λ_i(PVPᵀ)), tr V − tr PVPᵀ )): second moment that the new basis no longer sees.
   template <class Matrix>
   LORA_RITE_FUNCTION static Scalar<Matrix> escaping_mass(const Matrix& second_moment, const Matrix& transported) {

@@ -63,6 +63,8 @@ LORA_RITE_FUNCTION void store(const Matrix<Pool>& matrix, double* to) {
 /// What is not remembered is found by the same function, so a run that is resumed gets the same bits.
 template <class Pool>
 struct RememberedEigenvalues {
+  static constexpr double kOfSums = 0;  // tiles are added up apart: no more than the eigensolver leaves
+
   const double* known;  ///< of V, ascending; the first is NaN if they are unknown
   double* found;        ///< of the next V
 

@@ -49,6 +49,8 @@ struct PivotedCholesky {
 
 /// Roots by products and Cholesky factors; stands in for rule::Eigenvalues.
 struct ProductRoots {
+  static constexpr double kOfSums = rule::Eigenvalues::kOfSums;
+
   /// max(0, tr V − tr PVPᵀ): a bound on rule::Eigenvalues' d, and equal to it where at most one direction escapes.
   static at::Tensor escaping_mass(const at::Tensor& second_moment, const at::Tensor& transported) {
     return at_least(trace_of(second_moment) - trace_of(transported), 0.0);

@@ -84,6 +84,8 @@ inline void store_maps(const Pairs& pairs, FactorId id, int64_t lane, const Lane
 
 /// `rule::Eigenvalues` that does not ask twice: the eigenvalues of V were found one step ago, when its root was taken.
 struct RememberedEigenvalues {
+  static constexpr double kOfSums = 0;  // lanes and chunks are added up apart: no more than the eigensolver leaves
+
   const LaneValues& known;  ///< of V, ascending
   LaneValues& found;        ///< of the next V
 
