@@ -442,6 +442,21 @@ TEST_P(EveryLayer, ATorchSaveComesBackWithEveryAdapter) {
   EXPECT_TRUE(same_bits(forward(), expected));
 }
 
+TEST_P(EveryLayer, AFileOfAnotherRankIsRefusedAndChangesNothing) {
+  layer().add_adapter("default", lora_config(2, 3));
+  const auto bytes = saved_bytes(layer_.module);
+  layer_ = GetParam().make();
+  layer_.module->to(torch::kDouble);
+  layer().add_adapter("default", lora_config(1, 3));
+  randomize_factors(*layer_.module);
+  const auto expected = forward();
+  // Whichever of the factors is read first.
+  const auto error = error_of([&] { load_bytes(layer_.module, bytes); });
+  EXPECT_TRUE(mentions(error, layer().type_name())) << error;
+  EXPECT_TRUE(mentions(error, "default") && mentions(error, "in the file, expected [")) << error;
+  EXPECT_TRUE(same_bits(forward(), expected));
+}
+
 TEST_P(EveryLayer, ABfloat16BaseTakesFloatFactorsAndGivesBfloat16) {
   layer_.module->to(torch::kBFloat16);
   if (input_.is_floating_point()) input_ = input_.to(torch::kBFloat16);

@@ -6,6 +6,7 @@
 #include <torch/nn/cloneable.h>
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
+#include <torch/serialize/input-archive.h>
 #include <torch/types.h>
 #include <torch/utils.h>
 
@@ -193,6 +194,13 @@ class LoraLayerImpl : public torch::nn::Cloneable<Derived>, public LoraLayer {
     auto copy = std::make_shared<Derived>(static_cast<const Derived&>(*this));
     static_cast<LoraLayerImpl&>(*copy).make_own(device);
     return copy;
+  }
+
+  /// As torch::nn::Module, which torch::load calls. Throws c10::Error if a parameter of the file has another shape;
+  /// nothing of this layer has changed then.
+  void load(torch::serialize::InputArchive& file) override {
+    detail::check_shapes(std::string(type_name()) + ": ", *this, file);
+    torch::nn::Cloneable<Derived>::load(file);
   }
 
   /// The base layer as LibTorch prints it, and the rank and scale of each adapter.
