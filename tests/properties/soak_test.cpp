@@ -10,13 +10,13 @@
 #include <lora_rite/lora_rite.hpp>
 
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "support/pairs.hpp"
+#include "support/soak.hpp"
 #include "support/tensors.hpp"
 
 namespace lora_rite::test {
@@ -24,7 +24,7 @@ namespace {
 
 using Basis = PolarBasis;
 
-int64_t step_count() { return std::getenv("LORA_RITE_SOAK") != nullptr ? 100000 : 5000; }
+int64_t step_count() { return is_soak() ? 100000 : 5000; }
 
 /// What the optimizer remembers of its first pair, as a checkpoint has it.
 PairState state_of(const LoraRite<Basis>& optimizer, const FactorPair& pair) {

@@ -16,6 +16,7 @@
 #include "support/failing_new.hpp"
 #include "support/mixed_groups.hpp"
 #include "support/pairs.hpp"
+#include "support/soak.hpp"
 #include "support/tensors.hpp"
 
 namespace lora_rite::test {
@@ -143,6 +144,10 @@ std::vector<Configuration> configurations() {
           {"bfloat16", torch::kBFloat16, plain}};
 }
 
+/// What fails after the allocation `count` did: each of the first fifty, then one in a fiftieth of those before it, for
+/// a step makes thousands. Every one where LORA_RITE_SOAK is set, which takes ten minutes.
+int64_t next_to_fail(int64_t count) { return count + 1 + (is_soak() ? 0 : count / 50); }
+
 class StrongGuarantee : public testing::TestWithParam<Configuration> {
  protected:
   using Basis = PolarBasis;
@@ -166,7 +171,8 @@ TEST_P(StrongGuarantee, HoldsWhereverMemoryRunsOut) {
     const std::string state = saved_bytes(*twins.hit.optimizer);
     twins.hit.set_gradients(step);
     while (allocator.fails_after(allocations, [&] { twins.hit.optimizer->step(); })) {
-      SCOPED_TRACE("allocation " + std::to_string(allocations++));
+      SCOPED_TRACE("allocation " + std::to_string(allocations));
+      allocations = next_to_fail(allocations);
       twins.expect_equal();
       EXPECT_TRUE(saved_bytes(*twins.hit.optimizer) == state) << "the failed step changed the state";
       ASSERT_TRUE(!HasFailure() && allocations < 10000);  // what follows would only repeat it
@@ -221,7 +227,7 @@ TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {
     const std::string state = saved_bytes(undisturbed);
     int64_t failures = 0;
     bool came_to_pass = true;
-    for (int64_t count = 0; came_to_pass; ++count) {
+    for (int64_t count = 0; came_to_pass; count = next_to_fail(count)) {
       const auto hit = pairs_of();
       LoraRite<> optimizer(hit, GetParam().options);
       lora_rite::test::run_steps(optimizer, hit, 0, steps);
@@ -254,7 +260,7 @@ TEST_P(StrongGuarantee, OfPairsHoldsWhereverOperatorNewFails) {
 /// What a failed step had made ready of factors A does not come in with a step that has no gradients for them.
 TEST_P(StrongGuarantee, HoldsForAStepWithOtherGradientsThanTheFailedOne) {
   FailingAllocator& allocator = FailingAllocator::installed();
-  for (int64_t allocations = 0;; allocations += 7) {
+  for (int64_t allocations = 0;; allocations = 7 * next_to_fail(allocations / 7)) {
     Twins<Basis> twins(GetParam().dtype, GetParam().options, 2);
     twins.hit.set_gradients(2);
     if (!allocator.fails_after(allocations, [&] { twins.hit.optimizer->step(); })) break;
