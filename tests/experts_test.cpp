@@ -2,6 +2,7 @@
 // which must be what it does with a pair of tensors for each expert.
 
 #include <gtest/gtest.h>
+#include <torch/nn/utils/clip_grad.h>
 #include <lora_rite/baselines/registry.hpp>
 #include <lora_rite/checkpoint.hpp>
 #include <lora_rite/grad_scaler.hpp>

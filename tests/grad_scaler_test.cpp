@@ -2,6 +2,7 @@
 // trajectories came about), and it and LoraRite understand each other.
 
 #include <gtest/gtest.h>
+#include <torch/nn/utils/clip_grad.h>
 #include <lora_rite/grad_scaler.hpp>
 #include <nlohmann/json.hpp>
 

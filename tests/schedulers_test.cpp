@@ -1,4 +1,6 @@
 #include <gtest/gtest.h>
+#include <torch/optim/schedulers/reduce_on_plateau_scheduler.h>
+#include <torch/optim/schedulers/step_lr.h>
 
 #include "support/pairs.hpp"
 

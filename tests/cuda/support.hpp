@@ -1,10 +1,11 @@
 #pragma once
 
-#include <torch/torch.h>
 #include <lora_rite/factor_pair.hpp>
 
 #include <cstdint>
 #include <vector>
+
+#include "support/torch.hpp"
 
 /// What the tests on a GPU share.
 namespace lora_rite::test {

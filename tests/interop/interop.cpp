@@ -6,8 +6,6 @@
 // A folder without wanted/ holds a model that Python alone knows: `finetune merge` puts peft/ into model/ and writes
 // merged/.
 
-#include <torch/torch.h>
-
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -26,6 +24,7 @@
 #include "commands/merge.hpp"
 #include "models/bert.hpp"
 #include "models/load_model.hpp"
+#include "support/torch.hpp"
 
 namespace {
 

@@ -1,5 +1,4 @@
 #include <gtest/gtest.h>
-#include <torch/torch.h>
 
 #include <fstream>
 #include <lora_rite/factor_pair.hpp>
@@ -8,6 +7,7 @@
 
 #include "support/pairs.hpp"
 #include "support/temporary_folder.hpp"
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 namespace {

@@ -1,7 +1,6 @@
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <torch/torch.h>
 
 #include <cstring>
 #include <fstream>
@@ -11,6 +10,7 @@
 #include "support/pairs.hpp"
 #include "support/temporary_folder.hpp"
 #include "support/tensors.hpp"
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 namespace {

@@ -1,7 +1,7 @@
 // adapter_state, load_adapter_state, base_state, load_base_state: the names that files have, and strictness.
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/nn/modules/batchnorm.h>
 
 #include <lora_rite/nn/nn.hpp>
 #include <memory>
@@ -11,6 +11,7 @@
 #include "nn/support.hpp"
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 namespace {

@@ -2,7 +2,11 @@
 // on an error; training, merging and counting over a whole model.
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/normalization.h>
+#include <torch/nn/modules/transformerlayer.h>
 
 #include <functional>
 #include <lora_rite/checkpoint.hpp>
@@ -20,6 +24,7 @@
 #include "support/pairs.hpp"
 #include "support/temporary_folder.hpp"
 #include "support/tensors.hpp"
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 namespace {

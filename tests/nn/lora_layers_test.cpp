@@ -2,7 +2,7 @@
 // no answer the naive formula y = base layer with W + Σ scale · B A.
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/cuda.h>
 
 #include <cmath>
 #include <functional>
@@ -17,6 +17,7 @@
 #include "nn/support.hpp"
 #include "support/pairs.hpp"
 #include "support/tensors.hpp"
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 namespace {

@@ -1,7 +1,7 @@
 // lora_config, adapter_config, peft_adapter, inject_adapter: between the layers of a model and PEFT's files.
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/nn/modules/container/sequential.h>
 
 #include <cmath>
 #include <functional>
@@ -14,6 +14,7 @@
 #include "support/pairs.hpp"
 #include "support/temporary_folder.hpp"
 #include "support/tensors.hpp"
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 namespace {

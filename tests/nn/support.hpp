@@ -1,6 +1,8 @@
 #pragma once
 
-#include <torch/torch.h>
+#include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/normalization.h>
 
 #include <fstream>
 #include <lora_rite/nn/nn.hpp>
@@ -8,6 +10,8 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
+
+#include "support/torch.hpp"
 
 /// What the tests of lora_rite::nn share.
 namespace lora_rite::test {

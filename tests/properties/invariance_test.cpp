@@ -10,6 +10,8 @@
 #include "support/networks.hpp"
 
 #include <gtest/gtest.h>
+#include <torch/optim/adagrad.h>
+#include <torch/optim/rmsprop.h>
 #include <lora_rite/lora_rite.hpp>
 
 #include <algorithm>

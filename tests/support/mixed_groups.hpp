@@ -2,11 +2,12 @@
 
 // One optimizer with several groups, batches and kinds of parameters, for tests of a whole step.
 
-#include <torch/torch.h>
 #include <lora_rite/lora_rite.hpp>
 
 #include <memory>
 #include <vector>
+
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 

@@ -2,9 +2,9 @@
 
 // Small real losses through autograd, for tests about whole trajectories of ΔW.
 
+#include "support/torch.hpp"
 #include "tensors.hpp"
 
-#include <torch/torch.h>
 #include <lora_rite/factor_pair.hpp>
 
 #include <algorithm>

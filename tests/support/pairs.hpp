@@ -1,6 +1,5 @@
 #pragma once
 
-#include <torch/torch.h>
 #include <lora_rite/lora_rite.hpp>
 
 #include <algorithm>
@@ -9,6 +8,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "support/torch.hpp"
 
 /// Small pieces that many tests share.
 namespace lora_rite::test {

@@ -3,8 +3,7 @@
 // Between LibTorch's factors in PEFT's layout and the oracle's tall Eigen matrices.
 
 #include "oracle.hpp"
-
-#include <torch/torch.h>
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 

@@ -1,6 +1,8 @@
 #include "adapters/adapted_model.hpp"
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
+#include <torch/utils.h>
 
 #include <algorithm>
 #include <lora_rite/io/adapter_modules.hpp>

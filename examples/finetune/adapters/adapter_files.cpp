@@ -1,6 +1,7 @@
 #include "adapters/adapter_files.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
+#include <torch/utils.h>
 
 #include <algorithm>
 #include <cctype>

@@ -1,6 +1,6 @@
 #include "adapters/merge_plan.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <algorithm>
 #include <lora_rite/nn/module_names.hpp>

@@ -1,6 +1,6 @@
 #include "commands/export.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <CLI/CLI.hpp>
 #include <iostream>

@@ -1,6 +1,6 @@
 #include "data/batches.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <algorithm>
 

@@ -1,6 +1,6 @@
 #include "models/base_checkpoint.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <algorithm>
 #include <nlohmann/json.hpp>

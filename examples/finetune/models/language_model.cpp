@@ -1,6 +1,7 @@
 #include "models/language_model.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
+#include <torch/utils.h>
 
 #include <algorithm>
 

@@ -1,6 +1,6 @@
 #include "models/load_model.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <map>
 #include <string>

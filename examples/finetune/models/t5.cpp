@@ -1,6 +1,7 @@
 #include "models/t5.hpp"
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include <cmath>
 #include <limits>

@@ -1,7 +1,6 @@
 // The rule over matrices that a block shares, beside the rule over tensors, in double.
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
 
 #include <limits>
 #include <string>
@@ -12,6 +11,7 @@
 #include "lora_rite/engine/cuda/block_algebra.hpp"
 #include "lora_rite/engine/device/tensor_algebra.hpp"
 #include "lora_rite/rule/decide.hpp"
+#include "support/torch.hpp"
 
 namespace lora_rite::test {
 using namespace cuda;

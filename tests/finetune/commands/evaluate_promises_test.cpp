@@ -3,6 +3,7 @@
 #include "commands/evaluate.hpp"
 
 #include <ATen/Parallel.h>
+#include <torch/cuda.h>
 
 #include <algorithm>
 #include <cmath>

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
 
 #include <CLI/App.hpp>
 #include <algorithm>
@@ -20,6 +19,7 @@
 #include "commands/merge.hpp"
 #include "common/files.hpp"
 #include "finetune/models/support.hpp"
+#include "support/torch.hpp"
 
 namespace finetune {
 

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <torch/torch.h>
-
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -10,6 +8,7 @@
 
 #include "data/batches.hpp"
 #include "finetune/support.hpp"
+#include "support/torch.hpp"
 
 namespace finetune {
 

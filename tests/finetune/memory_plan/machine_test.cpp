@@ -1,7 +1,6 @@
 #include "memory_plan/machine.hpp"
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
 
 #include <cmath>
 #include <cstdint>
@@ -10,6 +9,7 @@
 #include <string>
 
 #include "support/temporary_folder.hpp"
+#include "support/torch.hpp"
 
 namespace finetune {
 namespace {

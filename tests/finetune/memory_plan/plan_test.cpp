@@ -2,6 +2,7 @@
 
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <torch/nn/functional/loss.h>
 
 #include <fstream>
 #include <lora_rite/baselines/registry.hpp>

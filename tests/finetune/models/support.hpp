@@ -1,7 +1,6 @@
 #pragma once
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
 
 #include <filesystem>
 #include <lora_rite/io/safetensors.hpp>
@@ -13,6 +12,7 @@
 
 #include "finetune/support.hpp"
 #include "models/load_model.hpp"
+#include "support/torch.hpp"
 
 namespace finetune {
 

@@ -1,6 +1,6 @@
 #include "models/layers/attention.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 namespace finetune {
 namespace {

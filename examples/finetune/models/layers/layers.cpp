@@ -1,6 +1,9 @@
 #include "models/layers/layers.hpp"
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/types.h>
 
 #include "common/error.hpp"
 #include "models/layers/embedding.hpp"

@@ -1,6 +1,6 @@
 #include "models/layers/rope.hpp"
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <algorithm>
 #include <cmath>

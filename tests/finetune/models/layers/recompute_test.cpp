@@ -1,6 +1,7 @@
 #include "models/layers/recompute.hpp"
 
 #include <ATen/autocast_mode.h>
+#include <torch/autograd.h>
 
 #include <limits>
 #include <set>
