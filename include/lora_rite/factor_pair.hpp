@@ -19,7 +19,9 @@
 
 namespace lora_rite {
 
-/// The two factors of one LoRA layer, ΔW = scale · B A, in PEFT's layout.
+/// The two factors of one LoRA layer, ΔW = scale · B A, in PEFT's layout. An optimizer takes leaves that require a
+/// gradient (one of the two may be frozen), both of the same dtype (float, double, bfloat16 or half) and on the same
+/// device, with r at most `in` or at most `out`.
 struct FactorPair {
   std::string name;  ///< used in messages and checkpoints; may be empty
   torch::Tensor a;   ///< [r, in...]: the rank in dimension 0, all others flattened to n = in

@@ -27,7 +27,8 @@ class LoraRite : public LoraRiteBase {
 
   /// All factor pairs of a module (`find_factor_pairs`) in one group, and all its other trainable parameters, if any,
   /// in a second one with AdamW and the options `others`. What the module holds under several names is stepped once.
-  /// With `options.maximize()` both groups ascend.
+  /// With `options.maximize()` both groups ascend. Throws c10::Error if the module has no factors, or one that has no
+  /// partner or is of a method that is refused.
   explicit LoraRite(const torch::nn::Module& module, LoraRiteOptions options, torch::optim::AdamWOptions others)
       : LoraRite(options) {
     add_module(module, options, others);
@@ -37,7 +38,7 @@ class LoraRite : public LoraRiteBase {
   explicit LoraRite(const torch::nn::Module& module, LoraRiteOptions options = {})
       : LoraRite(module, options, torch::optim::AdamWOptions(options.lr()).weight_decay(options.weight_decay())) {}
 
-  /// a₀, b₀, a₁, b₁, …, as the authors' code takes them.
+  /// a₀, b₀, a₁, b₁, …, as the authors' code takes them. Throws c10::Error for an odd number of tensors.
   explicit LoraRite(std::vector<torch::Tensor> alternating, LoraRiteOptions options = {}) : LoraRite(options) {
     add_alternating(alternating, options);
   }

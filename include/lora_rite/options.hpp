@@ -46,21 +46,23 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
   /// ε ≥ 0 in ((V + ρI)^{1/2} + εI)^{-1}.
   TORCH_ARG(double, eps) = 1e-8;
-  /// Added under the root, to the eigenvalues of V + ρI. 0 in the paper, ε² in the authors' code.
+  /// Added under the root, to the eigenvalues of V + ρI, ≥ 0. 0 in the paper, ε² in the authors' code.
   TORCH_ARG(double, eps_root) = 0.0;
   /// Exponent p in [0, 1/2] of the adaptive matrix step: 1/2 divides every direction by the root of its second moment,
   /// as in the paper; 0 divides all alike, by the mean over directions; between them p does so in part, and the mean,
   /// to the power 1/2 − p, keeps a step's length (Padam, Chen et al. 2018, for Adam). See docs/algorithm.md.
   TORCH_ARG(double, preconditioner_exponent) = 0.5;
-  /// Decoupled weight decay λ ≥ 0: each factor shrinks by 1 − ηλ a step. It is equivariant too.
+  /// Decoupled weight decay λ ≥ 0: each factor shrinks by 1 − ηλ a step; ηλ < 1 for both factors. It is equivariant
+  /// too.
   TORCH_ARG(double, weight_decay) = 0.0;
-  /// Keep the second moment that leaves the partner's column space as isotropic mass ρ (the paper's Algorithm 1).
+  /// When the partner's column space turns, V loses the part that lies outside of the new one. Keep how large that part
+  /// is as ρ, and add it in all directions alike (the paper's Algorithm 1).
   TORCH_ARG(bool, escape) = true;
-  /// Bound on the Frobenius norm of the Ḡ of *all* pairs of the optimizer together; 0 switches the clip off.
+  /// Bound ≥ 0 on the Frobenius norm of the Ḡ of *all* pairs of the optimizer together; 0 switches the clip off.
   TORCH_ARG(double, clip_unmagnified_norm) = 1.0;
-  /// Bound on the RMS of the momentum M in the partner's orthonormal basis: a larger one is scaled down; 0 = off.
+  /// Bound ≥ 0 on the RMS of the momentum M in the partner's orthonormal basis: a larger one is scaled down; 0 = off.
   TORCH_ARG(double, max_update_rms) = 0.0;
-  /// Bound τ on how much each gradient makes a step change a factor relative to itself, in every direction, and with it
+  /// Bound τ ≥ 0 on how much each gradient makes a step change a factor relative to itself, in every direction, and with it
   /// on the cross term dB·dA; 0 = off, 0.3 is a good value. Without momentum ‖dX X⁺‖ ≤ τ. See docs/algorithm.md.
   TORCH_ARG(double, max_relative_change) = 0.0;
   /// Adapt from row to row as well: a second moment for each row of a factor beside V. See docs/algorithm.md.
@@ -75,7 +77,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   /// Keep a float copy of bfloat16 and half factors, so that steps below their resolution add up (4 bytes an element).
   TORCH_ARG(bool, master_weights) = false;
   /// Engine for this group's tall data, chosen in the first step. Not part of a saved optimizer: it belongs to the
-  /// machine.
+  /// machine. Engine::Host is refused together with `capturable`.
   TORCH_ARG(Engine, engine) = Engine::Automatic;
   /// A step that a CUDA graph can record (at::cuda::CUDAGraph): Engine::Cuda as it is, or Engine::Device, with Cholesky
   /// factors and Newton–Schulz products in place of eigenvalues, which also batch at every rank. The escaped mass is

@@ -1,8 +1,9 @@
-"""The README's installation, pasted: its CMake block builds its program, and its line for find_package installs.
+"""The installation, pasted: the README's CMake block builds its program, docs/install.md's CMakeLists.txt does so with
+nlohmann-json, and the README's line for find_package installs.
 
     check_install.py REPOSITORY WORK_DIRECTORY GENERATOR TORCH_CONFIG_DIRECTORY
 
-The block names an address and a tag, which are not asked: FETCHCONTENT_SOURCE_DIR_LORA_RITE gives this checkout.
+The blocks name an address and a tag, which are not asked: FETCHCONTENT_SOURCE_DIR_LORA_RITE gives this checkout.
 The line is run by bash in a copy of what an installation needs.
 """
 
@@ -20,9 +21,9 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def only(found: list[str], what: str) -> str:
+def only(found: list[str], what: str, where: str = "README.md") -> str:
     if len(found) != 1:
-        sys.exit(f"README.md has {len(found)} times {what}, expected once")
+        sys.exit(f"{where} has {len(found)} times {what}, expected once")
     return found[0]
 
 
@@ -60,6 +61,20 @@ def main() -> None:
         # Another processor rounds otherwise, and 400 steps carry that far; a changed method shows at once.
         if not same_step or not 0.5 < losses[0] / losses[1] < 2:
             sys.exit(f"README.md says '{expected}', the program '{found}'")
+
+    # The whole CMakeLists.txt, with a header that wants nlohmann-json.
+    whole = work / "whole"
+    whole.mkdir()
+    page = (root / "docs/install.md").read_text(encoding="utf-8")
+    file = only([code for code in blocks(page, "cmake") if "project(" in code], "a CMakeLists.txt", "docs/install.md")
+    (whole / "CMakeLists.txt").write_text(file, encoding="utf-8")
+    (whole / "main.cpp").write_text(
+        '#include <lora_rite/io/peft.hpp>\nint main() { return lora_rite::Adapter().tensors.empty() ? 0 : 1; }\n',
+        encoding="utf-8",
+    )
+    run("cmake", "-G", generator, "-S", str(whole), "-B", str(whole / "build"), *settings)
+    run("cmake", "--build", str(whole / "build"))
+    run(str(whole / "build/app"))
 
     # The line, which bash expands.
     copy = work / "copy"

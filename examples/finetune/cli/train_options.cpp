@@ -63,9 +63,9 @@ void add_optimizer_options(CLI::App& app, RunOptions& options) {
       ->group(group);
   add_option(app, "--head-lr", options.head_lr, "Classifiers: peak learning rate of the head")->group(group);
   add_option(app, "--weight-decay", options.weight_decay,
-             "On the factors: decoupled for rite, adamw and muon, L2 for adam")
+             "On the factors: decoupled for rite, adamw and muon, L2 for adam and lora+")
       ->group(group);
-  add_option(app, "--beta2", options.beta2, "rite, adam, adamw: decay rate of the second moment")->group(group);
+  add_option(app, "--beta2", options.beta2, "rite, adam, adamw, lora+: decay rate of the second moment")->group(group);
   add_option(app, "--max-grad-norm", options.max_grad_norm,
              "Bound on the norm of all gradients together, for any optimizer, 0 = off. Not a function of ΔW alone: "
              "rite has --clip for that")

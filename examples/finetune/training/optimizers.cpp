@@ -73,11 +73,11 @@ TrainingOptimizer make_by_name(const RunOptions& options, const torch::nn::Modul
                         set_options<torch::optim::AdamWOptions>(group.options(), options);
     if (!is_set && !set_decay_of_muon(group.options(), options) && options.weight_decay != 0) {
       fail("--weight-decay ", options.weight_decay, ": ", options.optimizer,
-           " does not take one here; leave it out, or choose rite, adam, adamw or muon");
+           " does not take one here; leave it out, or choose rite, adam, adamw, lora+ or muon");
     }
     if (!is_set && options.beta2 != RunOptions().beta2) {
       fail("--beta2 ", options.beta2, ": ", options.optimizer,
-           " does not take it here; leave it out, or choose rite, adam or adamw");
+           " does not take it here; leave it out, or choose rite, adam, adamw or lora+");
     }
   }
   if (const std::vector<torch::Tensor> head = head_of(model); !head.empty()) {

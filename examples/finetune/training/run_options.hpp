@@ -21,7 +21,7 @@ struct RunOptions {
   std::string optimizer = "rite";        ///< one of optimizer_names()
   double lr = 5e-4;                      ///< peak rate of the factors
   double head_lr = 1e-3;                 ///< classifier: peak rate of the head
-  double weight_decay = 0;               ///< decoupled for rite, adamw and muon, L2 for adam; not on the head
+  double weight_decay = 0;               ///< decoupled for rite, adamw and muon, L2 for adam and lora+; not on the head
   double beta2 = 0.999;                  ///< rite, adam and adamw: decay rate of the second moment
   double clip = 1;                       ///< rite: bound on the unmagnified gradient norm, 0 = off
   bool escape = true;                    ///< rite: keep the escaped mass

@@ -28,8 +28,8 @@ struct RowSharding {
 /// in the order of the processes and need not be equal; gradients are those of the parts, and of a whole factor the
 /// same in all processes.
 ///
-/// All processes call constructor, `step`, `save` and `load` together; errors are those of ShardedLoraRite. `save`
-/// writes the state of the whole factors in every process, in the format of `LoraRite`: any other number of processes,
+/// All processes call constructor, `step`, `save`, `load`, `load_matching` and `reset_state` together; errors are those
+/// of ShardedLoraRite. `save` writes the state of the whole factors in every process, in the format of `LoraRite`: any other number of processes,
 /// or one without this class, resumes from it. `diagnostics` describes the parts at hand. Takes Engine::Device.
 template <class Basis = PolarBasis>
 class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {

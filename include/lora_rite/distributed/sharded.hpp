@@ -20,9 +20,10 @@ namespace lora_rite {
 ///     lora_rite::average_gradients(optimizer, group);
 ///     optimizer.step();
 ///
-/// All processes call constructor, `step`, `save` and `load` together. `save` writes the whole state in every process,
-/// in the format of `LoraRite`: a checkpoint of N processes resumes in M, or in one without this class. `diagnostics`
-/// of a pair that another process keeps has its condition numbers only. Each call throws c10::Error in all processes,
+/// All processes call constructor, `step`, `save`, `load`, `load_matching` and `reset_state` together. `save` writes the
+/// whole state in every process, in the format of `LoraRite`: a checkpoint of N processes resumes in M, or in one
+/// without this class. `diagnostics` of a pair that another process keeps has its condition numbers only, and
+/// `state_of` throws. Each call throws c10::Error in all processes,
 /// before anything is changed, if groups, pairs, options or calls differ, in `step` also if the presence of gradients
 /// does, or if one process refuses its input or its closure throws: that process throws its own error, the others one
 /// that names it. All calls throw if a process leaves. Then the factors may be those of before or after the step: go

@@ -156,7 +156,8 @@ inline NamedTensors base_state(const torch::nn::Module& model) {
 
 /// Copies the tensors of an ordinary checkpoint ("fc.weight") into the base, with adapters or without, cast to its
 /// dtypes. Throws c10::Error naming what has another shape and, if `strict`, what is missing or unexpected; also if an
-/// adapter started by LoraInit::Pissa, whose base weight is not the checkpoint's. Nothing is changed then.
+/// adapter started by LoraInit::Pissa, whose base weight is not the checkpoint's. Nothing is changed then. Returns what
+/// was missing and unexpected, which only a load that is not `strict` has.
 inline LeftOut load_base_state(torch::nn::Module& model, const NamedTensors& state, bool strict = true) {
   for (const auto& [name, layer] : lora_layers(model)) {
     for (const auto& adapter : layer->adapter_names()) {

@@ -1,6 +1,6 @@
 """LoRA-RITE for PyTorch: an optimizer that trains the product of LoRA factors, not the accident of how it was split.
 
-    optimizer = lora_rite.LoraRite(peft_model, lr=3e-4)
+    optimizer = lora_rite.LoraRite(peft_model, lr=3e-4, max_relative_change=0.3)
 
 "LoRA Done RITE" (Yen et al., ICLR 2025). The rule and the engines are those of the C++ library `lora_rite`: this
 module moves tensors and options, and computes nothing.
@@ -521,7 +521,8 @@ class LoraRite(torch.optim.Optimizer):
 def create_lora_rite_optimizer(model: nn.Module, *, lr: float, **options: Any) -> LoraRite:
     """LoraRite for a PEFT model, in the form of PEFT's factories (`peft.optimizers`).
 
-    For transformers' Trainer: `Trainer(optimizers=(create_lora_rite_optimizer(model, lr=3e-4), None))`.
+    For transformers' Trainer, with an optimizer of this function: `Trainer(…, optimizers=(optimizer, None))`. Set
+    `max_relative_change=0.3` where B starts at zero, as PEFT's does.
     """
     return LoraRite(model, lr, **options)
 
