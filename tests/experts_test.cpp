@@ -697,6 +697,25 @@ TEST(Experts, AreNotTakenForPartsWhereAViewIsALeafItself) {
 }
 
 /// A frozen view of a matrix is taken for an expert's part of it. Once it has a gradient of its own it is none.
+// B is contiguous at first, so there is no room for a packed copy of it.
+TEST(Experts, APartThatLiesOtherwiseThanAtFirstIsRefused) {
+  for (const Side side : kSides) {
+    const torch::Tensor leaf = torch::randn({2, 4, 4}).requires_grad_();
+    const torch::Tensor part = leaf[0], other = torch::randn({4, 4}).requires_grad_();
+    const FactorPair pair = side == Side::A ? FactorPair{"q", part, other} : FactorPair{"q", other, part};
+    LoraRite<> optimizer({pair}, LoraRiteOptions(1e-2).engine(Engine::Host));
+    leaf.mutable_grad() = torch::randn_like(leaf);
+    optimizer.step();
+    {
+      const torch::NoGradGuard no_grad;
+      torch::Tensor(part).t_();
+    }
+    const torch::Tensor before = leaf.detach().clone();
+    EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "now has strides"));
+    EXPECT_TRUE(same_bits(leaf, before));
+  }
+}
+
 TEST(Experts, AViewThatBecomesALeafIsRefused) {
   torch::manual_seed(7);
   const torch::Tensor matrix = torch::randn({12, 10});

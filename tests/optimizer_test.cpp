@@ -1,3 +1,4 @@
+#include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include "support/pairs.hpp"
@@ -215,6 +216,56 @@ TEST(LoraRite, RefusesASparseGradientAndChangesNothing) {
   torch::Tensor(pairs[0].a).mutable_grad() = torch::ones({2, 4}, torch::kDouble).to_sparse();
   EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "the gradient of factor a has layout Sparse"));
   EXPECT_TRUE(equal_factors(pairs, before));
+}
+
+TEST(LoraRite, ReadsAGradientOfWhichMemoryHoldsTheNegative) {
+  for (const Engine engine : {Engine::Host, Engine::Device}) {
+    const auto moved = [&](bool negated) {
+      torch::manual_seed(1);
+      const FactorPair pair = {"q", torch::randn({2, 4}).requires_grad_(), torch::randn({4, 2}).requires_grad_()};
+      LoraRite<> optimizer({pair}, LoraRiteOptions(1e-2).engine(engine));
+      for (const Side side : kSides) {
+        const auto gradient = torch::randn_like(pair.factor(side));
+        torch::Tensor(pair.factor(side)).mutable_grad() = negated ? at::_neg_view(-gradient) : gradient;
+      }
+      optimizer.step();
+      return clone_pairs({pair});
+    };
+    EXPECT_TRUE(equal_factors(moved(true), moved(false)));
+  }
+}
+
+TEST(LoraRite, AStepInInferenceModeServesThoseOutside) {
+  for (const Engine engine : {Engine::Host, Engine::Device}) {
+    const auto moved = [&](bool first_in_the_mode) {
+      torch::manual_seed(1);
+      const FactorPair pair = {"q", torch::randn({2, 4}).requires_grad_(), torch::randn({4, 2}).requires_grad_()};
+      const auto head = torch::randn({3}).requires_grad_();
+      LoraRite<> optimizer({pair}, LoraRiteOptions(1e-2).engine(engine));
+      optimizer.add_parameters({head}, torch::optim::AdamWOptions(1e-2));
+      for (int step = 0; step < 3; ++step) {
+        for (torch::Tensor each : {pair.a, pair.b, head}) each.mutable_grad() = torch::randn_like(each);
+        const c10::InferenceMode mode(first_in_the_mode && step == 0);
+        optimizer.step();
+      }
+      return std::vector<torch::Tensor>{pair.a.detach(), pair.b.detach(), head.detach()};
+    };
+    const auto expected = moved(false), found = moved(true);
+    for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(torch::equal(found[i], expected[i])) << i;
+  }
+}
+
+TEST(LoraRite, RefusesAFactorThatWasMadeInInferenceMode) {
+  torch::Tensor a;
+  {
+    const c10::InferenceMode mode;
+    a = torch::randn({2, 4});
+  }
+  const auto b = torch::zeros({4, 2}).requires_grad_();
+  EXPECT_TRUE(mentions(error_of([&] {
+                         LoraRite<> optimizer(std::vector<FactorPair>{{"q", a, b}});
+                       }),
+                       "pair 'q': factor a was made in inference mode"));
 }
 
 TEST(LoraRite, NamesAGroupThatWasTamperedWith) {

@@ -63,6 +63,8 @@ class Programs:
     def finetune(self, job: Job, task: Task, common: list[str]) -> list[dict]:
         out = self.results / "work" / f"{threading.get_ident()}-{job.cell.task}-{job.split}"
         files = self.sentences(job, task) if task.model == "minilm" else self.language(job, task)
+        if "rite" in common and "--max-relative-change" not in common:
+            common = [*common, "--max-relative-change", "0"]  # the paper's rule, which finetune bounds by default
         self.call(
             [
                 str(self.build / "examples/finetune/finetune"),

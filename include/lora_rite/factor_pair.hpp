@@ -240,6 +240,8 @@ inline void check_factor_pair(const FactorPair& pair, const std::string& label) 
                 ", expected at least two dimensions (", which[0] == 'a' ? "[r, in...]" : "[out, r, ...]", ")");
     TORCH_CHECK(factor.numel() > 0, label, ": factor ", which, " has shape ", factor.sizes(),
                 ", expected no empty dimension");
+    TORCH_CHECK(!factor.is_inference(), label, ": factor ", which, " was made in inference mode, expected one that ",
+                "autograd can use: clone() it outside of the mode");
     check_part(factor, label, which);
     TORCH_CHECK(is_part(factor) || factor.is_leaf(), label, ": factor ", which,
                 " is the result of an operation, expected a leaf tensor (its gradient would never arrive)");

@@ -65,14 +65,15 @@ inline void check_part(const at::Tensor& tensor, const std::string& label, const
 }
 
 /// Gradients of factors. Of a part it is the same part of the leaf's; a leaf's gradient that lies otherwise in memory
-/// than the leaf is copied once for all its parts.
+/// than the leaf is copied once for all its parts. Numbers are what memory holds: no tensor with the negative bit.
 class Gradients {
  public:
   at::Tensor of(const at::Tensor& factor) {
-    if (!is_part(factor)) return factor.grad();
+    if (!is_part(factor)) return factor.grad().defined() ? factor.grad().resolve_neg() : at::Tensor();
     const at::Tensor leaf(factor._base());
     at::Tensor gradient = leaf.grad();
     if (!gradient.defined()) return gradient;
+    gradient = gradient.resolve_neg();
     if (gradient.strides() != leaf.strides()) {
       at::Tensor& agreed = agreed_[leaf.unsafeGetTensorImpl()];
       if (!agreed.defined())

@@ -62,8 +62,9 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(double, clip_unmagnified_norm) = 1.0;
   /// Bound ≥ 0 on the RMS of the momentum M in the partner's orthonormal basis: a larger one is scaled down; 0 = off.
   TORCH_ARG(double, max_update_rms) = 0.0;
-  /// Bound τ ≥ 0 on how much each gradient makes a step change a factor relative to itself, in every direction, and with it
-  /// on the cross term dB·dA; 0 = off, 0.3 is a good value. Without momentum ‖dX X⁺‖ ≤ τ. See docs/algorithm.md.
+  /// Bound τ ≥ 0 on how much each gradient makes a step change a factor relative to itself, in every direction, and
+  /// with it on the cross term dB·dA; 0 = off, 0.3 is a good value. Without momentum ‖dX X⁺‖ ≤ τ. See
+  /// docs/algorithm.md.
   TORCH_ARG(double, max_relative_change) = 0.0;
   /// Adapt from row to row as well: a second moment for each row of a factor beside V. See docs/algorithm.md.
   TORCH_ARG(bool, row_equilibration) = false;

@@ -174,6 +174,37 @@ TEST(Precision, DiagnosticsCountTheStepsInDouble) {
   EXPECT_EQ(hard[0].a.in_double.gradient_map, 0);
 }
 
+// The first step from B = 0 is all of B. Where the gradient has fewer directions than the rank, of unequal size, what
+// the step rounds must stay below what the rule takes for round-off of B: else A's next step is thousands of times too
+// long.
+TEST(Precision, FromZeroAGradientOfLowRankMovesNoFactorFartherThanInDouble) {
+  constexpr int64_t rank = 8, directions = 4, out = 50, in = 60;
+  for (int seed = 0; seed < 10; ++seed) {
+    torch::manual_seed(seed);
+    const Tensor u = std::get<0>(at::linalg_qr(torch::randn({out, directions}, torch::kDouble)));
+    const Tensor v = std::get<0>(at::linalg_qr(torch::randn({in, directions}, torch::kDouble)));
+    const Tensor sizes = at::logspace(0, -2.5, directions, 10.0, torch::kDouble);
+    const Tensor gradient = (u * sizes).matmul(v.t());
+    const Tensor start = (torch::randn({rank, in}, torch::kDouble) / std::sqrt(double{in})).to(torch::kFloat);
+    const auto relative_change_of_a = [&](torch::Dtype dtype, Engine engine) {
+      const Tensor a = start.to(dtype, /*non_blocking=*/false, /*copy=*/true).requires_grad_();
+      const Tensor b = torch::zeros({out, rank}, dtype).requires_grad_();
+      LoraRite<> optimizer({{"pair", a, b}}, LoraRiteOptions(1e-2).engine(engine));
+      Tensor before;
+      for (int step = 0; step < 2; ++step) {
+        before = a.detach().to(torch::kDouble, /*non_blocking=*/false, /*copy=*/true);
+        a.mutable_grad() = b.detach().to(torch::kDouble).t().matmul(gradient).to(dtype);
+        b.mutable_grad() = gradient.matmul(before.t()).to(dtype);
+        optimizer.step();
+      }
+      return ((a.detach().to(torch::kDouble) - before).norm() / before.norm()).item<double>();
+    };
+    EXPECT_LT(relative_change_of_a(torch::kFloat, Engine::Host),
+              1.5 * relative_change_of_a(torch::kDouble, Engine::Device))
+        << "seed " << seed;
+  }
+}
+
 // From B = 0 the first steps turn B's basis over, and XᵀN is in double; later ones do not.
 TEST(Precision, AResumedRunChoosesAsTheRunThatWentOn) {
   const Problem problem = from_zero(1e-2);

@@ -339,6 +339,78 @@ TEST(Serialization, NamesAnOptionOfAnotherType) {
   }
 }
 
+torch::serialize::InputArchive reopened(torch::serialize::OutputArchive& archive) {
+  std::stringstream stream;
+  archive.save_to(stream);
+  torch::serialize::InputArchive result;
+  result.load_from(stream);
+  return result;
+}
+
+TEST(Serialization, NumbersThatNoStepWritesAreNamed) {
+  for (const std::string bad : {"second_moment", "inverse_root", "column_sums", "momentum_a", "scalars", "none"}) {
+    torch::serialize::OutputArchive out;
+    const std::vector<std::pair<std::string, torch::Tensor>> entries = {
+        {"scalars", torch::ones({4, 2, 1, 1, 1}, torch::kDouble)},
+        {"second_moment", torch::ones({2, 1, 2, 2}, torch::kDouble)},
+        {"inverse_root", torch::ones({2, 1, 2, 2}, torch::kDouble)},
+        {"column_sums", torch::ones({2, 2, 1, 2}, torch::kDouble)},
+        {"momentum_a", torch::ones({1, 2, 5})},
+        {"momentum_b", torch::ones({1, 4, 2})}};
+    for (const auto& [name, tensor] : entries) {
+      if (name == bad) tensor.flatten()[0] = std::numeric_limits<double>::quiet_NaN();
+      out.write(name, tensor, /*is_buffer=*/true);
+    }
+    torch::serialize::InputArchive in = reopened(out);
+    const auto load = [&] { PairState::load(in, "pair 'q'", {{2, 5}, {4, 2}}, 2, torch::kFloat, torch::kCPU); };
+    if (bad == "none")
+      EXPECT_NO_THROW(load());
+    else
+      EXPECT_TRUE(mentions(error_of(load), "pair 'q': entry '" + bad + "' has a number that is NaN or infinite"));
+  }
+  for (const std::string bad : {"step", "mean", "square"}) {
+    torch::serialize::OutputArchive out, entry;
+    for (const std::string name : {"step", "mean", "square"}) {
+      const torch::Tensor tensor = name == "step" ? torch::ones({}) : torch::ones({3});
+      if (name == bad) tensor.fill_(bad == "mean" ? std::numeric_limits<double>::quiet_NaN() : -1);
+      entry.write(name, tensor, /*is_buffer=*/true);
+    }
+    out.write("0", entry);
+    torch::serialize::InputArchive in = reopened(out);
+    const engine::AdamWParameters adamw({torch::zeros({3})}, /*maximize=*/false);
+    EXPECT_TRUE(mentions(error_of([&] { adamw.read(in, "group 1"); }),
+                         "group 1, parameter 0: entry '" + bad + "' has a number that is NaN"));
+  }
+}
+
+TEST(Serialization, DamagedHeadersAndOptionsAreNamed) {
+  const auto load_with = [](LoraRite<>& optimizer, int64_t skipped, const char* kind, int64_t size, const char* rate) {
+    torch::serialize::OutputArchive archive, group, options;
+    archive.write("format", c10::IValue("lora_rite.LoraRite 1"));
+    archive.write("basis", c10::IValue("polar"));
+    archive.write("skipped_steps", c10::IValue(skipped));
+    archive.write("group_count", c10::IValue(int64_t{1}));
+    options.write("lr", c10::IValue(rate));
+    group.write("options", options);
+    group.write("kind", c10::IValue(kind));
+    group.write("size", c10::IValue(size));
+    archive.write("0", group);
+    std::stringstream stream;
+    archive.save_to(stream);
+    return error_of([&] { load_bytes(optimizer, stream.str()); });
+  };
+  LoraRite<> pairs(first_group(torch::kFloat));
+  EXPECT_TRUE(mentions(load_with(pairs, -5, "factor pairs", 6, "1"),
+                       "entry 'skipped_steps' is -5, expected a whole number, 0 or more"));
+  EXPECT_TRUE(mentions(load_with(pairs, 0, "factor pairs", 6, "fast"), "load: group 0: the saved option lr is fast"));
+  std::vector<torch::optim::OptimizerParamGroup> groups;
+  groups.emplace_back(std::vector<torch::Tensor>{torch::zeros({3}).requires_grad_()},
+                      std::make_unique<torch::optim::AdamWOptions>(1e-3));
+  LoraRite<> head(groups);
+  EXPECT_TRUE(mentions(load_with(head, 0, "other parameters", 1, "fast"),
+                       "load: group 0: an option of AdamW is missing or has another type"));
+}
+
 TEST(Serialization, RefusesGarbageAndTruncation) {
   const auto pairs = first_group(torch::kFloat);
   LoraRite<> optimizer(pairs);

@@ -79,7 +79,7 @@ void add_optimizer_options(CLI::App& app, RunOptions& options) {
              "rite: 0.5 divides each direction by the root of its second moment, as in the paper; 0 divides all alike")
       ->group(group);
   add_option(app, "--max-relative-change", options.max_relative_change,
-             "rite: bound on how much a step changes a factor relative to itself, 0 = off")
+             "rite: bound on how much a step changes a factor relative to itself; 0 = off, as in the paper")
       ->group(group);
   add_option(app, "--row-equilibration", options.row_equilibration, "rite: adapt from row to row as well (true, false)")
       ->default_str("false")

@@ -26,7 +26,7 @@ struct RunOptions {
   double clip = 1;                       ///< rite: bound on the unmagnified gradient norm, 0 = off
   bool escape = true;                    ///< rite: keep the escaped mass
   double preconditioner_exponent = 0.5;  ///< rite: 1/2 adapts to every direction, 0 to none
-  double max_relative_change = 0;        ///< rite: bound on a factor's relative change in a step, 0 = off
+  double max_relative_change = 0.3;      ///< rite: bound on a factor's relative change in a step, 0 = off: the paper's
   bool row_equilibration = false;        ///< rite: adapt from row to row as well
   double lr_ratio_b = 1;                 ///< rite: rate of B divided by the rate of A
   bool shard_optimizer = false;          ///< rite: several processes divide the optimizer's state and work

@@ -29,8 +29,9 @@ struct RowSharding {
 /// same in all processes.
 ///
 /// All processes call constructor, `step`, `save`, `load`, `load_matching` and `reset_state` together; errors are those
-/// of ShardedLoraRite. `save` writes the state of the whole factors in every process, in the format of `LoraRite`: any other number of processes,
-/// or one without this class, resumes from it. `diagnostics` describes the parts at hand. Takes Engine::Device.
+/// of ShardedLoraRite. `save` writes the state of the whole factors in every process, in the format of `LoraRite`: any
+/// other number of processes, or one without this class, resumes from it. `diagnostics` describes the parts at hand.
+/// Takes Engine::Device.
 template <class Basis = PolarBasis>
 class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
  public:

@@ -20,8 +20,8 @@ namespace lora_rite {
 ///     lora_rite::average_gradients(optimizer, group);
 ///     optimizer.step();
 ///
-/// All processes call constructor, `step`, `save`, `load`, `load_matching` and `reset_state` together. `save` writes the
-/// whole state in every process, in the format of `LoraRite`: a checkpoint of N processes resumes in M, or in one
+/// All processes call constructor, `step`, `save`, `load`, `load_matching` and `reset_state` together. `save` writes
+/// the whole state in every process, in the format of `LoraRite`: a checkpoint of N processes resumes in M, or in one
 /// without this class. `diagnostics` of a pair that another process keeps has its condition numbers only, and
 /// `state_of` throws. Each call throws c10::Error in all processes,
 /// before anything is changed, if groups, pairs, options or calls differ, in `step` also if the presence of gradients

@@ -167,6 +167,10 @@ class AdamWParameters {
         TORCH_CHECK(found.sizes() == expected && at::isFloatingType(found.scalar_type()), "load: ", place, ": entry '",
                     key, "' has shape ", found.sizes(), " and dtype ", found.scalar_type(), ", expected shape ",
                     expected, " and a floating dtype");
+        // A square may be infinite: that of a gradient near the end of its range.
+        const at::Tensor right = key == "mean" ? found.isnan().logical_not() : found.ge(0);
+        TORCH_CHECK(right.all().item<bool>(), "load: ", place, ": entry '", key, "' has a number that is NaN",
+                    key == "mean" ? "" : " or negative", ", expected none");
         tensor = key == "step" ? found.to(parameters_[i].device(), at::kFloat) : laid_out_as(parameters_[i], found);
       });
       TORCH_CHECK(state.step.defined() == state.mean.defined() && state.mean.defined() == state.square.defined(),

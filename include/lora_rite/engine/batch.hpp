@@ -62,7 +62,7 @@ class Batch {
                     " as in the first step; build the optimizer after moving or converting the module");
         lora_rite::detail::check_part(factor, labels_[i], which);
         lora_rite::detail::check_no_overlap(factor, labels_[i], which);
-        TORCH_CHECK(can_step(factor), labels_[i], ": factor ", which, " now has strides ", factor.strides(),
+        TORCH_CHECK(can_step(side, i), labels_[i], ": factor ", which, " now has strides ", factor.strides(),
                     ", expected a contiguous one as in the first step; give it set_data(x.contiguous())");
         const at::Tensor leaf = lora_rite::detail::leaf_of(factor);
         const at::Tensor& gradient = leaf.grad();
@@ -76,8 +76,8 @@ class Batch {
     }
   }
 
-  /// Can a step read and write a factor that lies in memory like this one?
-  virtual bool can_step(const at::Tensor& /*factor*/) const { return true; }
+  /// Can a step read and write pair i's factor as it lies in memory now?
+  virtual bool can_step(Side /*side*/, size_t /*i*/) const { return true; }
 
   /// What is remembered of all pairs. From the second step on its tensors stay where they are.
   const PairState& state() const { return state_; }

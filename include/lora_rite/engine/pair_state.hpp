@@ -143,7 +143,7 @@ struct PairState {
                         const PerSide<std::vector<int64_t>>& sizes, int64_t rank, at::ScalarType wide_dtype,
                         at::Device device, bool convert = false) {
     const auto read = [&](const std::string& name, const std::vector<int64_t>& expected, at::ScalarType dtype,
-                          bool required) {
+                          bool required, bool may_overflow = false) {
       at::Tensor tensor;
       const bool found = archive.try_read(name, tensor, /*is_buffer=*/true);
       TORCH_CHECK(found || !required, "load: ", label, " has no entry '", name, "'");
@@ -153,6 +153,8 @@ struct PairState {
       TORCH_CHECK(tensor.defined() && tensor.sizes() == at::IntArrayRef(expected) && right_dtype, "load: ", label,
                   ": entry '", name, "' has shape ", tensor.sizes(), " and dtype ", tensor.scalar_type(),
                   ", expected shape ", at::IntArrayRef(expected), " and dtype ", dtype);
+      TORCH_CHECK(may_overflow || tensor.isfinite().all().item<bool>(), "load: ", label, ": entry '", name,
+                  "' has a number that is NaN or infinite, expected finite ones (no step writes others)");
       return tensor.to(device, dtype);
     };
     PairState state;
@@ -176,9 +178,9 @@ struct PairState {
       state.momentum[side] = read(momentum, shape, wide_dtype, false);
       TORCH_CHECK(state.momentum[side].defined() || steps == 0, "load: ", label, " has no entry '", momentum,
                   "', expected one after the first step");
-      state.row_moments[side] =
-          read(key("rows", side), {1, c10::multiply_integers(sizes[side]) / rank}, wide_dtype, false);
-      state.master[side] = read(key("master", side), shape, wide_dtype, false);
+      state.row_moments[side] = read(key("rows", side), {1, c10::multiply_integers(sizes[side]) / rank}, wide_dtype,
+                                     false, /*may_overflow=*/true);
+      state.master[side] = read(key("master", side), shape, wide_dtype, false, /*may_overflow=*/true);
     }
     return state;
   }

@@ -26,8 +26,9 @@ inline std::string read_text(torch::serialize::InputArchive& archive, const std:
   return read_entry(archive, where, key, "a text", [](const c10::IValue& v) { return v.isString(); }).toStringRef();
 }
 
-inline int64_t read_int(torch::serialize::InputArchive& archive, const std::string& where, const std::string& key) {
-  return read_entry(archive, where, key, "a number", [](const c10::IValue& v) { return v.isInt(); }).toInt();
+inline int64_t read_count(torch::serialize::InputArchive& archive, const std::string& where, const std::string& key) {
+  const auto is_right = [](const c10::IValue& v) { return v.isInt() && v.toInt() >= 0; };
+  return read_entry(archive, where, key, "a whole number, 0 or more", is_right).toInt();
 }
 
 inline bool read_bool(torch::serialize::InputArchive& archive, const std::string& where, const std::string& key) {

@@ -58,6 +58,16 @@ class Rates(unittest.TestCase):
         self.assertEqual(rates.best(losses), "5e-5")
 
 
+class Contenders(unittest.TestCase):
+    def test_the_papers_rule_is_not_bounded(self):
+        bound = lambda contender: contender.words()[contender.words().index("--max-relative-change") + 1]
+        for name, contender in {**recipes.OFFICIAL_CONTENDERS, **recipes.PAPER_CONTENDERS, **recipes.RITE_CODE}.items():
+            if contender.optimizer == "rite":
+                self.assertEqual(bound(contender), "0.3" if name == "rite-ours" else "0", name)
+            else:
+                self.assertNotIn("--max-relative-change", contender.words(), name)
+
+
 class Answers(unittest.TestCase):
     def test_the_first_word_that_is_an_answer_counts(self):
         number, truth = "the correct answer is answer2", "the correct answer is false"

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <lora_rite/baselines/muon.hpp>
+#include <lora_rite/options.hpp>
 
 #include "finetune/support.hpp"
 
@@ -25,7 +26,7 @@ TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
       {"--clip", [](RunOptions& options) { options.clip = 0; }},
       {"--escape", [](RunOptions& options) { options.escape = false; }},
       {"--preconditioner-exponent", [](RunOptions& options) { options.preconditioner_exponent = 0.25; }},
-      {"--max-relative-change", [](RunOptions& options) { options.max_relative_change = 0.3; }},
+      {"--max-relative-change", [](RunOptions& options) { options.max_relative_change = 0; }},
       {"--row-equilibration", [](RunOptions& options) { options.row_equilibration = true; }},
       {"--lr-ratio-b", [](RunOptions& options) { options.lr_ratio_b = 4; }},
       {"--shard-optimizer", [](RunOptions& options) { options.shard_optimizer = true; }}};
@@ -38,6 +39,20 @@ TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.beta2 = 0.9; }).find("--beta2 0.9: sgd"), 0u);
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.weight_decay = 0.1; }).find("--weight-decay 0.1: sgd"),
             0u);
+}
+
+TEST(Optimizers, RiteIsBoundedUnlessTheOptionSaysZero) {
+  const TemporaryFolder folder;
+  RunOptions options = tiny_options(folder.string(), "rite");
+  const auto workload = tiny_workload(options);
+  const auto bound = [&] {
+    const TrainingOptimizer training = make_optimizer(options, workload->model());
+    const auto& group = training.optimizers[0]->param_groups()[0];
+    return static_cast<const lora_rite::LoraRiteOptions&>(group.options()).max_relative_change();
+  };
+  EXPECT_EQ(bound(), 0.3);
+  options.max_relative_change = 0;
+  EXPECT_EQ(bound(), 0);
 }
 
 TEST(Optimizers, MuonDecaysWeightsByThatOptionAlone) {

@@ -127,6 +127,8 @@ class Contender:
         words = ["--optimizer", self.optimizer, *self.options]
         if self.optimizer not in ("rite", "rite-qr"):
             words += ["--max-grad-norm", "1"]  # rite bounds the unmagnified gradient by itself
+        elif "--max-relative-change" not in self.options:
+            words += ["--max-relative-change", "0"]  # the paper's rule, which finetune bounds by default
         return words
 
 

@@ -43,7 +43,7 @@ class CudaBatch final : public device::DeviceBatch {
 
   int64_t rows_of(Side side) const { return pairs_[0].factor(side).numel() / rank_; }
 
-  bool can_step(const at::Tensor& factor) const override { return factor.is_contiguous(); }
+  bool can_step(Side side, size_t i) const override { return pairs_[i].factor(side).is_contiguous(); }
 
   /// Has a factor a gradient of another dtype, as a loss scaler leaves it (float of half factors)?
   bool has_other_gradients() const {

@@ -59,7 +59,7 @@ inline LaneMatrix damping(const Pairs& pairs, const Work& work, int64_t g, const
 /// Maps of one factor, from N and G to N at once: N = M R⁺ᵀ. `length` is (1−β₁') c.
 inline void store_maps(const Pairs& pairs, FactorId id, int64_t lane, const LaneMatrix& momentum_map,
                        const LaneMatrix& gradient_map, const LaneMatrix& row_map, const Lanes& row_decay,
-                       const Lanes& length, Work& work) {
+                       const Lanes& length, double rate, Work& work) {
   SideWork& side = work.sides[id.side];
   FactorWork& factor = work[id];
   const int64_t p = pairs.padded_rank(), r = pairs.rank();
@@ -70,12 +70,14 @@ inline void store_maps(const Pairs& pairs, FactorId id, int64_t lane, const Lane
   factor.wide_momentum = !momentum_map_fits_float(of_momentum, p, r);
   const GradientMap map = {of_gradient,
                            side.gradient_gram.total(id.pair),
+                           pairs.products(id),
                            pairs.products({partner_of(id.side), id.pair}),
                            r,
                            p,
                            2 * p,
                            static_cast<double>(pairs.shape(id.side).rows),
-                           length[lane]};
+                           length[lane],
+                           rate};
   factor.wide_gradient = factor.wide_momentum || work.row_equilibration || !map.fits_float();
   if (side.row_moments == nullptr) return;
   copy_out(row_map, lane, side.row_maps.data() + begin, p);
@@ -144,9 +146,11 @@ inline void decide(const Pairs& pairs, int64_t g, const StateView& state, const 
   if (work.row_equilibration)
     row_decay = rule::bias_corrected_decay(numbers.beta2, decision.moments.step, has_gradient);
   const int64_t lanes = std::min<int64_t>(kLanes, 2 * pairs.count() - g * kLanes);
-  for (int64_t lane = 0; lane < lanes; ++lane)
-    store_maps(pairs, pairs.factor_in(g, lane), lane, momentum_map, gradient_map, decision.row_map, row_decay, length,
-               work);
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const FactorId id = pairs.factor_in(g, lane);
+    store_maps(pairs, id, lane, momentum_map, gradient_map, decision.row_map, row_decay, length,
+               rule::rate_of(id.side, numbers), work);
+  }
   group.second_moment = std::move(decision.moments.second_moment);
   group.escaped_mass = decision.moments.escaped_mass;
   group.step = decision.moments.step;

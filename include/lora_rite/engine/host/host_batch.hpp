@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -37,15 +38,17 @@ class HostBatch : public engine::Batch {
       : Batch(std::move(pairs), std::move(labels)),
         plain_(count(), {shape_of(pairs_[0].a, Side::A), shape_of(pairs_[0].b, Side::B)}) {
     for (const Side side : kSides) seen_[side].resize(pairs_.size());
-    size_t packed = 0;
-    for (const FactorPair& pair : pairs_) packed += is_packed(pair.b) ? 1 : 0;
+    for (const FactorPair& pair : pairs_) may_be_packed_.push_back(is_packed(pair.b));
+    const auto packed = static_cast<size_t>(std::count(may_be_packed_.begin(), may_be_packed_.end(), true));
     if (packed == 0) return;
     packed_values_.resize(static_cast<size_t>(count() * size_of(Side::B)));
     packed_gradients_.resize(packed_values_.size());
     packing_.reserve(2 * packed, plain_.shape(Side::B).rows, rank_);
   }
 
-  bool can_step(const at::Tensor& factor) const override { return is_packed(factor) || factor.is_contiguous(); }
+  bool can_step(Side side, size_t i) const override {
+    return is_packed(side, i) || pairs_[i].factor(side).is_contiguous();
+  }
 
   Pairs& plain() { return plain_; }
 
@@ -63,7 +66,7 @@ class HostBatch : public engine::Batch {
       result.gradients[side].reserve(pairs_.size());
       for (size_t i = 0; i < pairs_.size(); ++i) {
         const at::Tensor& factor = pairs_[i].factor(side);
-        const bool packed = is_packed(factor);
+        const bool packed = is_packed(side, i);
         at::Tensor gradient = gradients.of(factor);
         const bool is_plain =
             !gradient.defined() || (gradient.scalar_type() == at::kFloat && (gradient.is_contiguous() || packed));
@@ -125,7 +128,7 @@ class HostBatch : public engine::Batch {
         const at::Tensor& factor = pairs_[i].factor(side);
         if (inputs.views[side][i].gradient == nullptr) continue;
         factor.unsafeGetTensorImpl()->bump_version();  // as an in-place operator would
-        if (is_packed(factor)) packing_.add(matrix_of(factor), packed_values(i));
+        if (is_packed(side, i)) packing_.add(matrix_of(factor), packed_values(i));
       }
     }
     packing_.write_back(torch_threads());
@@ -164,6 +167,8 @@ class HostBatch : public engine::Batch {
     return !factor.is_contiguous() && lora_rite::detail::is_part(factor) && factor.is_cpu() &&
            factor.scalar_type() == at::kFloat && factor.dim() == 2 && factor.numel() > 0;
   }
+  /// Of pair i, for which there is room if it was so when the batch was made.
+  bool is_packed(Side side, size_t i) const { return side == Side::B && may_be_packed_[i] && is_packed(pairs_[i].b); }
 
   static kernels::Shape shape_of(const at::Tensor& factor, Side side) {
     const int64_t rank = factor.size(side == Side::A ? 0 : 1);
@@ -181,7 +186,7 @@ class HostBatch : public engine::Batch {
   void pack(const Inputs& inputs) {
     if (packed_values_.empty()) return;
     for (size_t i = 0; i < pairs_.size(); ++i) {
-      if (!is_packed(pairs_[i].b)) continue;
+      if (!is_packed(Side::B, i)) continue;
       packing_.add(matrix_of(pairs_[i].b), packed_values(i));
       const at::Tensor& gradient = inputs.gradients.b[i];
       if (gradient.defined() && !gradient.is_contiguous()) packing_.add(matrix_of(gradient), packed_gradient(i));
@@ -191,6 +196,7 @@ class HostBatch : public engine::Batch {
 
   Pairs plain_;
   PerSide<std::vector<Seen>> seen_;
+  std::vector<bool> may_be_packed_;                      ///< by pair: did B lie apart at first?
   Packing packing_;                                      ///< of B factors that lie apart
   std::vector<float> packed_values_, packed_gradients_;  ///< [k, n, r]
 };

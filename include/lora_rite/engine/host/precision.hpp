@@ -24,14 +24,27 @@ inline bool momentum_map_fits_float(const double* map, int64_t stride, int64_t r
 /// the map amplifies faint directions its entries are large and cancel. Together these errors must stay below 128 u of
 /// what a step is long, which is ‖M‖ = length · (n r)^{1/2} where second moments fit the gradients.
 ///
-/// `gram` is GᵀG, `partner_products` begins with YᵀY, both with rows of their stride; `length` is (1−β₁') c.
+/// And they must be no more than X's own round-off, column by column: rate · ‖|G| |map_j|‖ ≤ ‖x_j‖. The rule knows how
+/// much a step rounds X, and takes a direction of X that is no more for none (`rule::RoundOff`). While X is near zero,
+/// as B is at first, a step's round-off is larger, and where G lacks directions it would pass for new ones.
+///
+/// `gram` is GᵀG, `own_products` begins with XᵀX, `partner_products` with YᵀY, with rows of their stride; `length` is
+/// (1−β₁') c.
 struct GradientMap {
-  const double *map, *gram, *partner_products;
+  const double *map, *gram, *own_products, *partner_products;
   int64_t rank, stride, products_stride;
-  double rows, length;
+  double rows, length, rate;
 
   bool fits_float() const {
     constexpr double most = 128, least_float = 1e-20, most_float = 1e30;  // floats hold the map, and its products
+    for (int64_t j = 0; j < rank; ++j) {
+      double of_column = 0;
+      for (int64_t i = 0; i < rank; ++i) {
+        const double entry = map[i * stride + j];
+        of_column += gram[i * stride + i] * entry * entry;
+      }
+      if (!(rate * rate * of_column <= own_products[j * products_stride + j])) return false;
+    }
     double squared_error = 0, largest = 0;
     for (int64_t i = 0; i < rank; ++i) {
       double of_row = 0;
