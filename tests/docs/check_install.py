@@ -69,7 +69,7 @@ def main() -> None:
     file = only([code for code in blocks(page, "cmake") if "project(" in code], "a CMakeLists.txt", "docs/install.md")
     (whole / "CMakeLists.txt").write_text(file, encoding="utf-8")
     (whole / "main.cpp").write_text(
-        '#include <lora_rite/io/peft.hpp>\nint main() { return lora_rite::Adapter().tensors.empty() ? 0 : 1; }\n',
+        "#include <lora_rite/io/peft.hpp>\nint main() { return lora_rite::Adapter().tensors.empty() ? 0 : 1; }\n",
         encoding="utf-8",
     )
     run("cmake", "-G", generator, "-S", str(whole), "-B", str(whole / "build"), *settings)
