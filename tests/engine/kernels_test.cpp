@@ -322,7 +322,7 @@ void check_passes(const Table* table, const Shape& shape, const Blocks& blocks, 
   EXPECT_LT(relative(symmetric(update_gram, rank, p), n1.transpose() * n1), 1e-5) << where;
 
   for (const bool wide_cross : {true, false}) {
-    if (!wide_cross && !sums_in_float(shape)) continue;
+    if (!wide_cross && !sums_in_float(shape.rank)) continue;
     for (const auto& [wide_momentum, wide_gradient] : {std::pair(true, true), {false, true}, {false, false}}) {
       std::vector<float> x = pass.x, n = pass.n;
       Left left(p, wide_cross);
@@ -348,7 +348,7 @@ void check_passes(const Table* table, const Shape& shape, const Blocks& blocks, 
       for (int64_t row = 0; row < rows; ++row) sums += pass.weights[static_cast<size_t>(row)] * x2.row(row);
       for (int64_t i = 0; i < rank; ++i) {
         EXPECT_NEAR(left.weighted[static_cast<size_t>(i)], sums(i), 1e-10) << where;
-        if (!sums_in_float(shape)) continue;
+        if (!sums_in_float(shape.rank)) continue;
         const double square = n2.col(i).squaredNorm();
         EXPECT_NEAR(left.squares[static_cast<size_t>(i)], square, 1e-6 * square) << where;
       }
@@ -375,14 +375,27 @@ void check_passes(const Table* table, const Shape& shape, const Blocks& blocks, 
 
   // Without a momentum XᵀN is 0.
   Left alone(p, false);
-  if (!sums_in_float(shape)) alone.wide = true;
+  if (!sums_in_float(shape.rank)) alone.wide = true;
   table->sum_rows(pass.x.data(), nullptr, pass.weights.data(), shape, 0, rows, blocks, alone.sums());
   EXPECT_LT(relative(symmetric(alone.products, rank, 2 * p), x0.transpose() * x0), 1e-13) << where;
   EXPECT_EQ(part_of(alone.products, rank, 2 * p, p), MatrixXd::Zero(rank, rank)) << where;
 }
 
 TEST(Kernels, PassesOverTheRows) {
-  for_each_shape({1, 3, 4, 7, 8, 12, 16, 20, 32, 64}, {1, 5, 16, 63, 64, 300}, check_passes);
+  for_each_shape({1, 3, 4, 7, 8, 9, 12, 13, 16, 20, 32, 33, 64}, {1, 5, 16, 63, 64, 300}, check_passes);
+}
+
+/// A factor that rests keeps its sums, and a run that is resumed forms them again, perhaps with XᵀN in the other type.
+TEST(Kernels, WhatXtNIsSummedInChangesNoBitOfXtX) {
+  const auto check = [](const Table* table, const Shape& shape, const Blocks& blocks, const std::string& where) {
+    const Pass pass(shape);
+    const int64_t rank = shape.rank, p = pass.p;
+    Left wide(p, true), narrow(p, false);
+    for (Left* left : {&wide, &narrow})
+      table->sum_rows(pass.x.data(), pass.n.data(), pass.weights.data(), shape, 0, shape.rows, blocks, left->sums());
+    EXPECT_EQ(symmetric(wide.products, rank, 2 * p), symmetric(narrow.products, rank, 2 * p)) << where;
+  };
+  for_each_shape({8, 13, 16, 20, 28, 32, 33, 64}, {5, 63, 300}, check);
 }
 
 /// The same passes where rows have second moments of their own.

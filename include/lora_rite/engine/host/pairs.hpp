@@ -246,7 +246,7 @@ class Pairs {
   /// must sum as the run that went on.
   bool wants_wide_cross(FactorId id, const StateView& state) const {
     const KnownFactors& known = known_[id.side];
-    if (!kernels::sums_in_float(known.shape)) return true;
+    if (!kernels::sums_in_float(rank_)) return true;
     const double* squares = known.columns.total(id.pair) + padded_;
     const double* root = state.inverse_root + number_of({partner_of(id.side), id.pair}) * rank_ * rank_;
     return !cross_product_fits_float(products(id), 2 * padded_, squares, root, rank_,

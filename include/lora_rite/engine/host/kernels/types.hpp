@@ -4,6 +4,9 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __linux__
+#include <unistd.h>
+#endif
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
@@ -91,10 +94,18 @@ struct Sums {
   bool wide_cross = true;  ///< XᵀN in double? Else each block sums it in float, and sums of blocks are double.
 };
 
-/// Is XᵀN faster in float for factors of this shape? Tiles of 12 columns leave registers half empty, and at rank 8 it
-/// pays only where no transpose comes before.
-inline bool sums_in_float(const Shape& shape) {
-  return padded_rank(shape.rank) >= 16 || (shape.rank == 8 && !shape.rank_first);
+/// Is XᵀN faster in float for factors of this rank? Tiles of 12 columns leave registers half empty.
+inline bool sums_in_float(int64_t rank) { return padded_rank(rank) >= 16 || rank == 8; }
+
+/// Has the first-level cache room for a block of every array and for the rows of the next one? Of the processors that
+/// have the vector units the newer have 48 KiB, the older 32.
+inline bool first_cache_is_roomy() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const bool roomy = sysconf(_SC_LEVEL1_DCACHE_SIZE) > 40 * 1024;
+  return roomy;
+#else
+  return false;
+#endif
 }
 
 /// Row equilibration of one factor: row ← decay·row + (1−decay)·mean_j (G·map)², and G's rows are divided by the root
