@@ -176,8 +176,10 @@ TEST(Precision, DiagnosticsCountTheStepsInDouble) {
 
 // The first step from B = 0 is all of B. Where the gradient has fewer directions than the rank, of unequal size, what
 // the step rounds must stay below what the rule takes for round-off of B: else A's next step is thousands of times too
-// long.
-TEST(Precision, FromZeroAGradientOfLowRankMovesNoFactorFartherThanInDouble) {
+// long. A first step at rate 0, as warm-ups begin, writes N alone, from which the second makes B.
+class PrecisionFromZero : public testing::TestWithParam<double> {};
+
+TEST_P(PrecisionFromZero, AGradientOfLowRankMovesNoFactorFartherThanInDouble) {
   constexpr int64_t rank = 8, directions = 4, out = 50, in = 60;
   for (int seed = 0; seed < 10; ++seed) {
     torch::manual_seed(seed);
@@ -191,7 +193,8 @@ TEST(Precision, FromZeroAGradientOfLowRankMovesNoFactorFartherThanInDouble) {
       const Tensor b = torch::zeros({out, rank}, dtype).requires_grad_();
       LoraRite<> optimizer({{"pair", a, b}}, LoraRiteOptions(1e-2).engine(engine));
       Tensor before;
-      for (int step = 0; step < 2; ++step) {
+      for (int step = 0; step < (GetParam() == 0 ? 3 : 2); ++step) {
+        optimizer.param_groups()[0].options().set_lr(step == 0 ? GetParam() : 1e-2);
         before = a.detach().to(torch::kDouble, /*non_blocking=*/false, /*copy=*/true);
         a.mutable_grad() = b.detach().to(torch::kDouble).t().matmul(gradient).to(dtype);
         b.mutable_grad() = gradient.matmul(before.t()).to(dtype);
@@ -204,6 +207,8 @@ TEST(Precision, FromZeroAGradientOfLowRankMovesNoFactorFartherThanInDouble) {
         << "seed " << seed;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(FirstRate, PrecisionFromZero, testing::Values(1e-2, 0.0));
 
 // From B = 0 the first steps turn B's basis over, and XᵀN is in double; later ones do not.
 TEST(Precision, AResumedRunChoosesAsTheRunThatWentOn) {

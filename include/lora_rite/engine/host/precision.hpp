@@ -26,7 +26,8 @@ inline bool momentum_map_fits_float(const double* map, int64_t stride, int64_t r
 ///
 /// And they must be no more than X's own round-off, column by column: rate · ‖|G| |map_j|‖ ≤ ‖x_j‖. The rule knows how
 /// much a step rounds X, and takes a direction of X that is no more for none (`rule::RoundOff`). While X is near zero,
-/// as B is at first, a step's round-off is larger, and where G lacks directions it would pass for new ones.
+/// as B is at first, a step's round-off is larger, and where G lacks directions it would pass for new ones. At rate 0,
+/// a warm-up's first, the answer is no: N is kept for steps whose rate is not known.
 ///
 /// `gram` is GᵀG, `own_products` begins with XᵀX, `partner_products` with YᵀY, with rows of their stride; `length` is
 /// (1−β₁') c.
@@ -37,6 +38,7 @@ struct GradientMap {
 
   bool fits_float() const {
     constexpr double most = 128, least_float = 1e-20, most_float = 1e30;  // floats hold the map, and its products
+    if (rate == 0) return false;
     for (int64_t j = 0; j < rank; ++j) {
       double of_column = 0;
       for (int64_t i = 0; i < rank; ++i) {
