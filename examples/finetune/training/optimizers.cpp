@@ -44,7 +44,9 @@ void refuse_options_of_rite(const RunOptions& options) {
   refuse("--clip", options.clip != usual.clip);
   refuse("--escape", options.escape != usual.escape);
   refuse("--preconditioner-exponent", options.preconditioner_exponent != usual.preconditioner_exponent);
-  refuse("--max-relative-change", options.max_relative_change != usual.max_relative_change);
+  // 0 is no bound, which is what they have.
+  refuse("--max-relative-change",
+         options.max_relative_change != usual.max_relative_change && options.max_relative_change != 0);
   refuse("--row-equilibration", options.row_equilibration != usual.row_equilibration);
   refuse("--lr-ratio-b", options.lr_ratio_b != usual.lr_ratio_b);
   refuse("--shard-optimizer", options.shard_optimizer);

@@ -22,7 +22,7 @@ struct RunOptions {
   double lr = 5e-4;                      ///< peak rate of the factors
   double head_lr = 1e-3;                 ///< classifier: peak rate of the head
   double weight_decay = 0;               ///< decoupled for rite, adamw and muon, L2 for adam and lora+; not on the head
-  double beta2 = 0.999;                  ///< rite, adam and adamw: decay rate of the second moment
+  double beta2 = 0.999;                  ///< rite, adam, adamw and lora+: decay rate of the second moment
   double clip = 1;                       ///< rite: bound on the unmagnified gradient norm, 0 = off
   bool escape = true;                    ///< rite: keep the escaped mass
   double preconditioner_exponent = 0.5;  ///< rite: 1/2 adapts to every direction, 0 to none

@@ -26,7 +26,7 @@ TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
       {"--clip", [](RunOptions& options) { options.clip = 0; }},
       {"--escape", [](RunOptions& options) { options.escape = false; }},
       {"--preconditioner-exponent", [](RunOptions& options) { options.preconditioner_exponent = 0.25; }},
-      {"--max-relative-change", [](RunOptions& options) { options.max_relative_change = 0; }},
+      {"--max-relative-change", [](RunOptions& options) { options.max_relative_change = 0.5; }},
       {"--row-equilibration", [](RunOptions& options) { options.row_equilibration = true; }},
       {"--lr-ratio-b", [](RunOptions& options) { options.lr_ratio_b = 4; }},
       {"--shard-optimizer", [](RunOptions& options) { options.shard_optimizer = true; }}};
@@ -39,6 +39,14 @@ TEST(Optimizers, RefuseOptionsThatTheyWouldIgnore) {
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.beta2 = 0.9; }).find("--beta2 0.9: sgd"), 0u);
   EXPECT_EQ(message("sgd", [](RunOptions& options) { options.weight_decay = 0.1; }).find("--weight-decay 0.1: sgd"),
             0u);
+}
+
+// Folders of before the bound was the default hold a 0, and a script may give all runs the same options.
+TEST(Optimizers, OthersTakeTheBoundOfZeroWhichIsNone) {
+  const TemporaryFolder folder;
+  RunOptions options = tiny_options(folder.string(), "adam");
+  options.max_relative_change = 0;
+  EXPECT_NO_THROW(make_optimizer(options, tiny_workload(options)->model()));
 }
 
 TEST(Optimizers, RiteIsBoundedUnlessTheOptionSaysZero) {
