@@ -255,13 +255,18 @@ TEST(LoraRite, AStepInInferenceModeServesThoseOutside) {
   }
 }
 
-TEST(LoraRite, RefusesAFactorThatWasMadeInInferenceMode) {
+TEST(LoraRite, RefusesWhatItCannotWrite) {
   torch::Tensor a;
   {
     const c10::InferenceMode mode;
     a = torch::randn({2, 4});
   }
   const auto b = torch::zeros({4, 2}).requires_grad_();
+  const FactorPair negated = {"q", at::_neg_view(torch::randn({2, 4})).requires_grad_(), b};
+  EXPECT_TRUE(mentions(error_of([&] { LoraRite<> optimizer({negated}); }), "pair 'q': factor a is a negated view"));
+  LoraRite<> other({random_pair("q", 2, 4, 4)});
+  EXPECT_TRUE(mentions(error_of([&] { other.add_parameters({a}, torch::optim::AdamWOptions(1e-2)); }),
+                       "parameter 0 of group 1 was made in inference mode"));
   EXPECT_TRUE(mentions(error_of([&] {
                          LoraRite<> optimizer(std::vector<FactorPair>{{"q", a, b}});
                        }),

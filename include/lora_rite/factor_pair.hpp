@@ -240,8 +240,6 @@ inline void check_factor_pair(const FactorPair& pair, const std::string& label) 
                 ", expected at least two dimensions (", which[0] == 'a' ? "[r, in...]" : "[out, r, ...]", ")");
     TORCH_CHECK(factor.numel() > 0, label, ": factor ", which, " has shape ", factor.sizes(),
                 ", expected no empty dimension");
-    TORCH_CHECK(!factor.is_inference(), label, ": factor ", which, " was made in inference mode, expected one that ",
-                "autograd can use: clone() it outside of the mode");
     check_part(factor, label, which);
     TORCH_CHECK(is_part(factor) || factor.is_leaf(), label, ": factor ", which,
                 " is the result of an operation, expected a leaf tensor (its gradient would never arrive)");
@@ -282,10 +280,20 @@ inline void check_no_overlap(const torch::Tensor& factor, const std::string& lab
               " and strides ", factor.strides(), ", expected elements that do not overlap (give it a clone())");
 }
 
-/// `check_factor_pair`, and that no two elements of a factor share a place, which a step would write twice.
+/// Throws c10::Error naming `label` if a step cannot write a tensor, or not in place.
+inline void check_writable(const torch::Tensor& tensor, const std::string& label) {
+  TORCH_CHECK(!tensor.is_inference(), label,
+              " was made in inference mode, expected one that autograd can use: ", "clone() it outside of the mode");
+  TORCH_CHECK(!tensor.is_neg(), label, " is a negated view, whose memory holds the numbers with the other sign, ",
+              "expected a tensor of its own: resolve_neg() makes one");
+}
+
+/// `check_factor_pair`, and that a step can write both factors: no two elements share a place, which would be written
+/// twice.
 inline void check_trained_pair(const FactorPair& pair, const std::string& label) {
   check_factor_pair(pair, label);
   for (const auto& [which, factor] : {std::pair{"a", pair.a}, std::pair{"b", pair.b}}) {
+    check_writable(factor, label + ": factor " + which);
     check_no_overlap(factor, label, which);
   }
 }

@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <lora_rite/engine/adamw.hpp>
 #include <lora_rite/engine/pair_state.hpp>
 
 #include "support/pairs.hpp"
@@ -362,7 +363,9 @@ TEST(Serialization, NumbersThatNoStepWritesAreNamed) {
       out.write(name, tensor, /*is_buffer=*/true);
     }
     torch::serialize::InputArchive in = reopened(out);
-    const auto load = [&] { PairState::load(in, "pair 'q'", {{2, 5}, {4, 2}}, 2, torch::kFloat, torch::kCPU); };
+    const auto load = [&] {
+      PairState::load(in, "pair 'q'", {{2, 5}, {4, 2}}, 2, torch::kFloat, torch::kCPU).check_finite("pair 'q'");
+    };
     if (bad == "none")
       EXPECT_NO_THROW(load());
     else

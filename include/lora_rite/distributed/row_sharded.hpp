@@ -139,6 +139,7 @@ class RowShardedLoraRite final : public detail::DistributedLoraRite<Basis> {
     PairState state =
         PairState::load(*archive, this->label_of(group, pair), {{rank, shards.rows.a}, {shards.rows.b, rank}}, rank,
                         engine::wide_dtype(factors.a.scalar_type()), this->device());
+    state.check_finite(this->label_of(group, pair));
     const auto process = this->collectives().rank();
     for_each_tall(state, group, pair, [&](at::Tensor& tensor, int64_t dimension, const std::vector<int64_t>& rows) {
       const int64_t begin = std::accumulate(rows.begin(), rows.begin() + process, int64_t{0});

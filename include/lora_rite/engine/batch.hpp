@@ -85,10 +85,12 @@ class Batch {
   /// The remembered state of pair `index` (k = 1), for a checkpoint.
   PairState pick(int64_t index) const { return state_.pick(index); }
 
-  /// Reads a pair's state that must fit this batch; see PairState::load. Without an archive: nothing remembered.
+  /// Reads a pair's state that must fit this batch and be finite; see PairState::load. Without an archive: nothing
+  /// remembered.
   PairState read(torch::serialize::InputArchive* archive, int64_t index) const {
     if (archive == nullptr) return PairState::zeros(1, rank_, double_options());
-    return PairState::load(*archive, labels_[index], shapes_, rank_, wide_dtype(), device_);
+    return PairState::load(*archive, labels_[index], shapes_, rank_, wide_dtype(), device_)
+        .check_finite(labels_[index]);
   }
 
   /// Takes over the states of all pairs, as `pick` gave them.

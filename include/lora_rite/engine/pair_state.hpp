@@ -143,7 +143,7 @@ struct PairState {
                         const PerSide<std::vector<int64_t>>& sizes, int64_t rank, at::ScalarType wide_dtype,
                         at::Device device, bool convert = false) {
     const auto read = [&](const std::string& name, const std::vector<int64_t>& expected, at::ScalarType dtype,
-                          bool required, bool may_overflow = false) {
+                          bool required) {
       at::Tensor tensor;
       const bool found = archive.try_read(name, tensor, /*is_buffer=*/true);
       TORCH_CHECK(found || !required, "load: ", label, " has no entry '", name, "'");
@@ -153,8 +153,6 @@ struct PairState {
       TORCH_CHECK(tensor.defined() && tensor.sizes() == at::IntArrayRef(expected) && right_dtype, "load: ", label,
                   ": entry '", name, "' has shape ", tensor.sizes(), " and dtype ", tensor.scalar_type(),
                   ", expected shape ", at::IntArrayRef(expected), " and dtype ", dtype);
-      TORCH_CHECK(may_overflow || tensor.isfinite().all().item<bool>(), "load: ", label, ": entry '", name,
-                  "' has a number that is NaN or infinite, expected finite ones (no step writes others)");
       return tensor.to(device, dtype);
     };
     PairState state;
@@ -172,17 +170,35 @@ struct PairState {
       std::vector<int64_t> shape = sizes[side];
       shape.insert(shape.begin(), 1);
       const double steps = scalars[0][index_of(side)].item<double>();
-      TORCH_CHECK(steps >= 0, "load: ", label, ": factor ", name_of(side), " has ", steps,
+      TORCH_CHECK(!(steps < 0), "load: ", label, ": factor ", name_of(side), " has ", steps,
                   " steps, expected 0 or more");
       const std::string momentum = key("momentum", side);
       state.momentum[side] = read(momentum, shape, wide_dtype, false);
       TORCH_CHECK(state.momentum[side].defined() || steps == 0, "load: ", label, " has no entry '", momentum,
                   "', expected one after the first step");
-      state.row_moments[side] = read(key("rows", side), {1, c10::multiply_integers(sizes[side]) / rank}, wide_dtype,
-                                     false, /*may_overflow=*/true);
-      state.master[side] = read(key("master", side), shape, wide_dtype, false, /*may_overflow=*/true);
+      state.row_moments[side] =
+          read(key("rows", side), {1, c10::multiply_integers(sizes[side]) / rank}, wide_dtype, false);
+      state.master[side] = read(key("master", side), shape, wide_dtype, false);
     }
     return state;
+  }
+
+  /// Throws c10::Error naming `label` and the entry if what a step takes for finite is not, as in a run that diverged
+  /// or a damaged file. Second moments of rows and master copies may be infinite.
+  const PairState& check_finite(const std::string& label) const {
+    const auto check = [&](const std::string& name, const at::Tensor& tensor) {
+      TORCH_CHECK(
+          !tensor.defined() || tensor.isfinite().all().item<bool>(), "load: ", label, ": entry '", name,
+          "' has a number ",
+          "that is NaN or infinite, expected finite ones; the pair's run had diverged (reset_state begins anew)");
+    };
+    check("second_moment", moments.second_moment);
+    check("inverse_root", moments.inverse_root);
+    check("column_sums", column_sums);
+    for (const at::Tensor& scalar : {moments.step, moments.escaped_mass, previous_scale, previous_rate})
+      check("scalars", scalar);
+    for (const Side side : kSides) check(key("momentum", side), momentum[side]);
+    return *this;
   }
 
  private:
