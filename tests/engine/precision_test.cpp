@@ -252,5 +252,36 @@ TEST(Precision, AResumedRunChoosesAsTheRunThatWentOn) {
   EXPECT_EQ(in_double[in_double.size() - 2], in_double.back()) << "everything was in double";
 }
 
+// Balancing moves both factors, and what XᵀN is summed in depends on both.
+TEST(Precision, AResumedRunThatBalancesChoosesAsTheRunThatWentOn) {
+  constexpr int64_t rank = 16;
+  for (const double size_of_b : {1e-2, 1e-1}) {
+    for (const double rate : {1e-3, 3e-3, 1e-2, 3e-2}) {
+      torch::manual_seed(5);
+      const Tensor a = torch::randn({rank, 80}), b = size_of_b * torch::randn({60, rank});
+      const auto start = [&] { return std::vector<Tensor>{a.clone().requires_grad_(), b.clone().requires_grad_()}; };
+      const auto options = LoraRiteOptions(rate).engine(Engine::Host).balance(true);
+      const std::vector<Tensor> factors = start();
+      LoraRite<> optimizer(factors, options);
+      for (int step = 0; step < 6; ++step) {
+        const std::vector<Tensor> resumed_factors = start();
+        LoraRite<> resumed(resumed_factors, options);
+        std::stringstream file;
+        torch::save(optimizer, file);
+        torch::load(resumed, file);
+        for (size_t i = 0; i < 2; ++i) {
+          resumed_factors[i].detach().copy_(factors[i].detach());
+          resumed_factors[i].mutable_grad() = factors[i].mutable_grad() = torch::randn_like(factors[i]);
+        }
+        resumed.step();
+        optimizer.step();
+        for (size_t i = 0; i < 2; ++i)
+          EXPECT_TRUE(torch::equal(factors[i], resumed_factors[i]))
+              << "factor " << i << ", B " << size_of_b << ", rate " << rate << ", step " << step;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace lora_rite::test

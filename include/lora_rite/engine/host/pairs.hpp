@@ -356,8 +356,9 @@ class Pairs {
         multiply(momentum_of(work.sides[side], id), size, scales[side]);
         // Side s holds the root of its partner, which is scaled by 1 / scales[s].
         multiply(state.inverse_root + number_of(id) * rank_ * rank_, rank_ * rank_, scales[side]);
-        sum_rows(id, work, state, threads);
       }
+      // After both, for what XᵀN is summed in depends on the factor's own root.
+      for (const Side side : kSides) sum_rows({side, i}, work, state, threads);
     }
   }
 

@@ -91,20 +91,21 @@ struct Sums {
   double* products;        ///< XᵀX | XᵀN [p][2p]; of XᵀX only what lies in i ≤ j
   double* weighted;        ///< Σ w_i x_i [p]
   double* squares;         ///< Σ n_i² [p], to a float's accuracy; not formed where `sums_in_float` is false
-  bool wide_cross = true;  ///< XᵀN in double? Else each block sums it in float, and sums of blocks are double.
+  /// XᵀN in double? Else each block sums it in float, and sums of blocks are double; not where `sums_in_float` is false.
+  bool wide_cross = true;
 };
 
 /// Is XᵀN faster in float for factors of this rank? Tiles of 12 columns leave registers half empty.
 inline bool sums_in_float(int64_t rank) { return padded_rank(rank) >= 16 || rank == 8; }
 
 /// Has the first-level cache room for a block of every array and for the rows of the next one? Of the processors that
-/// have the vector units the newer have 48 KiB, the older 32.
+/// have the vector units the newer have 48 KiB, the older 32. Yes where nobody tells.
 inline bool first_cache_is_roomy() {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
-  static const bool roomy = sysconf(_SC_LEVEL1_DCACHE_SIZE) > 40 * 1024;
-  return roomy;
+  static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  return bytes <= 0 || bytes > 40 * 1024;
 #else
-  return false;
+  return true;
 #endif
 }
 
