@@ -65,7 +65,7 @@ std::vector<std::pair<std::string, Pass>> passes(int64_t r, bool rank_first) {
                               /*wide_momentum=*/false,
                               /*wide_gradient=*/false,
                               {}};
-  const bool wide_cross = !kernels::sums_in_float(shape);
+  const bool wide_cross = !kernels::sums_in_float(r);
   const auto run = [&](const auto& pass) {
     return 1e9 / static_cast<double>(factors * size) * seconds([&] {
              lora_rite::host::torch_threads().for_each(factors, [&](int64_t i, int64_t) {

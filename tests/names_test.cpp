@@ -147,6 +147,11 @@ INSTANTIATE_TEST_SUITE_P(
         Beside{"Vera", "q.vera_lambda_b.default", nullptr}, Beside{"Delora", "q.delora_A.default", nullptr},
         Beside{"Gralora", "q.gralora_A.default", nullptr}, Beside{"Oft", "q.oft_R.default.weight", nullptr},
         Beside{"SuperTuningValues", "q.supertuning_values.default", nullptr},
+        Beside{"Hira", "q.hira_A.default", nullptr}, Beside{"Glora", "q.glora_A.default", nullptr},
+        Beside{"Lily", "q.lily_A.default", nullptr}, Beside{"VbLora", "q.vblora_logits_A.default", nullptr},
+        Beside{"RandLora", "q.randlora_lambda.default", nullptr}, Beside{"C3a", "q.c3a_kernel.default", nullptr},
+        Beside{"Miss", "q.miss_block.default", nullptr}, Beside{"Hra", "q.hra_u.default", nullptr},
+        Beside{"FourierFt", "q.fourierft_spectrum.default", nullptr},
         // ordinary words, and modules that only stand above
         Beside{"Floral", "floral.weight", nullptr}, Beside{"Colorado", "colorado.head.weight", nullptr},
         Beside{"Lorax", "lorax.weight", nullptr}, Beside{"Alora", "alora_Abc.weight", nullptr},

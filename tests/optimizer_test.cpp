@@ -265,8 +265,10 @@ TEST(LoraRite, RefusesWhatItCannotWrite) {
   const FactorPair negated = {"q", at::_neg_view(torch::randn({2, 4})).requires_grad_(), b};
   EXPECT_TRUE(mentions(error_of([&] { LoraRite<> optimizer({negated}); }), "pair 'q': factor a is a negated view"));
   LoraRite<> other({random_pair("q", 2, 4, 4)});
-  EXPECT_TRUE(mentions(error_of([&] { other.add_parameters({a}, torch::optim::AdamWOptions(1e-2)); }),
-                       "parameter 0 of group 1 was made in inference mode"));
+  other.add_parameters({a}, torch::optim::AdamWOptions(1e-2));
+  a.mutable_grad() = torch::ones({2, 4});
+  EXPECT_TRUE(mentions(error_of([&] { other.step(); }), "group 1: parameter 0 was made in inference mode"));
+  a.mutable_grad() = torch::Tensor();
   EXPECT_TRUE(mentions(error_of([&] {
                          LoraRite<> optimizer(std::vector<FactorPair>{{"q", a, b}});
                        }),

@@ -11,7 +11,7 @@ namespace lora_rite {
 struct DoubleSteps {
   int64_t momentum_map = 0;   ///< N's map
   int64_t gradient_map = 0;   ///< G's map
-  int64_t cross_product = 0;  ///< XᵀN; in every step where the shape makes doubles as fast
+  int64_t cross_product = 0;  ///< XᵀN; in every step at ranks that make doubles as fast
 };
 
 /// How one factor X (partner Y) stands, read without disturbing training.

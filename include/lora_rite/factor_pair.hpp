@@ -280,14 +280,6 @@ inline void check_no_overlap(const torch::Tensor& factor, const std::string& lab
               " and strides ", factor.strides(), ", expected elements that do not overlap (give it a clone())");
 }
 
-/// Throws c10::Error naming `label` if a step cannot write a tensor, or not in place.
-inline void check_writable(const torch::Tensor& tensor, const std::string& label) {
-  TORCH_CHECK(!tensor.is_inference(), label,
-              " was made in inference mode, expected one that autograd can use: ", "clone() it outside of the mode");
-  TORCH_CHECK(!tensor.is_neg(), label, " is a negated view, whose memory holds the numbers with the other sign, ",
-              "expected a tensor of its own: resolve_neg() makes one");
-}
-
 /// `check_factor_pair`, and that a step can write both factors: no two elements share a place, which would be written
 /// twice.
 inline void check_trained_pair(const FactorPair& pair, const std::string& label) {

@@ -69,11 +69,10 @@ inline void check_part(const at::Tensor& tensor, const std::string& label, const
 class Gradients {
  public:
   at::Tensor of(const at::Tensor& factor) {
-    if (!is_part(factor)) return factor.grad().defined() ? factor.grad().resolve_neg() : at::Tensor();
+    if (!is_part(factor)) return resolved(factor.grad());
     const at::Tensor leaf(factor._base());
-    at::Tensor gradient = leaf.grad();
+    at::Tensor gradient = resolved(leaf.grad());
     if (!gradient.defined()) return gradient;
-    gradient = gradient.resolve_neg();
     if (gradient.strides() != leaf.strides()) {
       at::Tensor& agreed = agreed_[leaf.unsafeGetTensorImpl()];
       if (!agreed.defined())
@@ -84,8 +83,21 @@ class Gradients {
   }
 
  private:
+  /// Without a call of an operator for each of the others.
+  static at::Tensor resolved(const at::Tensor& gradient) {
+    return gradient.defined() && gradient.is_neg() ? gradient.resolve_neg() : gradient;
+  }
+
   std::map<const void*, at::Tensor> agreed_;  ///< by leaf
 };
+
+/// Throws c10::Error naming `label` if a step cannot write a tensor in place.
+inline void check_writable(const at::Tensor& tensor, const std::string& label) {
+  TORCH_CHECK(!tensor.is_inference(), label,
+              " was made in inference mode, expected one that autograd can use: ", "clone() it outside of the mode");
+  TORCH_CHECK(!tensor.is_neg(), label, " is a negated view, whose memory holds the numbers with the other sign, ",
+              "expected a tensor of its own: resolve_neg() makes one");
+}
 
 /// Which tensors, or which parts of them, belong to whom.
 class Owners {

@@ -247,6 +247,12 @@ TEST(HalfParameters, WithHalfGradientsKeepFloatMoments) {
   EXPECT_LT((half.value.to(torch::kFloat) - whole.value).abs().max().item<double>(), 10 * kHalfRounding);
 }
 
+TEST(HalfParameters, ThatOutgrowTheirTypeAreHeldAtTheLargestNumber) {
+  OneParameter half(torch::tensor({65504.0, -65504.0}, torch::kHalf), /*lr=*/1e3);
+  half.step(torch::tensor({-1.0, 1.0}));
+  EXPECT_TRUE(torch::equal(half.value.to(torch::kFloat), torch::tensor({65504.0F, -65504.0F})));
+}
+
 TEST(HalfParameters, StayBitForBitWhereAStepIsSkipped) {
   torch::manual_seed(3);
   for (const auto dtype : {torch::kHalf, torch::kBFloat16}) {

@@ -91,10 +91,11 @@ TEST(Capturable, RootsDropTheDirectionsThatAreMissing) {
 TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
   for (const auto dtype : {torch::kDouble, torch::kFloat}) {
     for (const int64_t rank : {4, 16, 64}) {
-      for (const int64_t out : {1, 2, 15, 40}) {
+      for (const auto& [in, out] :
+           std::vector<std::pair<int64_t, int64_t>>{{300, 1}, {300, 2}, {300, 15}, {300, 40}, {1, 300}, {15, 300}}) {
         for (const bool from_zero : {false, true}) {
           torch::manual_seed(77);
-          const std::vector<FactorPair> usual = {random_pair("head", rank, 300, out, dtype)};
+          const std::vector<FactorPair> usual = {random_pair("head", rank, in, out, dtype)};
           if (from_zero) {
             torch::NoGradGuard no_grad;
             torch::Tensor(usual[0].b).zero_();
@@ -104,7 +105,7 @@ TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
           LoraRite<> exact(usual, options), capturable(recorded, LoraRiteOptions(options).capturable(true));
           for (uint64_t step = 0; step < 10; ++step) {  // gradients of one loss, so that A's is zero where B is
             torch::manual_seed(1000 + step);
-            const torch::Tensor direction = torch::randn({out, 300}, torch::kDouble).to(dtype);
+            const torch::Tensor direction = torch::randn({out, in}, torch::kDouble).to(dtype);
             for (const auto& [pairs, optimizer] : {std::pair(&usual, &exact), std::pair(&recorded, &capturable)}) {
               optimizer->zero_grad();
               torch::matmul((*pairs)[0].b, (*pairs)[0].a).mul(direction).sum().backward();
@@ -113,7 +114,7 @@ TEST(Capturable, FollowsTheUsualStepWhereTheRankExceedsASide) {
           }
           // V is singular here, and products know its root to (r ε κ)^{1/2} with κ = 1 / (r ε) at the most.
           EXPECT_LT(product_distance(recorded, usual, start), 2e-2)
-              << dtype << ", rank " << rank << ", out " << out << (from_zero ? " from B = 0" : "");
+              << dtype << ", rank " << rank << ", in " << in << ", out " << out << (from_zero ? " from B = 0" : "");
         }
       }
     }

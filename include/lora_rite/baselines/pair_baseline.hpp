@@ -18,7 +18,7 @@ inline void check_alternating_factors(const std::vector<at::Tensor>& factors, co
         optimizer + ": tensors " + std::to_string(i) + " and " + std::to_string(i + 1) + " of a param group";
     TORCH_CHECK(!detail::is_part(factors[i]) && !detail::is_part(factors[i + 1]), label,
                 ": one is a view of a leaf, expected leaves");
-    detail::check_factor_pair({"", factors[i], factors[i + 1]}, label);
+    detail::check_trained_pair({"", factors[i], factors[i + 1]}, label);
   }
 }
 
@@ -62,7 +62,7 @@ class PairBaseline : public OverGroups<Options> {
   PairBaseline(const char* name, const std::vector<FactorPair>& pairs, const Options& options)
       : OverGroups<Options>({torch::optim::OptimizerParamGroup(detail::alternating_factors(pairs))}, options),
         name_(name) {
-    for (size_t i = 0; i < pairs.size(); ++i) detail::check_factor_pair(pairs[i], detail::pair_label(pairs[i], 0, i));
+    for (size_t i = 0; i < pairs.size(); ++i) detail::check_trained_pair(pairs[i], detail::pair_label(pairs[i], 0, i));
   }
 
   /// One step of a batch.

@@ -51,7 +51,7 @@ class ScaledAdam : public Baseline<ScaledAdamOptions> {
   /// One group of these pairs. Throws c10::Error naming a pair that does not fit together.
   explicit ScaledAdam(const std::vector<FactorPair>& pairs, ScaledAdamOptions options = ScaledAdamOptions())
       : Baseline({torch::optim::OptimizerParamGroup(detail::alternating_factors(pairs))}, options) {
-    for (size_t i = 0; i < pairs.size(); ++i) detail::check_factor_pair(pairs[i], detail::pair_label(pairs[i], 0, i));
+    for (size_t i = 0; i < pairs.size(); ++i) detail::check_trained_pair(pairs[i], detail::pair_label(pairs[i], 0, i));
   }
 
  protected:

@@ -3,6 +3,7 @@
 nvcc_test.py ROOT OUT NVCC… # NVCC is a command, a launcher such as ccache in front of it
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def main() -> int:
     faults = []
     for architecture in ARCHITECTURES:
         flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DLORA_RITE_DEVICE_RULE", f"-arch=sm_{architecture}"]
-        flags += ["-Werror", "all-warnings", "-Xptxas", "-v", f"-I{root / 'include'}"]
+        flags += ["-Xptxas", "-v", f"-I{root / 'include'}"]
+        if os.environ["LORA_RITE_WARNINGS_AS_ERRORS"] == "1":
+            flags += ["-Werror", "all-warnings"]
         run = subprocess.run(
             [*command, *flags, "-c", str(root / "src/cuda/kernels.cu"), "-o", str(out / f"kernels-{architecture}.o")],
             capture_output=True,
