@@ -88,10 +88,11 @@ struct Blocks {
 
 /// Sums over rows that a pass leaves behind; the pass adds to them.
 struct Sums {
-  double* products;        ///< XᵀX | XᵀN [p][2p]; of XᵀX only what lies in i ≤ j
-  double* weighted;        ///< Σ w_i x_i [p]
-  double* squares;         ///< Σ n_i² [p], to a float's accuracy; not formed where `sums_in_float` is false
-  /// XᵀN in double? Else each block sums it in float, and sums of blocks are double; not where `sums_in_float` is false.
+  double* products;  ///< XᵀX | XᵀN [p][2p]; of XᵀX only what lies in i ≤ j
+  double* weighted;  ///< Σ w_i x_i [p]
+  double* squares;   ///< Σ n_i² [p], to a float's accuracy; not formed where `sums_in_float` is false
+  /// XᵀN in double? Else each block sums it in float, and sums of blocks are double; not where `sums_in_float` is
+  /// false.
   bool wide_cross = true;
 };
 
