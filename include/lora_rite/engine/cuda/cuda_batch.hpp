@@ -49,7 +49,7 @@ class CudaBatch final : public device::DeviceBatch {
   bool has_other_gradients() const {
     for (const FactorPair& pair : pairs_)
       for (const Side side : kSides)
-        if (const at::Tensor& gradient = lora_rite::detail::leaf_of(pair.factor(side)).grad();
+        if (const at::Tensor gradient = lora_rite::detail::leaf_of(pair.factor(side)).grad();
             gradient.defined() && gradient.scalar_type() != dtype_)
           return true;
     return false;
