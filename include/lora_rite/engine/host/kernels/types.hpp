@@ -104,7 +104,7 @@ inline bool sums_in_float(int64_t rank) { return padded_rank(rank) >= 16 || rank
 inline bool first_cache_is_roomy() {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
   static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-  return bytes <= 0 || bytes > 40 * 1024;
+  return bytes <= 0 || bytes > int64_t{40} * 1024;
 #else
   return true;
 #endif
