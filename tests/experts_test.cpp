@@ -696,8 +696,7 @@ TEST(Experts, AreNotTakenForPartsWhereAViewIsALeafItself) {
   EXPECT_FALSE(torch::equal(before, flat.detach()));
 }
 
-/// A frozen view of a matrix is taken for an expert's part of it. Once it has a gradient of its own it is none.
-// B is contiguous at first, so there is no room for a packed copy of it.
+/// B is contiguous at first, so there is no room for a packed copy of it.
 TEST(Experts, APartThatLiesOtherwiseThanAtFirstIsRefused) {
   for (const Side side : kSides) {
     const torch::Tensor leaf = torch::randn({2, 4, 4}).requires_grad_();
@@ -716,6 +715,7 @@ TEST(Experts, APartThatLiesOtherwiseThanAtFirstIsRefused) {
   }
 }
 
+/// A frozen view of a matrix is taken for an expert's part of it. Once it has a gradient of its own it is none.
 TEST(Experts, AViewThatBecomesALeafIsRefused) {
   torch::manual_seed(7);
   const torch::Tensor matrix = torch::randn({12, 10});

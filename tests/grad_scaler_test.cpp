@@ -371,10 +371,7 @@ TEST(GradScaler, ListOfOutputsIsScaledInItsOrder) {
 void transfer(const GradScaler& from, GradScaler& to) {
   torch::serialize::OutputArchive out;
   from.save(out);
-  std::stringstream stream;
-  out.save_to(stream);
-  torch::serialize::InputArchive in;
-  in.load_from(stream);
+  torch::serialize::InputArchive in = reopened(out);
   to.load(in);
 }
 

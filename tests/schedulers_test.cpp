@@ -54,13 +54,10 @@ TEST(WarmupSchedulers, ResumeWhereTheyStopped) {
   for (int i = 0; i < 7; ++i) scheduler.step();
   torch::serialize::OutputArchive out;
   scheduler.save(out);
-  std::stringstream stream;
-  out.save_to(stream);
 
   auto resumed_optimizer = two_groups();
   WarmupCosine resumed(resumed_optimizer, 3, 20);
-  torch::serialize::InputArchive in;
-  in.load_from(stream);
+  torch::serialize::InputArchive in = reopened(out);
   resumed.load(in);
   for (int i = 0; i < 15; ++i) {
     EXPECT_EQ(rate(resumed_optimizer, 1), rate(optimizer, 1));
@@ -74,12 +71,9 @@ TEST(WarmupSchedulers, ThatRefuseToLoadKeepTheirPosition) {
   WarmupCosine scheduler(optimizer, 3, 20);
   torch::serialize::OutputArchive out;
   scheduler.save(out);
-  std::stringstream stream;
-  out.save_to(stream);
   scheduler.step();
   optimizer.add_parameters({torch::zeros({3}).requires_grad_()}, torch::optim::AdamWOptions(0.1));
-  torch::serialize::InputArchive in;
-  in.load_from(stream);
+  torch::serialize::InputArchive in = reopened(out);
   EXPECT_TRUE(mentions(error_of([&] { scheduler.load(in); }), "the archive has 2 param groups, expected 3"));
   EXPECT_EQ(scheduler.finished_steps(), 1);
 }

@@ -285,7 +285,7 @@ inline void check_no_overlap(const torch::Tensor& factor, const std::string& lab
 inline void check_trained_pair(const FactorPair& pair, const std::string& label) {
   check_factor_pair(pair, label);
   for (const auto& [which, factor] : {std::pair{"a", pair.a}, std::pair{"b", pair.b}}) {
-    check_writable(factor, label + ": factor " + which);
+    check_writable(factor, label, ": factor ", which);
     check_no_overlap(factor, label, which);
   }
 }

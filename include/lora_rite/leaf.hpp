@@ -91,11 +91,12 @@ class Gradients {
   std::map<const void*, at::Tensor> agreed_;  ///< by leaf
 };
 
-/// Throws c10::Error naming `label` if a step cannot write a tensor in place.
-inline void check_writable(const at::Tensor& tensor, const std::string& label) {
-  TORCH_CHECK(!tensor.is_inference(), label,
-              " was made in inference mode, expected one that autograd can use: ", "clone() it outside of the mode");
-  TORCH_CHECK(!tensor.is_neg(), label, " is a negated view, whose memory holds the numbers with the other sign, ",
+/// Throws c10::Error naming the tensor, by a label in pieces, if a step cannot write it in place.
+template <class... Label>
+void check_writable(const at::Tensor& tensor, const Label&... label) {
+  TORCH_CHECK(!tensor.is_inference(), label...,
+              " was made in inference mode, expected one that autograd can use: clone() it outside of the mode");
+  TORCH_CHECK(!tensor.is_neg(), label..., " is a negated view, whose memory holds the numbers with the other sign, ",
               "expected a tensor of its own: resolve_neg() makes one");
 }
 

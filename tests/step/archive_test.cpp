@@ -311,10 +311,7 @@ TEST(Serialization, APairThatHasSteppedHasItsMomentum) {
     out.write("scalars", scalars, /*is_buffer=*/true);
     for (const char* name : {"second_moment", "inverse_root", "column_sums"})
       out.write(name, torch::zeros({2, name[0] == 'c' ? 2 : 1, name[0] == 'c' ? 1 : 2, 2}, torch::kDouble), true);
-    std::stringstream stream;
-    out.save_to(stream);
-    torch::serialize::InputArchive in;
-    in.load_from(stream);
+    torch::serialize::InputArchive in = reopened(out);
     const PerSide<std::vector<int64_t>> shapes = {{2, 5}, {4, 2}};
     const auto load = [&] { PairState::load(in, "pair 'q'", shapes, 2, torch::kFloat, torch::kCPU); };
     if (steps == 0)
@@ -331,21 +328,10 @@ TEST(Serialization, NamesAnOptionOfAnotherType) {
         std::tuple{"betas", c10::IValue("0.9"), "the saved option betas is 0.9, expected two doubles"}}) {
     torch::serialize::OutputArchive out;
     out.write(name, value);
-    std::stringstream stream;
-    out.save_to(stream);
-    torch::serialize::InputArchive in;
-    in.load_from(stream);
+    torch::serialize::InputArchive in = reopened(out);
     LoraRiteOptions options;
     EXPECT_TRUE(mentions(error_of([&] { options.serialize(in); }), words));
   }
-}
-
-torch::serialize::InputArchive reopened(torch::serialize::OutputArchive& archive) {
-  std::stringstream stream;
-  archive.save_to(stream);
-  torch::serialize::InputArchive result;
-  result.load_from(stream);
-  return result;
 }
 
 TEST(Serialization, NumbersThatNoStepWritesAreNamed) {

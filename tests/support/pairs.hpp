@@ -73,6 +73,15 @@ inline double distance(const std::vector<FactorPair>& left, const std::vector<Fa
   return worst;
 }
 
+/// What was written, ready to be read.
+inline torch::serialize::InputArchive reopened(torch::serialize::OutputArchive& archive) {
+  std::stringstream stream;
+  archive.save_to(stream);
+  torch::serialize::InputArchive result;
+  result.load_from(stream);
+  return result;
+}
+
 /// The bytes that torch::save writes for a value.
 template <class Value>
 std::string saved_bytes(const Value& value) {

@@ -57,7 +57,7 @@ class AdamWParameters {
                   mean.strides(), " on ", mean.device(), ", of a dtype that is stepped in ", mean.scalar_type(),
                   " as in its first step; build the optimizer after moving or converting the module");
       if (!gradient.defined()) continue;
-      detail::check_writable(parameter, label + ": parameter " + std::to_string(i));
+      detail::check_writable(parameter, label, ": parameter ", i);
       TORCH_CHECK(gradient.layout() == at::kStrided, label, ": the gradient of parameter ", i, " has layout ",
                   gradient.layout(), ", expected a dense one");
       TORCH_CHECK(gradient.sizes() == parameter.sizes() && gradient.device() == parameter.device(), label,
