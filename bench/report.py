@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Makes a report of what scripts/bench measured: report.py FOLDER writes FOLDER/report.md and pictures beside it."""
 
+import glob
 import json
 import os
 import platform
@@ -32,13 +33,17 @@ def load(folder: str, name: str) -> list[dict]:
 
 
 def machine() -> str:
-    model = platform.processor() or platform.machine()
+    """How many processors of which kind. A virtual machine names only who made them; family and model tell more."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-        lines = file.read().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
+        pairs = [line.split(":", 1) for line in file if ":" in line]
+    values: dict[str, list[str]] = {}
+    for key, value in pairs:
+        values.setdefault(key.strip(), []).append(value.strip())
+    names = values.get("model name") or [platform.processor() or platform.machine()]
+    number = ", ".join(f"{key} {values[key][0]}" for key in ("cpu family", "model") if key in values)
+    flags = values.get("flags", [""])[0].split()
     widest = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "SSE"
-    return f"{len(names)} × {names[0] if names else model} ({widest})"
+    return f"{len(names)} × {names[0]} ({number or platform.machine()}, {widest})"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -103,6 +108,17 @@ def targets(times: Times, peers: list[dict]) -> str:
             ]
         )
     return markdown(filled(rows))
+
+
+def beside_earlier(results: list[dict]) -> str:
+    """The time of this revision ÷ that of an earlier one, both in one program (scripts/bench --before)."""
+    times = Times(results)
+    rows = [["pairs × (in, out) × r", "two threads", "one"]]
+    for case in times.cases("targets"):
+        runs = [times.of(suite, case) for suite in ("targets", "one-thread")]
+        ratios = [run["rite"]["median_us"] / run["rite, before"]["median_us"] for run in runs]
+        rows.append([words(case), *(f"{ratio:.2f}" for ratio in ratios)])
+    return markdown(rows)
 
 
 def in_python(times: Times, suite: str, peers: list[dict]) -> str:
@@ -370,6 +386,11 @@ def main() -> None:
     python = in_python(times, "targets", peers)
     if python:
         text.append(folded("In Python, two threads", python))
+    for path in sorted(glob.glob(os.path.join(folder, "before-*.json"))):
+        revision = os.path.basename(path)[len("before-") : -len(".json")]
+        text.append(
+            folded(f"A step ÷ one of revision {revision}", beside_earlier(load(folder, os.path.basename(path))))
+        )
     text += [
         folded("Ranks", "32 pairs of 1024 × 1024.", scaling(times, "ranks", "rank", 3)),
         folded("Number of pairs", "256 × 256, r = 8.", scaling(times, "pairs", "pairs", 0)),
