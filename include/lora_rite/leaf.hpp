@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -103,7 +104,8 @@ void check_writable(const at::Tensor& tensor, const Label&... label) {
 /// Which tensors, or which parts of them, belong to whom.
 class Owners {
  public:
-  /// Throws c10::Error naming both owners if the tensor, or an element of it, has one already.
+  /// Throws c10::Error naming both owners if the tensor, or an element of it, has one already: through the same leaf,
+  /// or through another leaf of the same memory, as PEFT's `ensure_weight_tying` makes them.
   void claim(const at::Tensor& tensor, const std::string& label) {
     const at::Tensor leaf = leaf_of(tensor);
     std::vector<Claim>& claims = claims_[leaf.unsafeGetTensorImpl()];
@@ -112,7 +114,11 @@ class Owners {
                   "; expected every tensor once");
     };
     const bool part = is_part(tensor);
-    if (!claims.empty()) check_free(part && claims[0].is_part, claims[0].label);
+    if (!claims.empty()) {
+      check_free(part && claims[0].is_part, claims[0].label);
+    } else {
+      claim_memory(leaf, label);
+    }
     claims.push_back({part, label, tensor});
     if (!part) return;
     // Which claim, counted from 1, has which element of the leaf.
@@ -148,6 +154,63 @@ class Owners {
     at::Tensor tensor;
   };
 
+  /// The bytes from a leaf's first to its last one.
+  struct Extent {
+    int64_t begin, end;
+
+    explicit Extent(const at::Tensor& leaf)
+        : begin(leaf.storage_offset() * leaf.element_size()), end(begin + extent_of(leaf) * leaf.element_size()) {}
+    int64_t size() const { return end - begin; }
+    bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+  };
+
+  /// The leaves that lie in one storage.
+  struct Memory {
+    struct Region {
+      at::Tensor leaf;
+      std::string label;
+    };
+    std::multimap<int64_t, Region> regions;  ///< by the first byte
+    int64_t longest = 0;                     ///< bytes of a region
+  };
+
+  static const void* storage_of(const at::Tensor& leaf) { return leaf.storage().unsafeGetStorageImpl(); }
+
+  void claim_memory(const at::Tensor& leaf, const std::string& label) {
+    if (!leaf.has_storage() || leaf.numel() == 0) return;
+    const Extent extent(leaf);
+    Memory& memory = memories_[storage_of(leaf)];
+    for (auto region = memory.regions.lower_bound(extent.end); region != memory.regions.begin();) {
+      --region;
+      if (region->first + memory.longest <= extent.begin) break;
+      const at::Tensor& other = region->second.leaf;
+      // `set_data` gives a leaf other memory, and its old one may be another's by now.
+      const bool has_left = !other.has_storage() || storage_of(other) != storage_of(leaf);
+      TORCH_CHECK(has_left || !share_elements(leaf, other), label, ": a tensor of shape ", leaf.sizes(),
+                  " lies in the memory of another one, of ", region->second.label,
+                  "; expected memory of its own, for both would be stepped");
+    }
+    memory.regions.emplace(extent.begin, Memory::Region{leaf, label});
+    memory.longest = std::max(memory.longest, extent.size());
+  }
+
+  /// Do two leaves of one storage have an element in common? Columns of a matrix lie between each other and do not.
+  static bool share_elements(const at::Tensor& x, const at::Tensor& y) {
+    if (!Extent(x).meets(Extent(y))) return false;
+    if ((x.is_contiguous() && y.is_contiguous()) || x.element_size() != y.element_size()) return true;
+    const int64_t begin = std::min(x.storage_offset(), y.storage_offset());
+    const int64_t end = std::max(x.storage_offset() + extent_of(x), y.storage_offset() + extent_of(y));
+    std::vector<bool> taken(static_cast<size_t>(end - begin));
+    bool shared = false;
+    const auto visit = [&](const at::Tensor& tensor, const auto& body) {
+      for_each_place(tensor.sizes(), tensor.strides(), tensor.storage_offset() - begin,
+                     [&](int64_t place) { body(taken[static_cast<size_t>(place)]); });
+    };
+    visit(x, [](auto place) { place = true; });
+    visit(y, [&](bool place) { shared = shared || place; });
+    return shared;
+  }
+
   template <class Visit>
   static void for_each_place(at::IntArrayRef sizes, at::IntArrayRef strides, int64_t begin, const Visit& visit) {
     if (sizes.empty()) return visit(begin);
@@ -156,6 +219,7 @@ class Owners {
   }
 
   std::map<const void*, std::vector<Claim>> claims_;  ///< by leaf
+  std::map<const void*, Memory> memories_;            ///< by storage
   std::map<const void*, std::vector<size_t>> maps_;   ///< by leaf of which parts are claimed
 };
 

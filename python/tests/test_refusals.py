@@ -31,6 +31,11 @@ class Refusals(unittest.TestCase):
         self.check([("k.lora_A.weight", a)], "'k.lora_A.weight' has no partner, expected a parameter 'k.lora_B.weight'")
         self.check([(b, a)], "the ranks differ|the rank .* is above both sides")
         self.check([(a, b), (a, b)], "used twice")
+        tied = [("head.lora_A.weight", nn.Parameter(b.T)), ("head.lora_B.weight", nn.Parameter(a.T))]
+        embedding = [("embed.lora_embedding_A", a), ("embed.lora_embedding_B", b)]
+        self.check(
+            [*embedding, *tied], "pair 'head.weight': a tensor .* lies in the memory of another one, of pair 'embed'"
+        )
         self.check([(a * 1, b)], "expected a leaf")
         self.check([("k.lora_E", a), ("k.lora_A", a), ("k.lora_B", b)], "AdaLoRA")
 
