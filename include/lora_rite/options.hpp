@@ -35,7 +35,8 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   /// Implicit, as those of torch::optim are: `LoraRite<>(pairs, 1e-3)`.
   LoraRiteOptions(double lr) : lr_(lr) {}  // NOLINT(google-explicit-constructor)
 
-  /// The arithmetic of the authors' published code: no escaped mass, clip at 1, ε = 1e-6 outside and ε² under the root.
+  /// The arithmetic of the published code, as in pytorch_optimizer 4.1.0: no escaped mass, clip at 1, ε = 1e-6 outside
+  /// and ε² under the root.
   static LoraRiteOptions reference(double lr) {
     return LoraRiteOptions(lr).escape(false).clip_unmagnified_norm(1.0).eps(1e-6).eps_root(1e-12);
   }
@@ -46,7 +47,7 @@ struct LoraRiteOptions : public torch::optim::OptimizerCloneableOptions<LoraRite
   TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
   /// ε ≥ 0 in ((V + ρI)^{1/2} + εI)^{-1}.
   TORCH_ARG(double, eps) = 1e-8;
-  /// Added under the root, to the eigenvalues of V + ρI, ≥ 0. 0 in the paper, ε² in the authors' code.
+  /// Added under the root, to the eigenvalues of V + ρI, ≥ 0. 0 in the paper, ε² in pytorch_optimizer.
   TORCH_ARG(double, eps_root) = 0.0;
   /// Exponent p in [0, 1/2] of the adaptive matrix step: 1/2 divides every direction by the root of its second moment,
   /// as in the paper; 0 divides all alike, by the mean over directions; between them p does so in part, and the mean,

@@ -62,12 +62,15 @@ def main() -> None:
         if not same_step or not 0.5 < losses[0] / losses[1] < 2:
             sys.exit(f"README.md says '{expected}', the program '{found}'")
 
-    # The whole CMakeLists.txt, with a header that wants nlohmann-json.
+    # The whole CMakeLists.txt, with a header that wants nlohmann-json and the lines that are for it.
     whole = work / "whole"
     whole.mkdir()
     page = (root / "docs/install.md").read_text(encoding="utf-8")
     file = only([code for code in blocks(page, "cmake") if "project(" in code], "a CMakeLists.txt", "docs/install.md")
-    (whole / "CMakeLists.txt").write_text(file, encoding="utf-8")
+    with_json = re.sub(r"^# (?=(find_package|target_link_libraries)\()", "", file, flags=re.MULTILINE)
+    if with_json == file:
+        sys.exit("docs/install.md: its CMakeLists.txt has no commented lines for nlohmann-json")
+    (whole / "CMakeLists.txt").write_text(with_json, encoding="utf-8")
     (whole / "main.cpp").write_text(
         "#include <lora_rite/io/peft.hpp>\nint main() { return lora_rite::Adapter().tensors.empty() ? 0 : 1; }\n",
         encoding="utf-8",

@@ -18,7 +18,7 @@ def main() -> int:
     found = {
         "CITATION.cff": first(r"^version: (.*)$", "CITATION.cff"),
         "CHANGELOG.md": first(r"^## (\S+)", "CHANGELOG.md"),
-        "README.md": first(r"GIT_TAG v([\d.]+\d)", "README.md"),
+        **{name: first(r"GIT_TAG v([\d.]+\d)", name) for name in ("README.md", "docs/install.md")},
         "packaging/vcpkg/lora-rite/vcpkg.json": json.loads(read("packaging/vcpkg/lora-rite/vcpkg.json"))["version"],
     }
     wrong = {name: there for name, there in found.items() if there != version}

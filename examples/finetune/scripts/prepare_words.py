@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Makes two tasks for language models of WordNet, whose senses of English words were written and sorted by hand.
 
-    prepare_words.py .deps/wordnet words
+    prepare_words.py /usr/share/wordnet words
     prepare_tasks.py arc words/kinds.train.jsonl --model MODEL --out kinds.train.jsonl
     prepare_tasks.py super_ni words/instructions.train/*.json --model MODEL --out instructions.train.jsonl
 
 kinds.*.jsonl ask with four choices what kind of thing a word stands for in a sentence: In "the oceans are teeming with
-life", what is "life"? The kinds are the 40 subjects by which WordNet's authors divided nouns and verbs. Form: arc.
+life", what is "life"? The kinds are the 39 subjects by which WordNet's authors divided nouns and verbs. Form: arc.
 
 instructions.*/ hold four tasks with instructions: define a word that stands in a sentence, name a word of the same
 meaning, one of the opposite meaning, one of a more general meaning. What WordNet has beside the first answer is there
