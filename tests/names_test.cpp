@@ -94,7 +94,8 @@ TEST_P(NamesBesideAPair, AreRefusedByNameOrLeftToAdamW) {
     std::shared_ptr<torch::nn::Module> owner = module;
     for (size_t dot = key.find('.'); dot != std::string::npos; dot = key.find('.')) {
       const std::string child = key.substr(0, dot);
-      const auto* found = owner->named_children().find(child);
+      const auto children = owner->named_children();  // a copy, which `find` points into
+      const auto* found = children.find(child);
       const auto next = found != nullptr ? *found : std::make_shared<torch::nn::Module>(child);
       if (found == nullptr) owner->register_module(child, next);
       owner = next;
