@@ -29,32 +29,19 @@ TEST(SharedMemory, OfTiedAdaptersIsRefusedByTheNamesOfBoth) {
   EXPECT_TRUE(mentions(message, "expected memory of its own"));
 }
 
-TEST(SharedMemory, IsRefusedWhereOneElementIsShared) {
-  const auto buffer = torch::randn({100});
-  const auto first = leaf_in(buffer.slice(0, 0, 16).view({2, 8}));
-  for (const int64_t begin : {0, 15}) {
-    const auto second = leaf_in(buffer.slice(0, begin, begin + 16).view({2, 8}));
-    EXPECT_TRUE(mentions(refusal({"q", first, leaf({6, 2})}, {"k", second, leaf({6, 2})}), "lies in the memory"))
-        << begin;
-  }
-  const auto columns = torch::randn({2, 12});
-  const auto left = leaf_in(columns.slice(1, 0, 6)), middle = leaf_in(columns.slice(1, 5, 11));
-  EXPECT_TRUE(mentions(refusal({"q", left, leaf({6, 2})}, {"k", middle, leaf({6, 2})}), "lies in the memory"));
-}
-
-// The leaf that lies before it in memory ends long before it, and the one before that does not.
-TEST(SharedMemory, IsRefusedBehindAShorterLeaf) {
-  const auto matrix = torch::randn({2, 12});
-  LoraRite<> optimizer(std::vector<FactorPair>{{"left", leaf_in(matrix.slice(1, 0, 6)), leaf({6, 2})}});
-  optimizer.add_parameters({leaf_in(matrix[0].slice(0, 6, 8))}, {});
-  const auto late = leaf_in(matrix[1].slice(0, 0, 2));
-  EXPECT_TRUE(mentions(error_of([&] { optimizer.add_parameters({late}, {}); }), "of pair 'left'"));
+// LoRA-FA's A, which nobody steps.
+TEST(SharedMemory, OfFrozenFactorsIsNobodysHarm) {
+  const auto a = torch::randn({2, 8});
+  const std::vector<FactorPair> pairs = {{"q", a.detach(), leaf({6, 2})}, {"k", a.detach(), leaf({6, 2})}};
+  LoraRite<> optimizer(pairs);
+  optimizer.add_parameters({leaf_in(a)}, {});
+  EXPECT_TRUE(mentions(error_of([&] { optimizer.add_parameters({leaf_in(a)}, {}); }), "of parameter 0 of group 1"));
 }
 
 TEST(SharedMemory, OfAPairAndAnotherParameterIsRefusedAndNothingIsAdded) {
   const auto memory = torch::randn({2, 8});
   LoraRite<> optimizer(std::vector<FactorPair>{{"q", leaf_in(memory), leaf({6, 2})}});
-  const auto bias = leaf_in(memory.view({-1}).slice(0, 3, 5));
+  const auto bias = leaf_in(memory.view({-1}).slice(0, 0, 2));
   EXPECT_TRUE(mentions(error_of([&] { optimizer.add_parameters({bias}, {}); }), "of pair 'q'"));
   EXPECT_EQ(optimizer.param_groups().size(), 1u);
 }
@@ -79,6 +66,26 @@ TEST(SharedMemory, IsNoneWithALeafThatHasLeft) {
   first.set_data(torch::randn({2, 8}));
   optimizer.add_pairs({{"k", leaf_in(memory), leaf({6, 2})}}, LoraRiteOptions(1e-3));
   EXPECT_EQ(optimizer.param_groups().size(), 2u);
+}
+
+// What became of the others' memory since is for the next step to say.
+TEST(SharedMemory, ThatCameLaterKeepsNoThirdPairFromBeingTakenOut) {
+  std::vector<FactorPair> pairs;
+  for (const char* name : {"q", "k", "v"}) pairs.push_back({name, leaf({2, 8}), leaf({6, 2})});
+  LoraRite<> optimizer(pairs);
+  pairs[1].a.set_data(pairs[0].a.detach());
+  optimizer.remove_pair("v");
+  EXPECT_EQ(optimizer.param_groups()[0].params().size(), 4u);
+}
+
+TEST(Parts, OfALeafThatBecameSmallerCanBeTakenOut) {
+  for (const bool elsewhere : {false, true}) {
+    const FactorPair whole = {"moe", leaf({8, 8}), leaf({6, 8})};
+    LoraRite<> optimizer(expert_pairs(whole, 4));
+    whole.a.set_data(elsewhere ? torch::randn({1000 + 64}).slice(0, 1000).view({8, 8}) : torch::randn({1, 1}));
+    optimizer.remove_pair("moe[0]");
+    EXPECT_TRUE(mentions(error_of([&] { optimizer.step(); }), "pair 'moe[1]'")) << elsewhere;
+  }
 }
 
 }  // namespace

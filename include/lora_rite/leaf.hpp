@@ -8,6 +8,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 /// Factors that are parts of a leaf: all experts of a layer can share one parameter (`expert_pairs`). Whoever asks for
@@ -114,25 +115,39 @@ class Owners {
                   "; expected every tensor once");
     };
     const bool part = is_part(tensor);
-    if (!claims.empty()) {
-      check_free(part && claims[0].is_part, claims[0].label);
+    if (claims.empty()) {
+      const Beginning* twin = twin_of(leaf);
+      TORCH_CHECK(twin == nullptr, label, ": a tensor of shape ", leaf.sizes(),
+                  " lies in the memory of another one, of ", twin->label,
+                  "; expected memory of its own, for both would be stepped");
     } else {
-      claim_memory(leaf, label);
+      check_free(part && claims[0].is_part, claims[0].label);
     }
-    claims.push_back({part, label, tensor});
+    record(tensor, label);
     if (!part) return;
     // Which claim, counted from 1, has which element of the leaf.
     std::vector<size_t>& owner = maps_[leaf.unsafeGetTensorImpl()];
     const size_t first_new = owner.empty() ? 0 : claims.size() - 1;
-    owner.resize(static_cast<size_t>(extent_of(leaf)));
     for (size_t i = first_new; i < claims.size(); ++i) {
       const at::Tensor& claimed = claims[i].tensor;
-      for_each_place(claimed.sizes(), claimed.strides(), begin_of(claimed), [&](int64_t place) {
+      const int64_t begin = begin_of(claimed);
+      if (begin < 0) continue;  // a part that the leaf has left: a step says so
+      owner.resize(std::max(owner.size(), static_cast<size_t>(begin + extent_of(claimed))));
+      for_each_place(claimed.sizes(), claimed.strides(), begin, [&](int64_t place) {
         size_t& other = owner[static_cast<size_t>(place)];
         if (other != 0) check_free(false, claims[other - 1].label);
         other = i + 1;
       });
     }
+  }
+
+  /// As `claim`, of a tensor that was claimed before, in another object: nothing is asked again.
+  void record(const at::Tensor& tensor, const std::string& label) {
+    const at::Tensor leaf = leaf_of(tensor);
+    std::vector<Claim>& claims = claims_[leaf.unsafeGetTensorImpl()];
+    const auto place = place_of(leaf);
+    if (claims.empty() && place && leaf.requires_grad()) beginnings_.insert_or_assign(*place, Beginning{leaf, label});
+    claims.push_back({is_part(tensor), label, tensor});
   }
 
   bool know(const at::Tensor& tensor) const { return claims_.count(leaf_of(tensor).unsafeGetTensorImpl()) > 0; }
@@ -154,61 +169,26 @@ class Owners {
     at::Tensor tensor;
   };
 
-  /// The bytes from a leaf's first to its last one.
-  struct Extent {
-    int64_t begin, end;
-
-    explicit Extent(const at::Tensor& leaf)
-        : begin(leaf.storage_offset() * leaf.element_size()), end(begin + extent_of(leaf) * leaf.element_size()) {}
-    int64_t size() const { return end - begin; }
-    bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+  /// The storage in which a leaf lies, and its first byte there. Two leaves of one place have that element in common;
+  /// those that overlap otherwise are not looked for.
+  using Place = std::pair<const void*, int64_t>;
+  struct Beginning {
+    at::Tensor leaf;
+    std::string label;
   };
 
-  /// The leaves that lie in one storage.
-  struct Memory {
-    struct Region {
-      at::Tensor leaf;
-      std::string label;
-    };
-    std::multimap<int64_t, Region> regions;  ///< by the first byte
-    int64_t longest = 0;                     ///< bytes of a region
-  };
-
-  static const void* storage_of(const at::Tensor& leaf) { return leaf.storage().unsafeGetStorageImpl(); }
-
-  void claim_memory(const at::Tensor& leaf, const std::string& label) {
-    if (!leaf.has_storage() || leaf.numel() == 0) return;
-    const Extent extent(leaf);
-    Memory& memory = memories_[storage_of(leaf)];
-    for (auto region = memory.regions.lower_bound(extent.end); region != memory.regions.begin();) {
-      --region;
-      if (region->first + memory.longest <= extent.begin) break;
-      const at::Tensor& other = region->second.leaf;
-      // `set_data` gives a leaf other memory, and its old one may be another's by now.
-      const bool has_left = !other.has_storage() || storage_of(other) != storage_of(leaf);
-      TORCH_CHECK(has_left || !share_elements(leaf, other), label, ": a tensor of shape ", leaf.sizes(),
-                  " lies in the memory of another one, of ", region->second.label,
-                  "; expected memory of its own, for both would be stepped");
-    }
-    memory.regions.emplace(extent.begin, Memory::Region{leaf, label});
-    memory.longest = std::max(memory.longest, extent.size());
+  static std::optional<Place> place_of(const at::Tensor& leaf) {
+    if (!leaf.has_storage() || leaf.numel() == 0) return std::nullopt;
+    return Place(leaf.storage().unsafeGetStorageImpl(), leaf.storage_offset() * leaf.element_size());
   }
 
-  /// Do two leaves of one storage have an element in common? Columns of a matrix lie between each other and do not.
-  static bool share_elements(const at::Tensor& x, const at::Tensor& y) {
-    if (!Extent(x).meets(Extent(y))) return false;
-    if ((x.is_contiguous() && y.is_contiguous()) || x.element_size() != y.element_size()) return true;
-    const int64_t begin = std::min(x.storage_offset(), y.storage_offset());
-    const int64_t end = std::max(x.storage_offset() + extent_of(x), y.storage_offset() + extent_of(y));
-    std::vector<bool> taken(static_cast<size_t>(end - begin));
-    bool shared = false;
-    const auto visit = [&](const at::Tensor& tensor, const auto& body) {
-      for_each_place(tensor.sizes(), tensor.strides(), tensor.storage_offset() - begin,
-                     [&](int64_t place) { body(taken[static_cast<size_t>(place)]); });
-    };
-    visit(x, [](auto place) { place = true; });
-    visit(y, [&](bool place) { shared = shared || place; });
-    return shared;
+  /// The other trained leaf at this one's place. `set_data` gives a leaf other memory, and its old one may be another's
+  /// by now.
+  const Beginning* twin_of(const at::Tensor& leaf) const {
+    const auto place = place_of(leaf);
+    const auto other = place ? beginnings_.find(*place) : beginnings_.end();
+    if (other == beginnings_.end() || !leaf.requires_grad() || !other->second.leaf.requires_grad()) return nullptr;
+    return place_of(other->second.leaf) == place ? &other->second : nullptr;
   }
 
   template <class Visit>
@@ -219,7 +199,7 @@ class Owners {
   }
 
   std::map<const void*, std::vector<Claim>> claims_;  ///< by leaf
-  std::map<const void*, Memory> memories_;            ///< by storage
+  std::map<Place, Beginning> beginnings_;             ///< of trained leaves
   std::map<const void*, std::vector<size_t>> maps_;   ///< by leaf of which parts are claimed
 };
 

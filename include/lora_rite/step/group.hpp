@@ -66,15 +66,14 @@ struct LoraRiteBase::Group {
   /// The number of tensors that an archive has state of: factors, or other parameters.
   size_t state_count() const { return pairs() ? 2 * pairs()->all.size() : adamw()->parameters().size(); }
 
-  /// Enters all tensors.
-  void claim(detail::Owners& owners, size_t index) const {
+  /// Enters all tensors, which were checked when they were added.
+  void record(detail::Owners& owners, size_t index) const {
     for (size_t i = 0; i < pair_count(); ++i) {
       const std::string label = detail::pair_label(pairs()->all[i], index, i);
-      for (const Side side : kSides) owners.claim(pairs()->all[i].factor(side), label);
+      for (const Side side : kSides) owners.record(pairs()->all[i].factor(side), label);
     }
     for (size_t i = 0; adamw() && i < adamw()->parameters().size(); ++i)
-      owners.claim(adamw()->parameters()[i], parameter_label(index, i));
-    owners.settle();
+      owners.record(adamw()->parameters()[i], parameter_label(index, i));
   }
   static std::string parameter_label(size_t group, size_t parameter) {
     return "parameter " + std::to_string(parameter) + " of group " + std::to_string(group);
