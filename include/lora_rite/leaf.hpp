@@ -106,7 +106,8 @@ void check_writable(const at::Tensor& tensor, const Label&... label) {
 class Owners {
  public:
   /// Throws c10::Error naming both owners if the tensor, or an element of it, has one already: through the same leaf,
-  /// or through another leaf of the same memory, as PEFT's `ensure_weight_tying` makes them.
+  /// or, of trained ones, through another leaf that begins at the same place, as PEFT's `ensure_weight_tying` makes
+  /// them.
   void claim(const at::Tensor& tensor, const std::string& label) {
     const at::Tensor leaf = leaf_of(tensor);
     std::vector<Claim>& claims = claims_[leaf.unsafeGetTensorImpl()];
