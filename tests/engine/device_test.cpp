@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "support/counting_allocator.hpp"
 #include "support/operators.hpp"
 #include "support/pairs.hpp"
 
@@ -86,6 +87,26 @@ TEST(DeviceEngine, ShapesOfARankStepAsEachAlone) {
       EXPECT_LT(((together[i].b - alone[i].b).norm() / alone[i].b.norm()).item<double>(), tolerance) << i;
     }
   }
+}
+
+/// Bytes an element of the factors that a step takes at its peak, above what stays.
+double peak_of_a_step(torch::Dtype dtype, const LoraRiteOptions& options) {
+  constexpr int64_t kRows = 4096, kRank = 16;
+  const FactorPair pair = {"", torch::ones({kRank, kRows}, dtype).requires_grad_(),
+                           torch::ones({kRows, kRank}, dtype).requires_grad_()};
+  pair.a.mutable_grad() = torch::ones_like(pair.a);
+  pair.b.mutable_grad() = torch::ones_like(pair.b);
+  LoraRite<> optimizer({pair}, LoraRiteOptions(options).engine(Engine::Device));
+  optimizer.step();  // allocates the momenta
+  return CountingAllocator::instance().peak_of([&] { optimizer.step(); }) / (2 * kRank * kRows);
+}
+
+TEST(DeviceEngine, HoldsTheDoublesOfOneSideAtATime) {
+  EXPECT_LT(peak_of_a_step(torch::kBFloat16, {}), 20);
+  EXPECT_LT(peak_of_a_step(torch::kFloat, {}), 26);
+  EXPECT_LT(peak_of_a_step(torch::kBFloat16, LoraRiteOptions().weight_decay(0.1)), 20);
+  EXPECT_LT(peak_of_a_step(torch::kBFloat16, LoraRiteOptions().master_weights(true)), 28);
+  EXPECT_GT(peak_of_a_step(torch::kBFloat16, LoraRiteOptions().balance(true)), 24) << "balance needs both sides";
 }
 
 TEST(DeviceEngine, StepsMetaTensorsSoNothingIsReadBack) {

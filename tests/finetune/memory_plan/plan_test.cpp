@@ -1,76 +1,24 @@
 #include "memory_plan/plan.hpp"
 
-#include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/alloc_cpu.h>
 #include <torch/nn/functional/loss.h>
 
 #include <fstream>
 #include <lora_rite/baselines/registry.hpp>
 #include <lora_rite/nn/nn.hpp>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <set>
 #include <sstream>
-#include <unordered_map>
 #include <utility>
 
 #include "data/batches.hpp"
 #include "finetune/models/support.hpp"
 #include "memory_plan/machine.hpp"
 #include "models/classifier.hpp"
+#include "support/counting_allocator.hpp"
 
 namespace finetune {
 namespace {
-
-// LibTorch's memory for CPU tensors, counted.
-class CountingAllocator : public c10::Allocator {
- public:
-  static CountingAllocator& instance() {
-    static CountingAllocator allocator;
-    return allocator;
-  }
-
-  c10::DataPtr allocate(size_t bytes) override {
-    if (bytes == 0) return {nullptr, nullptr, &release, c10::Device(c10::kCPU)};
-    void* data = c10::alloc_cpu(bytes);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    sizes_[data] = bytes;
-    now_ += static_cast<double>(bytes);
-    peak_ = std::max(peak_, now_);
-    return {data, data, &release, c10::Device(c10::kCPU)};
-  }
-  c10::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
-
-  // The most that was held at a time while `action` ran, beyond what was held before.
-  double peak_of(const std::function<void()>& action) {
-    c10::Allocator* usual = c10::GetCPUAllocator();
-    c10::SetCPUAllocator(this, /*priority=*/200);
-    const double before = now_;
-    peak_ = now_;
-    action();
-    c10::SetCPUAllocator(usual, /*priority=*/200);
-    return peak_ - before;
-  }
-
- private:
-  static void release(void* data) {
-    if (data == nullptr) return;
-    CountingAllocator& self = instance();
-    {
-      const std::lock_guard<std::mutex> lock(self.mutex_);
-      const auto found = self.sizes_.find(data);
-      self.now_ -= static_cast<double>(found->second);
-      self.sizes_.erase(found);
-    }
-    c10::free_cpu(data);
-  }
-
-  std::mutex mutex_;
-  std::unordered_map<void*, size_t> sizes_;
-  double now_ = 0, peak_ = 0;
-};
 
 double bytes_of(const MemoryPlan& plan, const std::string& beginning) {
   double bytes = 0;
@@ -242,7 +190,8 @@ std::pair<double, double> planned_and_held(const MemoryQuestion& question) {
   const auto batch = make_language_batch(records, all, model->is_encoder_decoder(), model->special_tokens());
   const auto run = [&] { completion_loss(*model, batch).backward(); };
   run();
-  return {bytes_of(plan, "activations") + bytes_of(plan, "logits"), CountingAllocator::instance().peak_of(run)};
+  return {bytes_of(plan, "activations") + bytes_of(plan, "logits"),
+          lora_rite::test::CountingAllocator::instance().peak_of(run)};
 }
 
 // An estimate is allowed to be wrong by a third: it counts what the layers are known to keep. Forgetting one of the
@@ -308,7 +257,7 @@ TEST(Memory, AClassifiersActivationsAreNear) {
     const torch::Tensor labels = torch::zeros({question.rows}, torch::kLong);
     const auto run = [&] { torch::nn::functional::cross_entropy(model.forward(tokens, mask), labels).backward(); };
     run();
-    expect_near({bytes_of(plan, "activations"), CountingAllocator::instance().peak_of(run)},
+    expect_near({bytes_of(plan, "activations"), lora_rite::test::CountingAllocator::instance().peak_of(run)},
                 concat("BERT, ", length, " tokens, dropout ", dropout));
   }
 }

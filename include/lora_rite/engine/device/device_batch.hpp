@@ -76,40 +76,41 @@ class DeviceBatch : public engine::Batch {
                  const at::Tensor& step_allowed) {
     const at::Tensor rate = wide(found.has_gradient) * rates;
     const at::Tensor kept = 1 - rate * options.weight_decay();
-    PerSide<at::Tensor> moved, momentum, row_moments;
-    for (const Side side : kSides) {
+    BatchPlan plan = {state_, PendingWrites(step_allowed)};
+    PerSide<at::Tensor> moved, momentum, row_moments, sums;
+    const auto move = [&](Side side) {
       if (found.gradients[side].defined() || state_.momentum[side].defined())
         momentum[side] = next_momentum(side, found, decision, options, row_moments[side]);
       moved[side] = wide(tall(found.factors[side], side));
-      if (!momentum[side].defined()) continue;
+      if (!momentum[side].defined()) return;
       const int64_t s = index_of(side);
       if (options.weight_decay() > 0) moved[side] = kept[s] * moved[side];
       moved[side] = at::addcmul(moved[side], rate[s], momentum[side], /*value=*/-1);
-    }
-    if (options.balance()) balance(found, moved, momentum, decision.moments.inverse_root);
-
-    BatchPlan plan = {state_, PendingWrites(step_allowed)};
-    PerSide<at::Tensor> sums;
-    for (const Side side : kSides) {
+    };
+    const auto remember = [&](at::Tensor& stored, const at::Tensor& fresh, double at_first) {
+      if (!stored.defined()) stored = at::full(fresh.sizes(), at_first, fresh.options());
+      plan.writes.replace(stored, fresh);
+    };
+    const auto write = [&](Side side) {
       // Master copies that were switched off are dropped; row moments wait as they are.
       if (found.factors[side].scalar_type() == dtype_) plan.next.master[side] = at::Tensor();
-      if (momentum[side].defined()) {
-        const at::Tensor fresh = stacked(momentum[side], side, shapes_[side]).to(wide_dtype());
-        at::Tensor& stored = plan.next.momentum[side];
-        if (!stored.defined()) stored = at::zeros(fresh.sizes(), fresh.options());
-        plan.writes.replace(stored, fresh);
-      }
-      if (row_moments[side].defined()) {
-        at::Tensor& stored = plan.next.row_moments[side];
-        if (!stored.defined())
-          stored = at::ones(row_moments[side].sizes(), row_moments[side].options().dtype(wide_dtype()));
-        plan.writes.replace(stored, row_moments[side].to(wide_dtype()));
-      }
-      sums[side] = column_sums(found.gradients[side].defined()
-                                   ? plan_factors(moved[side], side, found.factors[side], step_allowed, plan)
-                                   : gather(side),
-                               side);
-      moved[side] = momentum[side] = row_moments[side] = at::Tensor();
+      at::Tensor n = std::exchange(momentum[side], {}), x = std::exchange(moved[side], {});
+      if (n.defined())
+        remember(plan.next.momentum[side], stacked(std::exchange(n, {}), side, shapes_[side]).to(wide_dtype()), 0);
+      if (row_moments[side].defined()) remember(plan.next.row_moments[side], row_moments[side].to(wide_dtype()), 1);
+      const at::Tensor stored = found.gradients[side].defined()
+                                    ? plan_factors(std::move(x), side, found.factors[side], step_allowed, plan)
+                                    : gather(side);
+      sums[side] = column_sums(stored, side);
+    };
+    // One side after the other, so that the doubles of one are there at a time, unless both are needed.
+    for (const Side side : kSides) {
+      move(side);
+      if (!options.balance()) write(side);
+    }
+    if (options.balance()) {
+      balance(found, moved, momentum, decision.moments.inverse_root);
+      for (const Side side : kSides) write(side);
     }
     sum_over_shards({&sums});
     const rule::WayBack<at::Tensor> back = rule::way_back(kept, rate);
@@ -208,7 +209,7 @@ class DeviceBatch : public engine::Batch {
         gradient = gradient * row_scale(row_moments, 0.0);
       }
       const at::Tensor map = decision.gradient_map[s];
-      in_basis = in_basis.defined() ? at::baddbmm(in_basis, gradient, map) : at::matmul(gradient, map);
+      in_basis = in_basis.defined() ? in_basis.baddbmm_(gradient, map) : at::matmul(gradient, map);
     }
     if (options.max_update_rms() > 0) {
       const at::Tensor elements = rows_[s] * static_cast<double>(rank_);
@@ -251,9 +252,9 @@ class DeviceBatch : public engine::Batch {
   }
 
   /// Plans the writes of moved factors, those with a gradient only, and returns all factors as they will be stored.
-  at::Tensor plan_factors(const at::Tensor& moved, Side side, const at::Tensor& old, const at::Tensor& step_allowed,
+  at::Tensor plan_factors(at::Tensor moved, Side side, const at::Tensor& old, const at::Tensor& step_allowed,
                           BatchPlan& plan) const {
-    const at::Tensor fresh = rounded(stacked(moved, side, shapes_[side]), old.scalar_type());
+    const at::Tensor fresh = rounded(stacked(std::exchange(moved, {}), side, shapes_[side]), old.scalar_type());
     const at::Tensor kept = choose(step_allowed, fresh, old);
     if (old.scalar_type() != dtype_) {
       at::Tensor& master = plan.next.master[side];
