@@ -94,8 +94,8 @@ class DeviceBatch : public engine::Batch {
     const auto write = [&](Side side) {
       // Master copies that were switched off are dropped; row moments wait as they are.
       if (found.factors[side].scalar_type() == dtype_) plan.next.master[side] = at::Tensor();
-      at::Tensor n = std::exchange(momentum[side], {}), x = std::exchange(moved[side], {});
-      if (n.defined())
+      at::Tensor x = std::exchange(moved[side], {});
+      if (at::Tensor& n = momentum[side]; n.defined())
         remember(plan.next.momentum[side], stacked(std::exchange(n, {}), side, shapes_[side]).to(wide_dtype()), 0);
       if (row_moments[side].defined()) remember(plan.next.row_moments[side], row_moments[side].to(wide_dtype()), 1);
       const at::Tensor stored = found.gradients[side].defined()
